@@ -1,0 +1,51 @@
+"""What several architectures share: stateless functions and one class that only gives names.
+
+No parameters live here, so that every model file can be read beside its own checkpoint.
+Letters used in all of models/: B batch, N tokens, D width, H heads, C channels, V vocabulary; h, w a grid's
+height and width (H, W a picture's).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Namespace(nn.Module):
+    """A module without a forward: it only puts `name.` before the keys of its children."""
+
+    def __init__(self, /, **children: nn.Module):  # BERT has a child that is called `self`
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """softmax(q kᵀ / sqrt(D / heads)) v, by heads.
+
+    q (B, N, D), k and v (B, M, D) -> (B, N, D). `mask` is boolean, broadcasts to (B, heads, N, M), and is
+    True where a key may be read. `causal`: token i reads tokens 0..i only.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, D/heads)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=causal)
+    return mixed.transpose(1, 2).flatten(2)                                      # (B, N, D)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's approximation of gelu: x · sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def timestep_embedding(timesteps: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of (B,) timesteps -> (B, width) float32: all cosines, then all sines (LDM's order).
+
+    `width` is even; frequencies fall geometrically from 1 towards 1 / max_period. Computed in float32 in
+    every model: the published ones were trained so, and half precision cannot hold such angles.
+    """
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -1,0 +1,770 @@
+"""Train a regressor from images to prompt embeddings: one loop for every backbone.
+
+    python train.py --backbone unet                                      the embedded default, mini scenes
+    python train.py --backbone unet --data FOLDER                        one's own image-prompt pairs
+    python train.py --backbone unet --data DIFFUSIONDB --weights sd-1    the paper's row (a GPU is wanted)
+    python train.py --resume runs/unet-mini-seed0                        go on where a run stopped
+    torchrun --nproc-per-node 2 train.py --backbone unet ...             the same on several processes
+
+The run's folder holds config.json, vocabulary.json, log.jsonl, model.safetensors (the best on validation),
+last/ (all that resuming needs), and, once training has ended, what eval.py writes: result.json,
+predictions/ and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+import weights
+from reverse_sd import (
+    EMBEDDING_WIDTH,
+    Regressor,
+    UNetFeatures,
+    Vocabulary,
+    cosine_loss,
+    joint_loss,
+    vocabulary_loss,
+)
+
+log = logging.getLogger("train")
+
+# ============================================================================================================
+# Configuration: one dataclass, from which the flags are made
+# ============================================================================================================
+
+
+def option(default: typing.Any, help: str, choices: tuple = ()) -> typing.Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's result. None = chosen from `weights`, see `DEFAULTS`."""
+
+    backbone: str = option("unet", "image encoder", ("unet",))
+    data: str = option(
+        "mini",
+        "'mini' (drawn at first use) or a folder: DiffusionDB parts, a JSONL or CSV manifest, .txt "
+        "beside each image, or PNGs with a front end's metadata",
+    )
+    weights: str = option(
+        "sd-mini", "pretrained weights: a name of `python -m weights list`, a file or a folder"
+    )
+    captions: str = option(
+        "",
+        "file of captions for the U-Net's cross-attention (JSONL, CSV, JSON or TXT); "
+        "without it every caption is the empty text",
+    )
+    heads: int = option(3, "vocabulary head of figure 3; 0 = none", (0, 1, 2, 3))
+    words: int = option(1000, "vocabulary size m")
+    mlc_weight: float = option(0.1, "lambda of equation (4)")
+    epochs: int | None = option(None, "passes over the training pairs (paper: 3; sd-mini: 6)")
+    batch_size: int = option(64, "samples of one optimizer step, all processes together")
+    accumulate: int = option(1, "parts in which each process computes its share of a batch, to save memory")
+    optimizer: str = option(
+        "adam", "adam as in the paper, or adamw as in the authors' code", ("adam", "adamw")
+    )
+    lr: float | None = option(None, "peak learning rate of the cosine schedule (paper: 1e-4; sd-mini: 1e-3)")
+    weight_decay: float = option(0.0, "of adamw, or the L2 penalty of adam")
+    warmup: int = option(0, "optimizer steps of linear warm-up")
+    clip_norm: float = option(1.0, "largest norm of the gradient; 0 = do not clip")
+    image_size: int | None = option(
+        None, "side in pixels to which images are resized and cropped (sd-mini: 64, else 256)"
+    )
+    seed: int = option(0, "of the split, the heads' initial weights and the order of samples")
+    val_size: int | None = option(None, "validation pairs (30,000 or an eighth, whichever is less)")
+    test_size: int | None = option(None, "test pairs (30,000 or an eighth, whichever is less)")
+    clean: bool = option(True, "drop prompts as in section 4.1 of the paper")
+    precision: str = option(
+        "auto", "auto = bf16 autocast on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
+    )
+    compile: bool = option(False, "torch.compile the regressor")
+    activation_checkpointing: bool = option(
+        False, "recompute activations in the backward pass, to save memory"
+    )
+    checkpoint_every: int = option(100, "optimizer steps between checkpoints")
+    workers: int = option(0, "processes that read images while latents are cached")
+    device: str = option("auto", "auto, cpu, cuda")
+
+
+# Paper: three epochs (section 4.2). 1e-4 with cosine decay is the authors' code's. The miniature starts
+# from random weights on 6,000 pairs, where both would leave it half trained.
+DEFAULTS = {
+    "sd-mini": {"epochs": 6, "lr": 1e-3, "image_size": 64},
+    "": {"epochs": 3, "lr": 1e-4, "image_size": 256},
+}
+# Flags that may change when a run is resumed: they do not decide its result.
+RESUMABLE = {"workers", "device", "compile", "checkpoint_every", "activation_checkpointing"}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what was left to `DEFAULTS`."""
+    defaults = DEFAULTS.get(config.weights, DEFAULTS[""])
+    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **unset)
+
+
+def parse_args(argv: list[str]) -> tuple[dict[str, typing.Any], Path | None, Path | None]:
+    """The flags given, by field name; the folder of --out; the folder of --resume."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    types = typing.get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if types[f.name] is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, help=f"{text} (default: {f.default})"
+            )
+            continue
+        kind = next(t for t in (typing.get_args(types[f.name]) or (types[f.name],)) if t is not type(None))
+        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        parser.add_argument(flag, type=kind, choices=f.metadata["choices"] or None, help=text + shown)
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/BACKBONE-DATA-seedN)")
+    parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
+    given = vars(parser.parse_args(argv))
+    out, resume = given.pop("out", None), given.pop("resume", None)
+    if resume and (out or given.keys() - RESUMABLE):
+        parser.error(
+            f"--resume takes the run's own configuration; only these may be given too: {sorted(RESUMABLE)}"
+        )
+    if positive := [
+        n
+        for n in ("epochs", "batch_size", "accumulate", "words", "image_size", "checkpoint_every")
+        if given.get(n) is not None and given[n] < 1
+    ]:
+        parser.error(f"--{positive[0].replace('_', '-')} must be at least 1")
+    return given, out, resume
+
+
+# ============================================================================================================
+# Data: pairs, splits and caches for a configuration
+# ============================================================================================================
+
+
+class Shared(typing.NamedTuple):
+    """A row for each distinct text, and which of them each pair has."""
+
+    rows: np.ndarray
+    index: np.ndarray
+
+    def __getitem__(self, i: int | np.ndarray) -> np.ndarray:
+        return self.rows[self.index[i]]
+
+
+@dataclass
+class Prepared:
+    """All that training and evaluation read, row by row over the cleaned pairs; `splits` holds row
+    numbers."""
+
+    pairs: data.Pairs
+    splits: dict[str, np.ndarray]
+    targets: Shared  # (n, 384) float32, unit rows
+    latents: np.ndarray  # (n, 4, h, w) float16, scaled as the U-Net reads them
+    contexts: Shared  # (n, 77, D) float16 caption states
+    fingerprint: str  # of the prompts and their split
+
+
+def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
+    """Read, clean and split the pairs; compute what is cached once: targets, latents and caption states.
+
+    Everything cached is kept under weights.cache_dir() and reused whatever the heads or the seed. Pairs
+    whose image cannot be read are left out of every split.
+    """
+    cache = weights.cache_dir()
+    path = Path(config.data)
+    if config.data == "mini":
+        from mini import scenes
+
+        path = cache / "mini-scenes"
+        scenes.build(path)
+    pairs = data.read_pairs(path)
+    if config.clean:
+        kept, report = data.clean(pairs.prompts)
+        log.info(
+            "cleaning (section 4.1): %s", ", ".join(f"{count:,} {rule}" for rule, count in report.items())
+        )
+        pairs = pairs.subset(kept)
+    else:
+        pairs = pairs.subset([i for i, prompt in enumerate(pairs.prompts) if prompt])
+    pairs.prompts = [prompt.strip() for prompt in pairs.prompts]
+    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size)
+
+    # The encoders are loaded only if their cache lacks rows.
+    minilm = functools.cache(lambda: weights.load("minilm", device=device))
+    targets = Shared(
+        *data.cached_texts(
+            cache,
+            "targets",
+            pairs.prompts,
+            {"model": weights.fingerprint("minilm")},
+            (EMBEDDING_WIDTH,),
+            np.float32,
+            lambda texts: minilm().encode(texts),
+            batch_size=1024,
+        )
+    )
+    vae = functools.cache(lambda: weights.load("vae", config.weights, device=device))
+    vae_config = weights.config("vae", config.weights)
+    side = config.image_size // 8
+    latents, readable = data.cached_images(
+        cache,
+        "latents",
+        pairs,
+        {"model": weights.fingerprint("vae", config.weights)},
+        config.image_size,
+        (vae_config.embed_dim, side, side),
+        np.float16,
+        torch.no_grad()(lambda images: vae().encode(images.to(device)) * vae_config.scale_factor),
+        batch_size=32,
+        workers=config.workers,
+    )
+    if config.captions:
+        captions = data.read_captions(Path(config.captions), pairs)
+    else:
+        log.info("captions: none given, the U-Net's cross-attention reads the empty text")
+        captions = [""] * len(pairs)
+    text = functools.cache(lambda: weights.load("clip-text", config.weights, device=device))
+    tokenizer = functools.cache(lambda: weights.load_tokenizer(config.weights))
+    contexts = Shared(
+        *data.cached_texts(
+            cache,
+            "captions",
+            captions,
+            {"model": weights.fingerprint("clip-text", config.weights)},
+            (77, weights.config("clip-text", config.weights).hidden_size),
+            np.float16,
+            torch.no_grad()(lambda texts: text()(tokenizer()(texts).to(device))),
+            batch_size=32,
+        )
+    )
+    splits = {name: rows[readable[rows]] for name, rows in splits.items()}
+    for name, rows in splits.items():
+        if not len(rows):
+            raise data.DataError(f"{path}: no readable image is left for {name}; give more pairs")
+    log.info("pairs: %s", ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items()))
+    digest = hashlib.sha256("\n".join(pairs.prompts).encode())
+    for rows in splits.values():
+        digest.update(rows.tobytes())
+    return Prepared(pairs, splits, targets, latents, contexts, digest.hexdigest())
+
+
+class Samples(Dataset):
+    """Rows of the caches as tensors: latents, caption states, target, vocabulary targets, and the row
+    number."""
+
+    def __init__(self, prepared: Prepared, rows: np.ndarray, vocabulary: Vocabulary):
+        self.prepared, self.rows, self.vocabulary = prepared, rows, vocabulary
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        p, row = self.prepared, int(self.rows[i])
+        return (
+            torch.from_numpy(p.latents[row].astype(np.float32)),
+            torch.from_numpy(p.contexts[row].astype(np.float32)),
+            torch.from_numpy(p.targets[row].astype(np.float32)),
+            self.vocabulary.targets([p.pairs.prompts[row]])[0],
+            row,
+        )
+
+
+def input_batches(samples: Samples, device: str, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """The backbone's inputs in order, for `reverse_sd.predict`."""
+    for latents, context, *_ in DataLoader(samples, batch_size):
+        yield latents.to(device), context.to(device)
+
+
+# ============================================================================================================
+# Processes, checkpoints
+# ============================================================================================================
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started; alone without it."""
+
+    rank: int
+    world: int
+    device: str
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise data.DataError(
+            f"--device {device}: not available here ({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Process]:
+    """Join torchrun's processes (gloo on CPUs, nccl on GPUs), and leave them in the end."""
+    device = resolve_device(device)
+    if "RANK" not in os.environ:
+        yield Process(0, 1, device)
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    from datetime import timedelta
+
+    # The first process may fill the caches for hours while the others wait.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors beside `path`, bring them to the disk, and rename: the file is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class Checkpoint:
+    """last/: the tensors of one step in a file named after it, and state.json, whose renaming makes them
+    count.
+
+    A process killed at any moment leaves either the former state.json with its tensors or the new one with
+    its own.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def save(self, state: dict, tensors: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"step-{state['step']:08d}.safetensors"
+        save_tensors(self.folder / name, tensors)
+        data.atomic_write(self.folder / "state.json", json.dumps(state | {"tensors": name}, indent=1))
+        for other in self.folder.glob("step-*"):
+            if other.name != name:
+                other.unlink()
+
+    def load(self) -> tuple[dict, dict[str, Tensor]] | None:
+        """The last complete checkpoint, or None where there is none yet."""
+        if not (self.folder / "state.json").exists():
+            return None
+        try:
+            state = json.loads((self.folder / "state.json").read_text())
+            return state, load_file(self.folder / state["tensors"])
+        except Exception as error:
+            raise data.DataError(
+                f"{self.folder}: the checkpoint cannot be read ({error}); remove it to start the run again"
+            ) from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """Adam's moments and step counts under the names of their parameters."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{slot}.{names[i]}": value for i, slots in state.items() for slot, value in slots.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    slots = optimizer.state_dict()
+    slots["state"] = {
+        i: {slot: tensors[f"optimizer.{slot}.{name}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
+        for i, name in enumerate(names)
+    }
+    optimizer.load_state_dict(slots)
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    return {"rng.cpu": torch.get_rng_state()} | (
+        {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    )
+
+
+def load_rng(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+# ============================================================================================================
+# The loop
+# ============================================================================================================
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Linear warm-up, then a cosine from `lr` to 0 at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, total - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The samples of each optimizer step of an epoch: a shuffle that depends on the seed and the epoch
+    alone."""
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    return [order[start : start + batch_size] for start in range(0, n, batch_size)]
+
+
+def build_regressor(config: TrainConfig, n_words: int) -> Regressor:
+    """The pretrained backbone with new heads, whose initial weights depend on the seed."""
+    unet = weights.load("unet-encoder", config.weights)
+    unet.checkpointing = config.activation_checkpointing
+    torch.manual_seed(config.seed)
+    return Regressor(UNetFeatures(unet), unet.width, n_words, config.heads)
+
+
+class Trainer:
+    """Holds what one step needs; `fit` is the loop."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, process: Process, prepared: Prepared, vocabulary: Vocabulary
+    ):
+        self.config, self.folder, self.process, self.prepared = config, folder, process, prepared
+        self.regressor = build_regressor(config, len(vocabulary)).to(process.device)
+        self.names = [name for name, _ in self.regressor.named_parameters()]
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        self.optimizer = kind(
+            self.regressor.parameters(),
+            lr=config.lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+        )
+        bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and process.device.startswith("cuda")
+        )
+        self.autocast = functools.partial(
+            torch.autocast, process.device.split(":")[0], dtype=torch.bfloat16, enabled=bf16
+        )
+        self.model: nn.Module = torch.compile(self.regressor) if config.compile else self.regressor
+        if process.world > 1:
+            self.model = DistributedDataParallel(self.model)
+        self.train_samples = Samples(prepared, prepared.splits["train"], vocabulary)
+        self.val_samples = Samples(prepared, prepared.splits["val"], vocabulary)
+        self.steps_per_epoch = math.ceil(len(self.train_samples) / config.batch_size)
+        self.total = self.steps_per_epoch * config.epochs
+        self.step, self.best, self.stopping = 0, -math.inf, False
+        self.checkpoint = Checkpoint(folder / "last")
+
+    # -- one optimizer step ------------------------------------------------
+
+    def train_step(self, batch: list[Tensor], batch_size: int) -> dict[str, float]:
+        """One step on this process's share of a batch of `batch_size` samples; returns the losses' means
+        over it all.
+
+        Each part's loss is the sum over its samples divided by the size of the whole batch, so that neither
+        the number of processes nor of parts changes the gradient.
+        """
+        lr = learning_rate(self.config, self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(3)  # 1 - cosine, vocabulary, joint
+        parts = list(zip(*(t.chunk(self.config.accumulate) for t in batch), strict=True))
+        for k, (latents, context, target, words, weight) in enumerate(parts):
+            last = k == len(parts) - 1
+            sync = contextlib.nullcontext() if last or self.process.world == 1 else self.model.no_sync()
+            with sync:
+                with self.autocast():
+                    prediction = self.model(latents, context)
+                cosine = cosine_loss(prediction.embedding.float(), target)  # (1)
+                vocabulary = torch.zeros_like(cosine)
+                if prediction.logits is not None:
+                    vocabulary = vocabulary_loss(prediction.logits.float(), words)  # (2), (3)
+                loss = joint_loss(cosine, vocabulary, self.config.mlc_weight)  # (4)
+                # DistributedDataParallel averages gradients over processes; this undoes it.
+                ((loss * weight).sum() * self.process.world / batch_size).backward()
+            sums += torch.stack([(x.detach() * weight).sum() for x in (cosine, vocabulary, loss)]).cpu()
+        norm = nn.utils.clip_grad_norm_(self.regressor.parameters(), self.config.clip_norm or math.inf)
+        if self.process.world > 1:
+            dist.all_reduce(sums if self.process.device == "cpu" else (sums := sums.to(self.process.device)))
+        means = (sums / batch_size).tolist()
+        if not math.isfinite(means[2]) or not math.isfinite(norm):
+            raise data.DataError(
+                f"{self.folder}: the loss is not finite at step {self.step}; start a new run with a lower "
+                f"--lr (this one: {self.config.lr:g}); the last checkpoint is kept"
+            )
+        self.optimizer.step()
+        self.step += 1
+        return {"cosine": 1 - means[0], "vocabulary_loss": means[1], "loss": means[2], "lr": lr}
+
+    def loader(self, epoch: int, done: int) -> DataLoader:
+        """This process's share of the epoch's batches, but for the first `done`."""
+        batches = epoch_batches(len(self.train_samples), self.config.batch_size, self.config.seed, epoch)[
+            done:
+        ]
+        rank, world = self.process.rank, self.process.world
+        return DataLoader(self.train_samples, batch_sampler=[share(b, rank, world) for b in batches])
+
+    # -- validation ------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean cosine over the validation pairs, each process taking its share."""
+        self.regressor.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        subset = torch.utils.data.Subset(
+            self.val_samples, range(self.process.rank, len(self.val_samples), self.process.world)
+        )
+        for latents, context, target, *_ in DataLoader(subset, 256):
+            with self.autocast():
+                embedding = self.regressor(
+                    latents.to(self.process.device), context.to(self.process.device)
+                ).embedding
+            cosine = 1 - cosine_loss(embedding.float(), target.to(self.process.device))
+            total += torch.tensor([cosine.double().sum().item(), len(cosine)], dtype=torch.float64)
+        self.regressor.train()
+        if self.process.world > 1:
+            total = total.to(self.process.device)
+            dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    # -- state ------------------------------------------------
+
+    def save(self) -> None:
+        if not self.process.first:
+            return
+        tensors = {f"model.{name}": value for name, value in self.regressor.state_dict().items()}
+        tensors |= optimizer_tensors(self.optimizer, self.names) | rng_tensors()
+        state = {
+            "step": self.step,
+            "total": self.total,
+            "best": self.best if math.isfinite(self.best) else None,
+            "data": self.prepared.fingerprint,
+        }
+        self.checkpoint.save(state, tensors)
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint, if there is one, and forget what was logged after it."""
+        if (found := self.checkpoint.load()) is None:
+            return
+        state, tensors = found
+        if state["data"] != self.prepared.fingerprint:
+            raise data.DataError(
+                f"{self.config.data}: the pairs are not those that {self.folder} was trained on; put them "
+                "back, or start a new run"
+            )
+        weights.load_strict(
+            self.regressor,
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")},
+        )
+        self.regressor.to(self.process.device)
+        load_optimizer(self.optimizer, self.names, tensors)
+        load_rng(tensors)
+        self.step, self.best = state["step"], -math.inf if state["best"] is None else state["best"]
+        if self.process.first and (self.folder / "log.jsonl").exists():
+            lines = (self.folder / "log.jsonl").read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            data.atomic_write(self.folder / "log.jsonl", "".join(kept))
+        log.info("resumed at step %d of %d", self.step, self.total)
+
+    # -- the loop ------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the last step. Ctrl-C saves a checkpoint first; kill -9 loses what came after the last
+        one."""
+        config, process = self.config, self.process
+        self.restore()
+        self.regressor.train()
+        bar = tqdm(total=self.total, initial=self.step, desc="train", unit="step", disable=not process.first)
+        with (
+            (self.folder / "log.jsonl").open("a") if process.first else open(os.devnull, "w") as log_file,
+            bar,
+        ):
+
+            def record(**entry: float) -> None:
+                log_file.write(json.dumps({"step": self.step} | entry) + "\n")
+                log_file.flush()
+
+            with self.stop_between_steps():
+                for epoch in range(self.step // self.steps_per_epoch, config.epochs):
+                    done = self.step - epoch * self.steps_per_epoch
+                    started = time.perf_counter()
+                    for batch in self.loader(epoch, done):
+                        size = min(config.batch_size, len(self.train_samples) - done * config.batch_size)
+                        terms = self.train_step(self.on_device(batch, size), size)
+                        now = time.perf_counter()
+                        record(epoch=epoch, **terms, images_per_second=size / (now - started))
+                        started, done = now, done + 1
+                        bar.update()
+                        bar.set_postfix(cosine=f"{terms['cosine']:.3f}", val=f"{self.best:.3f}")
+                        # The end of an epoch is saved below, after its validation.
+                        if self.stopping or (
+                            self.step % config.checkpoint_every == 0 and done < self.steps_per_epoch
+                        ):
+                            self.save()
+                        if self.stopping:
+                            raise KeyboardInterrupt
+                    self.end_epoch(epoch, record)
+
+    @contextlib.contextmanager
+    def stop_between_steps(self) -> Iterator[None]:
+        """Let the first Ctrl-C or SIGTERM wait for the step under way, whose half would be no state to
+        resume from."""
+
+        def request_stop(*_: object) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+
+        former = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def end_epoch(self, epoch: int, record: typing.Callable) -> None:
+        cosine = self.validate()
+        record(epoch=epoch, val_cosine=cosine)
+        if cosine > self.best:
+            self.best = cosine
+            if self.process.first:
+                save_tensors(self.folder / "model.safetensors", self.regressor.state_dict())
+        self.save()
+
+    def on_device(self, batch: list[Tensor], size: int) -> list[Tensor]:
+        """The batch on the device, with each sample's weight in the loss in place of its row number."""
+        *tensors, rows = batch
+        weight = torch.ones(len(rows))
+        if self.process.rank >= size:  # a last batch with fewer samples than processes: see `share`
+            weight.zero_()
+        return [t.to(self.process.device, non_blocking=True) for t in (*tensors, weight)]
+
+
+def share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """A process's share of a batch. One left empty-handed computes the first sample too, with weight 0."""
+    part = batch[rank::world]
+    return part if len(part) else batch[:1]
+
+
+# ============================================================================================================
+# Command line
+# ============================================================================================================
+
+
+def new_folder(config: TrainConfig, out: Path | None) -> Path:
+    """The folder of a new run; never one that holds another run."""
+    if out is not None:
+        if (out / "config.json").exists():
+            raise data.DataError(
+                f"{out}: holds a run already; go on with it by --resume {out}, or give another --out"
+            )
+        return out
+    name = f"{config.backbone}-{Path(config.data).resolve().name}-seed{config.seed}"
+    taken = [path for path in (Path("runs") / name, *Path("runs").glob(f"{name}-*")) if path.exists()]
+    return Path("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
+
+
+def saved_fields(folder: Path) -> dict[str, typing.Any]:
+    """The fields of TrainConfig as a run's folder states them."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise data.DataError(
+            f"{folder}: not a run of train.py ({error}); give the folder that it wrote"
+        ) from error
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    return {name: value for name, value in saved.items() if name in fields}
+
+
+def run(given: dict[str, typing.Any], out: Path | None, resume: Path | None) -> Path:
+    """Train a new run or resume one, evaluate it on the test pairs, and return its folder."""
+    started = time.time()
+    if resume:
+        config = TrainConfig(**saved_fields(resume) | given)
+    else:
+        config = resolve(TrainConfig(**given))
+    with process_group(config.device) as process:
+        logging.getLogger().setLevel(logging.INFO if process.first else logging.ERROR)
+        folder = resume or new_folder(config, out)
+        if process.world > 1:
+            shared = [str(folder)]
+            dist.broadcast_object_list(shared, src=0)
+            folder = Path(shared[0])
+        if process.first:
+            log.info("run: %s on %s", folder, process.device)
+            prepared = prepare(config, process.device)
+        if process.world > 1:
+            dist.barrier()
+            if not process.first:
+                prepared = prepare(config, process.device)
+        vocabulary = Vocabulary.of(
+            (prepared.pairs.prompts[i] for i in prepared.splits["train"]), config.words
+        )
+        if process.first and not resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            data.atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
+            model = dataclasses.asdict(weights.config("unet-encoder", config.weights))
+            data.atomic_write(
+                folder / "config.json",
+                json.dumps(dataclasses.asdict(config) | {"model": model}, indent=1) + "\n",
+            )
+        if process.world > 1:
+            dist.barrier()
+        Trainer(config, folder, process, prepared, vocabulary).fit()
+        if process.first:
+            from eval import evaluate  # eval.py reads what this file prepares
+
+            evaluate(folder, prepared, process.device, seconds=time.time() - started)
+    return folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    given, out, resume = parse_args(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        run(given, out, resume)
+    except (data.DataError, weights.WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nstopped; what was computed is kept. Go on with: python train.py --resume RUN", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
