@@ -166,6 +166,7 @@ IMAGE_SUFFIXES = frozenset((".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".
 IMAGE_KEYS = ("file_name", "image", "path", "filename", "name")
 TEXT_KEYS = ("text", "prompt", "caption", "p")
 COLUMNS = f"the image ({', '.join(IMAGE_KEYS)}) and the prompt ({', '.join(TEXT_KEYS)})"
+OUTSIDE = "the name leaves the archive"
 
 
 def read_pairs(path: str | Path) -> Pairs:
@@ -279,9 +280,6 @@ def _read_part(part: Path, members: list[str], listing: str, content: bytes, blu
         suffix = PurePosixPath(member).suffix.lower()
         if member not in listed and suffix in IMAGE_SUFFIXES and "__MACOSX" not in member:
             found.skip(spot + member, "not in the JSON" if _is_safe(member) else OUTSIDE)
-
-
-OUTSIDE = "the name leaves the archive"
 
 
 def _is_safe(name: str) -> bool:

@@ -583,11 +583,10 @@ class Trainer:
                 f"{self.config.data}: the pairs are not those that {self.folder} was trained on; put them "
                 "back, or start a new run"
             )
-        weights.load_strict(
-            self.regressor,
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")},
+        # Copied into the parameters that the optimizer holds, not put in their place.
+        self.regressor.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         )
-        self.regressor.to(self.process.device)
         load_optimizer(self.optimizer, self.names, tensors)
         load_rng(tensors)
         self.step, self.best = state["step"], -math.inf if state["best"] is None else state["best"]

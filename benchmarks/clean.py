@@ -2,9 +2,9 @@
 
     python benchmarks/clean.py [--prompts 2000000]
 
-DiffusionDB's prompts are not here, so prompts are made by cutting real ones (../shared/data/prompts, where it is; a
-little grammar elsewhere) at their commas and joining pieces of several, with some exact and near repetitions, empty
-and foreign ones, in about the shares of DiffusionDB 2M, of which the paper keeps 36 %.
+DiffusionDB's two million are not here, so prompts are made: real ones (../shared/data/prompts, if there; a
+little grammar otherwise) are cut at their commas and pieces of several joined, with exact and near repeats,
+empty and foreign ones, in such shares that about a third is kept, as in the paper.
 """
 
 from __future__ import annotations
@@ -28,14 +28,31 @@ def pieces() -> list[str]:
     """Phrases between commas, of real prompts or of a grammar."""
     if REAL.exists():
         return [piece.strip() for line in REAL.read_text("utf-8").splitlines() for piece in line.split(",")]
-    subjects = ["a portrait of an old wizard", "a castle on a hill", "a robot in the rain", "a cat with wings"]
-    places = ["in a dark forest", "by the sea at night", "under two moons", "in a neon city", "on a frozen lake"]
-    styles = ["highly detailed", "trending on artstation", "octane render", "oil on canvas", "by greg rutkowski"]
+    subjects = [
+        "a portrait of an old wizard",
+        "a castle on a hill",
+        "a robot in the rain",
+        "a cat with wings",
+    ]
+    places = [
+        "in a dark forest",
+        "by the sea at night",
+        "under two moons",
+        "in a neon city",
+        "on a frozen lake",
+    ]
+    styles = [
+        "highly detailed",
+        "trending on artstation",
+        "octane render",
+        "oil on canvas",
+        "by greg rutkowski",
+    ]
     return [f"{s} {p} no. {k}" for s in subjects for p in places for k in range(500)] + styles * 1000
 
 
 def synthetic(n: int, seed: int = 0) -> list[str]:
-    """n prompts: 40 % new, 45 % earlier ones again, 11 % an earlier one's beginning or end, 4 % that must go."""
+    """n prompts: 40 % new, 45 % earlier ones again, 11 % sharing an end or beginning, 4 % to drop."""
     choice, number = random.Random(seed), random.Random(seed + 1).random
     phrases, prompts = pieces(), []
     for k in range(n):
@@ -43,7 +60,7 @@ def synthetic(n: int, seed: int = 0) -> list[str]:
         if kind < 0.40:
             prompts.append(", ".join(choice.choices(phrases, k=choice.randint(1, 9))))
         elif kind < 0.85:
-            prompts.append(prompts[choice.randrange(k)] + " " * choice.randrange(2))
+            prompts.append(prompts[choice.randrange(k)] + " " * choice.randint(1, 2))
         elif kind < 0.96:
             earlier, piece = prompts[choice.randrange(k)], choice.choice(phrases)
             prompts.append(f"{earlier}, {piece}" if kind < 0.93 else f"{piece}, {earlier}")
@@ -53,19 +70,21 @@ def synthetic(n: int, seed: int = 0) -> list[str]:
 
 
 def peak_mb() -> float:
-    scale = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def hashed(prompts: list[str]) -> int:
-    """The other way: sets of 64-bit hashes of the 50 characters. Faster or smaller? And it may drop one wrongly."""
+    """The other way, for comparison: sets of 64-bit hashes, which may drop a prompt wrongly."""
     from hashlib import blake2b
 
     heads, tails, kept = set(), set(), 0
     for prompt in (p.strip() for p in prompts):
         if prompt and prompt.isascii():
-            head, tail = (int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
-                          for text in (prompt[:SHARED_CHARACTERS], prompt[-SHARED_CHARACTERS:]))
+            head, tail = (
+                int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+                for text in (prompt[:SHARED_CHARACTERS], prompt[-SHARED_CHARACTERS:])
+            )
             if head not in heads and tail not in tails:
                 heads.add(head)
                 tails.add(tail)
@@ -76,7 +95,9 @@ def hashed(prompts: list[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=2_000_000)
-    parser.add_argument("--hashed", action="store_true", help="time sets of 64-bit hashes instead, for comparison")
+    parser.add_argument(
+        "--hashed", action="store_true", help="time sets of 64-bit hashes instead, for comparison"
+    )
     args = parser.parse_args()
     prompts = synthetic(args.prompts)
     before, start = peak_mb(), time.perf_counter()

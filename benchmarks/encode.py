@@ -32,7 +32,7 @@ def main() -> None:
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()[: args.n]
 
     ours = weights.load("minilm")
-    folder = weights.where("minilm")
+    folder = weights.resolve("minilm")
     transformer = Transformer(str(folder), max_seq_length=256)
     pooling = Pooling(transformer.get_word_embedding_dimension(), pooling_mode="mean")
     theirs = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")

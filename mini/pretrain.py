@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from torch import Tensor
 from tqdm import tqdm
 
@@ -58,7 +59,7 @@ def train_tokenizer(parts: int) -> None:
     """Learn CLIP's kind of vocabulary (256 bytes, the same at a word's end, merges, two specials) from mini
     prompts."""
     size = clip.CONFIGS["sd-mini"].vocab_size
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -68,9 +69,7 @@ def train_tokenizer(parts: int) -> None:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 2 - 2 * len(alphabet), end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False)
     tokenizer.train_from_iterator(read_pairs(training_scenes(parts)).prompts, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
@@ -79,6 +78,7 @@ def train_tokenizer(parts: int) -> None:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [pair for pair in merges if pair[0] + pair[1] in vocabulary]
     folder = FOLDER / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "vocab.json", json.dumps(vocabulary))
     atomic_write(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     settings = {
@@ -230,6 +230,7 @@ def vae_quality(model: vae.VAE, held_out: Tensor) -> dict:
 def write_vae(model: vae.VAE, config: vae.VAEConfig) -> None:
     """Write mini/sd-mini/vae as diffusers would: config.json and half-precision safetensors under its
     names."""
+    (FOLDER / "vae").mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half().contiguous() for k, v in weights.from_home("vae", model.state_dict()).items()}
     atomic_write(
         FOLDER / "vae" / "diffusion_pytorch_model.safetensors", save(tensors, metadata={"format": "pt"})

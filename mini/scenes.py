@@ -3,10 +3,10 @@
     python -m mini.scenes --sheet sheet.png          look at 64 of them
     python -m mini.scenes --build FOLDER             write 8,000 of them as DiffusionDB parts
 
-A Scene holds what its prompt says and what its picture shows. The two differ where words were left undrawn, on
-purpose, as Stable Diffusion leaves out words: label noise whose truth is known. The file reads from top to bottom:
-the words, the scene and how it is sampled, how it is said, the pen, the subjects, the materials, the places,
-the light, the styles, the picture, the DiffusionDB parts.
+A Scene holds what its prompt says and what its picture shows. The two differ where words were left undrawn,
+on purpose, as Stable Diffusion leaves out words: label noise whose truth is known. The file reads from top to
+bottom: the words, the scene and how it is sampled, how it is said, the pen, the subjects, the materials, the
+places, the light, the styles, the picture, the DiffusionDB parts.
 """
 
 import argparse
@@ -33,23 +33,26 @@ from data import atomic_write, clean
 
 VERSION = 1                    # part of every image's name: raise it when words or drawings change
 OVERSAMPLE = 3                 # pictures are drawn three times as large and averaged down
-NOISE = (0.30, 2.20)           # Beta(a, b) of a sample's noise level: mean 0.12, most near 0, a few above one half
+NOISE = (0.30, 2.20)           # Beta(a, b) of a sample's noise level: mean 0.12, most near 0, a few above 0.5
 
-# ------------------------------------------------------------------------------------------------------ the words
-# What can be drawn, and the words that may say it, separated by "|". Words before a "*" only lead up to the word.
-# Within a table no word says two things, so a prompt's words name its picture.
+# -------------------------------------------------------------------------------------------------- the words
+# What can be drawn, and the words that may say it, separated by "|". What stands before a "*" only leads up
+# to the word. Within a table no word says two things, so a prompt's words name its picture.
 
 SUBJECTS = {
     "star": "star", "moon": "moon|crescent moon", "cat": "cat|kitten", "fish": "fish|goldfish",
     "tree": "tree|oak", "house": "house|cottage", "boat": "boat|sailboat", "flower": "flower|daisy",
     "mushroom": "mushroom|toadstool", "cactus": "cactus|saguaro", "castle": "castle|fortress",
     "heart": "heart", "cup": "cup|mug", "umbrella": "umbrella|parasol", "balloon": "balloon|hot air balloon",
-    "rocket": "rocket|spaceship", "bird": "bird|sparrow", "butterfly": "butterfly|moth", "crown": "crown|tiara",
-    "key": "key", "lantern": "lantern|lamp", "apple": "apple", "robot": "robot|android",
-    "snowman": "snowman", "owl": "owl", "whale": "whale", "car": "car|automobile", "ghost": "ghost|phantom",
+    "rocket": "rocket|spaceship", "bird": "bird|sparrow", "butterfly": "butterfly|moth",
+    "crown": "crown|tiara", "key": "key", "lantern": "lantern|lamp", "apple": "apple",
+    "robot": "robot|android", "snowman": "snowman", "owl": "owl", "whale": "whale", "car": "car|automobile",
+    "ghost": "ghost|phantom",
 }
-PLURALS = {"fish": "fish", "goldfish": "goldfish", "cactus": "cacti", "snowman": "snowmen", "butterfly": "butterflies",
-           "fortress": "fortresses"}
+PLURALS = {
+    "fish": "fish", "goldfish": "goldfish", "cactus": "cacti", "snowman": "snowmen", "daisy": "daisies",
+    "butterfly": "butterflies", "fortress": "fortresses",
+}
 COLOURS = {
     "red": "red|crimson|scarlet", "orange": "orange|tangerine", "yellow": "yellow|golden|lemon yellow",
     "green": "green|emerald", "turquoise": "turquoise|teal|cyan", "blue": "blue|azure|cobalt blue",
@@ -62,10 +65,14 @@ MATERIALS = {
     "glow": "glowing|luminous", "paper": "origami|folded paper", "stone": "stone|marble",
 }
 COUNTS = {2: "two|a pair of", 3: "three", 4: "four", 5: "five"}
-RELATIONS = {"left": "to the *left of", "right": "to the *right of", "above": "above", "below": "below|underneath",
-             "front": "in *front of", "behind": "behind"}
-POSITIONS = {"left": "on the *left", "right": "on the *right", "corner": "in the *corner", "close": "*close - up",
-             "far": "in the *distance"}
+RELATIONS = {
+    "left": "to the *left of", "right": "to the *right of", "above": "above", "below": "below|underneath",
+    "front": "in *front of", "behind": "behind",
+}
+POSITIONS = {
+    "left": "on the *left", "right": "on the *right", "corner": "in the *corner", "close": "*close - up",
+    "far": "in the *distance",
+}
 PLACES = {
     "snow": "in a *snowy field|in the *snow|on the *frozen tundra",
     "desert": "in the *desert|among *sand dunes|in the *sahara",
@@ -83,7 +90,8 @@ PLACES = {
     "lake": "by a *lake|beside a *calm pond",
 }
 LIGHTS = {
-    "rain": "in the *rain|on a *rainy day|in a *downpour", "fog": "in thick *fog|in the *mist|on a *foggy morning",
+    "rain": "in the *rain|on a *rainy day|in a *downpour",
+    "fog": "in thick *fog|in the *mist|on a *foggy morning",
     "sunset": "at *sunset|at *dusk", "sunrise": "at *sunrise|at *dawn",
     "night": "at *night|under a *starry sky|at *midnight", "storm": "in a *thunderstorm|under *lightning",
     "snowfall": "in falling *snow flakes|in a *blizzard|during *snowfall", "rainbow": "under a *rainbow",
@@ -92,19 +100,23 @@ LIGHTS = {
     "candle": "in *candlelight|in warm *firelight", "clouds": "under *fluffy clouds|under a *cloudy sky",
 }
 STYLES = {
-    "watercolor": "watercolor painting|aquarelle|watercolor", "pixel": "pixel art|8 - bit pixel art|retro game sprite",
-    "sketch": "pencil sketch|pencil drawing|graphite drawing", "oil": "oil painting|impasto painting|oil on canvas",
+    "watercolor": "watercolor painting|aquarelle|watercolor",
+    "pixel": "pixel art|8 - bit pixel art|retro game sprite",
+    "sketch": "pencil sketch|pencil drawing|graphite drawing",
+    "oil": "oil painting|impasto painting|oil on canvas",
     "woodcut": "woodcut|linocut|block print", "neon": "neon sign|neon art|synthwave art",
-    "pastel": "pastel drawing|chalk drawing|soft pastel art", "lowpoly": "low poly render|low poly art|polygonal art",
+    "pastel": "pastel drawing|chalk drawing|soft pastel art",
+    "lowpoly": "low poly render|low poly art|polygonal art",
     "glass": "stained glass|stained glass window|cathedral window",
     "comic": "comic book panel|pop art|halftone print", "blueprint": "blueprint|technical drawing|cyanotype",
-    "mosaic": "mosaic|tile mosaic|roman mosaic", "vintage": "vintage photograph|old photograph|sepia photograph",
+    "mosaic": "mosaic|tile mosaic|roman mosaic",
+    "vintage": "vintage photograph|old photograph|sepia photograph",
     "stitch": "cross stitch|embroidery|needlework",
 }
 MASS_NOUNS = ("art", "canvas", "glass", "stitch", "embroidery", "needlework")        # no "a" before these
 # what real prompts are full of and no picture shows
-BOILERPLATE = ("highly detailed|trending on artstation|8 k|sharp focus|intricate|masterpiece|award winning|4 k"
-               "|concept art|beautiful composition|very detailed|hd|artstation hq|stunning").split("|")
+BOILERPLATE = ("highly detailed|trending on artstation|8 k|sharp focus|intricate|masterpiece|award winning"
+               "|4 k|concept art|beautiful composition|very detailed|hd|artstation hq|stunning").split("|")
 INDOORS = ("space", "cave", "underwater", "room")                     # no sky: only these lights reach in
 EVERYWHERE = ("rays", "candle")
 
@@ -115,12 +127,12 @@ def words_of(table: dict, key) -> list[tuple[str, str]]:
 
 
 def distinct_prompts() -> int:
-    """A lower bound of the number of distinct prompts: one thing, one of each kind of word, one sentence form."""
+    """A lower bound of the number of distinct prompts: one thing, in one form of sentence."""
     tables = (SUBJECTS, COLOURS, MATERIALS, PLACES, STYLES)
     return math.prod(sum(len(words_of(table, key)) for key in table) for table in tables)
 
 
-# ------------------------------------------------------------------------------------------------------ the scene
+# -------------------------------------------------------------------------------------------------- the scene
 @dataclass(frozen=True)
 class Thing:
     """One kind of thing: keys of SUBJECTS, COLOURS, MATERIALS; None where nothing is said."""
@@ -143,8 +155,11 @@ class View:
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt and its picture. `words` are the prompt's content words (some of two or three words, each as it
-    stands in the prompt), `undrawn` those of them that the picture does not show, `seed` fixes the jitter."""
+    """A prompt and its picture.
+
+    `words` are its content words, each as it stands in the prompt (some, as "stained glass", are two
+    or more), `undrawn` those of them that the picture does not show. `seed` fixes the jitter of the drawing.
+    """
     prompt: str
     words: tuple[str, ...]
     undrawn: tuple[str, ...]
@@ -218,19 +233,20 @@ def undraw(said: View, lost: set[str], rng: np.random.Generator) -> tuple[View, 
     if "position" in lost:
         drawn = replace(drawn, position=pick(rng, [None, *POSITIONS], [said.position]))
     if "light" in lost:
-        drawn = replace(drawn, light=pick(rng, [None, *(EVERYWHERE if said.place in INDOORS else LIGHTS)], [said.light]))
+        lights = EVERYWHERE if said.place in INDOORS else LIGHTS
+        drawn = replace(drawn, light=pick(rng, [None, *lights], [said.light]))
     if "place" in lost:
         closed = () if drawn.light is None or drawn.light in EVERYWHERE else INDOORS
         drawn = replace(drawn, place=pick(rng, [None, *PLACES], [said.place, *closed]))
     if "style" in lost:
         drawn = replace(drawn, style=pick(rng, [None, *STYLES], [said.style]))
-    if "subject 1" in lost and rng.random() < 0.5:                    # not replaced but missing, with all that is said of it
+    if "subject 1" in lost and rng.random() < 0.5:                    # missing, with all its words
         drawn = replace(drawn, things=drawn.things[:1], relation=None)
         lost = lost | {"colour 1", "material 1", "relation"}
     return drawn, lost
 
 
-# -------------------------------------------------------------------------------------------------- how it is said
+# --------------------------------------------------------------------------------------------- how it is said
 def choose_words(view: View, rng: np.random.Generator) -> dict[str, tuple[str, str]]:
     """Slot -> (lead, word) for everything the view says, with synonyms chosen and plurals made."""
     spoken = {}
@@ -243,8 +259,8 @@ def choose_words(view: View, rng: np.random.Generator) -> dict[str, tuple[str, s
             spoken[f"material {i}"] = pick(rng, words_of(MATERIALS, thing.material))
         lead, word = pick(rng, words_of(SUBJECTS, thing.subject))
         spoken[f"subject {i}"] = (lead, PLURALS.get(word, word + "s") if view.count > 1 else word)
-    for slot, table in (("relation", RELATIONS), ("position", POSITIONS), ("place", PLACES), ("light", LIGHTS),
-                        ("style", STYLES)):
+    tables = {"relation": RELATIONS, "position": POSITIONS, "place": PLACES, "light": LIGHTS, "style": STYLES}
+    for slot, table in tables.items():
         if getattr(view, slot):
             spoken[slot] = pick(rng, words_of(table, getattr(view, slot)))
     return spoken
@@ -277,14 +293,14 @@ def say(spoken: dict[str, tuple[str, str]], rng: np.random.Generator) -> str:
     setting = [slot for slot in ("place", "light") if slot in spoken]
     if form < 0.5:                                                    # a cat in a forest at night, tags
         core = " ".join([core, *(phrases[slot] for slot in setting)])
-    elif form < 0.8:                                                  # a cat, forest, night, tags in any order
+    elif form < 0.8:                                                  # a cat, forest, tag, night in any order
         tags += [spoken[slot][1] for slot in setting]
     else:                                                             # at night in a forest, a cat, tags
         core = " ".join([phrases[slot] for slot in reversed(setting)]) + (", " if setting else "") + core
     return ", ".join([core, *(tags[i] for i in rng.permutation(len(tags)))])
 
 
-# --------------------------------------------------------------------------------------------------------- the pen
+# ---------------------------------------------------------------------------------------------------- the pen
 CREAM, INK, LEAF, BARK, GOLD = (250, 243, 224), (42, 36, 52), (92, 156, 78), (124, 84, 54), (250, 204, 84)
 SHADE = (36, 26, 62)                                                  # what shadows lean towards
 PAINT = {
@@ -299,44 +315,51 @@ def mix(a, b, share: float) -> tuple[int, int, int]:
     return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
 
 
-def ring(cx: float, cy: float, rx: float, ry: float, n: int = 24, start: float = 0.0, turn: float = 360.0) -> list:
-    """n + 1 points along an ellipse from `start` degrees through `turn`, clockwise as seen, 0 at the right."""
+def ring(cx: float, cy: float, rx: float, ry: float, n=24, start: float = 0, turn: float = 360) -> list:
+    """n + 1 points along an ellipse from `start` degrees through `turn`, clockwise, 0 at the right."""
     angles = [math.radians(start + turn * i / n) for i in range(n + 1)]
     return [(cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles]
 
 
 class Pen:
-    """Draws on an image in unit coordinates, (0, 0) upper left. Shapes in the pen's own tones `main`, `dark`
-    and `light` are marked in `own`, where the material will go; `glows` collects lights added at the end."""
+    """Draws on an image in unit coordinates, (0, 0) upper left.
 
-    def __init__(self, image: Image.Image, main=(0, 0, 0)):
-        self.image, self.n = image, image.width
-        self.draw = ImageDraw.Draw(image)
-        self.own = Image.new("L", image.size)
-        self.own_draw = ImageDraw.Draw(self.own)
-        self.main, self.light = main, mix(main, (255, 255, 255), 0.38)
-        self.dark = mix(main, SHADE, 0.38) if sum(main) > 240 else mix(main, (120, 116, 140), 0.3)
-        self.glows = []
+    With a colour `main`, shapes in its tones `main`, `dark` and `light` are marked in `own`; materials
+    go there. `glows` collects lights (x, y, radius, colour, strength), laid on when all else is drawn.
+    """
+
+    def __init__(self, image: Image.Image, main: tuple[int, int, int] | None = None):
+        self.image, self.n, self.glows = image, image.width, []
+        self.draws, self.tones = [ImageDraw.Draw(image)], ()
+        if main:
+            self.main, self.light = main, mix(main, (255, 255, 255), 0.38)
+            self.dark = mix(main, SHADE, 0.38) if sum(main) > 240 else mix(main, (120, 116, 140), 0.3)
+            self.tones = (self.main, self.dark, self.light)
+            self.own = Image.new("L", image.size)
+            self.draws.append(ImageDraw.Draw(self.own))
+
+    def inks(self, fill):
+        """Each canvas with the ink for it: the colour, and whether it is one of the pen's own tones."""
+        return zip(self.draws, (fill, 255 * (fill in self.tones)), strict=False)
 
     def poly(self, points, fill):
         points = [(x * self.n, y * self.n) for x, y in points]
-        self.draw.polygon(points, fill)
-        self.own_draw.polygon(points, 255 * (fill in (self.main, self.dark, self.light)))
+        for draw, ink in self.inks(fill):
+            draw.polygon(points, ink)
 
     def oval(self, cx, cy, rx, ry, fill):
         box = [(cx - rx) * self.n, (cy - ry) * self.n, (cx + rx) * self.n, (cy + ry) * self.n]
-        self.draw.ellipse(box, fill)
-        self.own_draw.ellipse(box, 255 * (fill in (self.main, self.dark, self.light)))
+        for draw, ink in self.inks(fill):
+            draw.ellipse(box, ink)
 
     def rect(self, x0, y0, x1, y1, fill):
         self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill)
 
     def line(self, points, width, fill):
         """A round-ended stroke, `width` in unit coordinates."""
-        pixels = [(x * self.n, y * self.n) for x, y in points]
-        wide, own = max(1, round(width * self.n)), 255 * (fill in (self.main, self.dark, self.light))
-        self.draw.line(pixels, fill, wide, "curve")
-        self.own_draw.line(pixels, own, wide, "curve")
+        pixels, wide = [(x * self.n, y * self.n) for x, y in points], max(1, round(width * self.n))
+        for draw, ink in self.inks(fill):
+            draw.line(pixels, ink, wide, "curve")
         if wide > 3:
             for x, y in (points[0], points[-1]):
                 self.oval(x, y, width / 2, width / 2, fill)
@@ -345,7 +368,17 @@ class Pen:
         self.glows.append((x, y, radius, colour, strength))
 
 
-# ---------------------------------------------------------------------------------------------------- the subjects
+def floats(image: Image.Image) -> np.ndarray:
+    """A picture as float32 (n, n, channels), 0 to 255."""
+    return np.asarray(image).astype(np.float32)
+
+
+def picture(pixels: np.ndarray) -> Image.Image:
+    """The picture of an array as `floats` gives it, clipped."""
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+# ----------------------------------------------------------------------------------------------- the subjects
 # One function a subject, in a unit square; what stands has its feet near y = 0.97.
 
 def draw_star(p: Pen):
@@ -470,8 +503,8 @@ def draw_castle(p: Pen):
 
 def draw_heart(p: Pen):
     turns = [math.tau * i / 48 for i in range(48)]
-    curve = [(math.sin(t) ** 3, (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
-             for t in turns]
+    waves = ((1, 13), (2, -5), (3, -2), (4, -1))
+    curve = [(math.sin(t) ** 3, sum(a * math.cos(k * t) for k, a in waves) / 16) for t in turns]
     p.poly([(.5 + .49 * x, .47 - .49 * y) for x, y in curve], p.dark)
     p.poly([(.49 + .44 * x, .45 - .44 * y) for x, y in curve], p.main)
     p.line(ring(.3, .34, .14, .14, 10, 180, 80), .06, CREAM)
@@ -490,9 +523,9 @@ def draw_cup(p: Pen):
 def draw_umbrella(p: Pen):
     p.line([(.5, .08), (.5, .84)] + ring(.6, .84, .1, .1, 10, 180, -180), .045, BARK)
     for i, left in enumerate((-.48, -.24, 0., .24)):
-        ribs = [[(.5 + x * math.cos(t), .52 - .44 * math.sin(t)) for t in np.linspace(0, math.pi / 2, 9).tolist()]
-                for x in (left, left + .24)]
-        p.poly(ribs[0] + ribs[1][::-1] + ring(.62 + left, .52, .12, .06, 8, 0, -180), p.main if i % 2 else p.light)
+        rib, next_rib = (ring(.5, .52, x, -.44, 8, 0, 90) for x in (left, left + .24))
+        hem = ring(.62 + left, .52, .12, .06, 8, 0, -180)
+        p.poly(rib + next_rib[::-1] + hem, p.main if i % 2 else p.light)
 
 
 def draw_balloon(p: Pen):
@@ -646,7 +679,8 @@ def draw_whale(p: Pen):
     p.oval(.84, .6, .04, .045, CREAM)
     p.oval(.845, .6, .025, .03, INK)
     for s in (-1, 1):
-        p.line([(.64, .34), (.64 + s * .04, .18), (.64 + s * .13, .1), (.64 + s * .18, .18)], .04, (196, 230, 248))
+        spout = [(.64, .34), (.64 + s * .04, .18), (.64 + s * .13, .1), (.64 + s * .18, .18)]
+        p.line(spout, .04, (196, 230, 248))
 
 
 def draw_car(p: Pen):
@@ -682,21 +716,23 @@ class Shape:
 
 SHAPES = {
     "star": Shape(draw_star, "yellow", True), "moon": Shape(draw_moon, "white", True),
-    "cat": Shape(draw_cat, "orange"), "fish": Shape(draw_fish, "orange", True), "tree": Shape(draw_tree, "green"),
-    "house": Shape(draw_house, "white"), "boat": Shape(draw_boat, "red"), "flower": Shape(draw_flower, "pink"),
-    "mushroom": Shape(draw_mushroom, "red"), "cactus": Shape(draw_cactus, "green"),
-    "castle": Shape(draw_castle, "grey"), "heart": Shape(draw_heart, "red", True), "cup": Shape(draw_cup, "white"),
+    "cat": Shape(draw_cat, "orange"), "fish": Shape(draw_fish, "orange", True),
+    "tree": Shape(draw_tree, "green"), "house": Shape(draw_house, "white"), "boat": Shape(draw_boat, "red"),
+    "flower": Shape(draw_flower, "pink"), "mushroom": Shape(draw_mushroom, "red"),
+    "cactus": Shape(draw_cactus, "green"), "castle": Shape(draw_castle, "grey"),
+    "heart": Shape(draw_heart, "red", True), "cup": Shape(draw_cup, "white"),
     "umbrella": Shape(draw_umbrella, "red", True), "balloon": Shape(draw_balloon, "red", True),
     "rocket": Shape(draw_rocket, "white", True), "bird": Shape(draw_bird, "blue"),
     "butterfly": Shape(draw_butterfly, "orange", True), "crown": Shape(draw_crown, "yellow", True),
     "key": Shape(draw_key, "yellow", True), "lantern": Shape(draw_lantern, "black"),
-    "apple": Shape(draw_apple, "red"), "robot": Shape(draw_robot, "grey"), "snowman": Shape(draw_snowman, "white"),
-    "owl": Shape(draw_owl, "brown"), "whale": Shape(draw_whale, "blue", True), "car": Shape(draw_car, "red"),
+    "apple": Shape(draw_apple, "red"), "robot": Shape(draw_robot, "grey"),
+    "snowman": Shape(draw_snowman, "white"), "owl": Shape(draw_owl, "brown"),
+    "whale": Shape(draw_whale, "blue", True), "car": Shape(draw_car, "red"),
     "ghost": Shape(draw_ghost, "white", True),
 }
 
 
-# --------------------------------------------------------------------------------------------------- the materials
+# ---------------------------------------------------------------------------------------------- the materials
 # Each paints rgb (n, n, 3) anew, given unit coordinates x, y (n, n) and a random phase.
 
 def blend(rgb, colour, share):
@@ -760,7 +796,8 @@ def paint_paper(rgb, x, y, phase):
 def paint_stone(rgb, x, y, phase):
     vein = np.abs(np.sin(7 * x + 4 * np.sin(5 * y + phase) + 3 * np.sin(9 * x - 4 * y)))
     grey = blend(rgb, (176, 172, 172), 0.5)
-    return blend(grey, 250, 0.25 * np.sin(11 * x * y + phase) + 0.1) * (0.62 + 0.38 * np.minimum(1, vein * 4))[..., None]
+    grey = blend(grey, 250, 0.25 * np.sin(11 * x * y + phase) + 0.1)
+    return grey * (0.62 + 0.38 * np.minimum(1, vein * 4))[..., None]
 
 
 MATERIAL_PAINT = {"wood": paint_wood, "metal": paint_metal, "glass": paint_glass, "stripes": paint_stripes,
@@ -783,26 +820,26 @@ def draw_thing(thing: Thing, n: int, tint, rng: np.random.Generator) -> tuple[Im
     pen = Pen(tile, paint)
     shape.draw(pen)
     x, y = unit_grid(n)
-    pixels = np.asarray(tile).astype(np.float32)
-    rgb, alpha, own = pixels[..., :3], pixels[..., 3], np.asarray(pen.own) > 0
+    pixels = floats(tile)                                             # (n, n, 4), painted in place
+    rgb, alpha = pixels[..., :3], pixels[..., 3]
     if thing.material:
-        painted = MATERIAL_PAINT[thing.material](rgb, x, y, float(rng.random()) * 6.28)
-        rgb = np.where(own[..., None], painted, rgb)
-    if thing.material != "glow":                                      # light falls from the upper left
-        rgb = rgb * (1.1 - 0.16 * x - 0.14 * y)[..., None] * np.asarray(tint, np.float32)
-    if thing.material == "glass":
-        alpha = np.where(own, alpha * 0.62, alpha)
+        own = np.asarray(pen.own) > 0
+        rgb[own] = MATERIAL_PAINT[thing.material](rgb, x, y, rng.random() * 6.28)[own]
+        if thing.material == "glass":
+            alpha[own] *= 0.62
     if thing.material == "glow":
         pen.glow(0.5, 0.5, 0.75, mix(paint, (255, 255, 255), 0.45), 0.8)
-    pixels = np.dstack([np.clip(rgb, 0, 255), alpha]).astype(np.uint8)
-    return Image.fromarray(pixels, "RGBA"), pen.glows
+    else:                                                             # light falls from the upper left
+        rgb *= (1.1 - 0.16 * x - 0.14 * y)[..., None] * np.asarray(tint, np.float32)
+    return picture(pixels), pen.glows
 
 
-# ------------------------------------------------------------------------------------------------------ the places
+# ------------------------------------------------------------------------------------------------- the places
 def gradient(n: int, *stops: tuple[float, tuple[int, int, int]]) -> Image.Image:
     """An n x n picture of colours between stops (y, colour) from top to bottom."""
     ys, colours = zip(*stops, strict=True)
-    rows = np.stack([np.interp(np.linspace(0, 1, n), ys, channel) for channel in zip(*colours, strict=True)], 1)
+    at = np.linspace(0, 1, n)
+    rows = np.stack([np.interp(at, ys, channel) for channel in zip(*colours, strict=True)], 1)
     return Image.fromarray(rows.round().astype(np.uint8)[:, None, :]).resize((n, n), Image.Resampling.NEAREST)
 
 
@@ -811,7 +848,8 @@ def ridge(rng, y: float, height: float, n: int = 6, rough: float = 0.0) -> list:
     phase, x = rng.random(3) * 6.28, np.linspace(0, 1, 48)
     wave = np.sin(n * x + phase[0]) * 0.6 + np.sin(2.3 * n * x + phase[1]) * 0.3
     if rough:
-        wave = wave * 0.5 + rough * (np.abs((x * n * 0.8 + phase[2]) % 2 - 1) * 2 - 1 + 0.35 * rng.standard_normal(48))
+        jags = np.abs((x * n * 0.8 + phase[2]) % 2 - 1) * 2 - 1 + 0.35 * rng.standard_normal(48)
+        wave = wave * 0.5 + rough * jags
     return [(0, 1.01), *zip(x.tolist(), (y - height * wave).tolist(), strict=True), (1, 1.01)]
 
 
@@ -827,14 +865,20 @@ def place_nowhere(p: Pen, rng):
     p.oval(.5, 1.08, .75, .3, mix(tint, SHADE, .08))
 
 
+def pine(p: Pen, x: float, y: float, size: float, tone, top_tone):
+    """A pine of three storeys with its foot at (x, y)."""
+    p.rect(x - size * .03, y - size * .12, x + size * .03, y + .05, mix(tone, BARK, .6))
+    for k in range(3):
+        top, wide = y - size * (1 - k * .24), size * (.13 + .06 * k)
+        low = top + size * .42
+        p.poly([(x, top), (x + wide, low), (x - wide, low)], mix(top_tone, tone, k / 2))
+
+
 def place_snow(p: Pen, rng):
     p.poly(ridge(rng, .52, .07, 7, .6), (176, 198, 226))
     ground(p, rng, .58, .04, (214, 228, 244), (248, 250, 255))
-    for x in rng.random(4):
-        y, s = .6 + .03 * float(rng.random()), .07 + .05 * float(rng.random())
-        for k in range(3):
-            p.poly([(x, y - s * (2 - k * .5)), (x + s * (.3 + k * .13), y - s * (.9 - k * .4)),
-                    (x - s * (.3 + k * .13), y - s * (.9 - k * .4))], (74, 116, 112) if k else (226, 236, 246))
+    for x in rng.random(4).tolist():
+        pine(p, x, .6 + rng.uniform(0, .03), rng.uniform(.16, .26), (74, 116, 112), (228, 238, 248))
 
 
 def place_desert(p: Pen, rng):
@@ -859,13 +903,8 @@ def place_forest(p: Pen, rng):
     for depth, (y, size) in enumerate(((.6, .3), (.66, .42), (.74, .58))):
         tone = mix((148, 188, 160), (36, 88, 66), depth / 2)
         for i in range(9 - 2 * depth):
-            x = (i + float(rng.random())) / (9 - 2 * depth)
-            s = size * (.8 + .4 * float(rng.random()))
-            for k in range(3):
-                top = y - s * (1 - k * .24)
-                p.poly([(x, top), (x + s * (.13 + .06 * k), top + s * .42), (x - s * (.13 + .06 * k), top + s * .42)],
-                       mix(tone, (255, 255, 255), .07 * (2 - k)))
-            p.rect(x - s * .03, y - s * .12, x + s * .03, y + .05, mix(tone, BARK, .6))
+            x = (i + rng.random()) / (9 - 2 * depth)
+            pine(p, x, y, size * rng.uniform(.8, 1.2), tone, mix(tone, (255, 255, 255), .14))
         p.poly(ridge(rng, y, .02), mix(tone, (120, 164, 84), .55))
 
 
@@ -873,8 +912,8 @@ def place_city(p: Pen, rng):
     for depth in range(2):
         tone, x = mix((150, 164, 190), (74, 84, 120), depth), -.03
         while x < 1:
-            wide, top = .1 + .09 * float(rng.random()), .12 + .24 * depth + .28 * float(rng.random())
-            p.rect(x, top, x + wide, .85, mix(tone, (110, 90, 130), .35 * float(rng.random())))
+            wide, top = .1 + .09 * rng.random(), .12 + .24 * depth + .28 * rng.random()
+            p.rect(x, top, x + wide, .85, mix(tone, (110, 90, 130), .35 * rng.random()))
             for wy in np.arange(top + .04, .76, .062).tolist():
                 for wx in np.arange(x + .02, x + wide - .025, .04).tolist():
                     if rng.random() < .55:
@@ -891,19 +930,20 @@ def place_city(p: Pen, rng):
 def place_meadow(p: Pen, rng):
     p.poly(ridge(rng, .56, .05, 5), (142, 192, 134))
     ground(p, rng, .62, .03, (138, 196, 96), (88, 160, 66))
-    for x, y in rng.random((46, 2)).tolist():
-        y = .64 + .35 * y
-        p.oval(x, y, .02 * y, .016 * y, pick(rng, [(250, 240, 240), (246, 190, 70), (236, 110, 130), (190, 130, 220)]))
+    petals = [(250, 240, 240), (246, 190, 70), (236, 110, 130), (190, 130, 220)]
+    for x, y in rng.uniform((0, .64), (1, .99), (46, 2)).tolist():
+        p.oval(x, y, .02 * y, .016 * y, pick(rng, petals))
 
 
 def place_mountains(p: Pen, rng):
     for y, tone, tall in ((.62, (150, 172, 204), .26), (.7, (96, 118, 160), .34)):
         for x in (np.array([.12, .5, .88]) + .16 * (rng.random(3) - .5)).tolist():
-            top, wide = y - tall * (.75 + .45 * float(rng.random())), .34
+            top, wide = y - tall * (.75 + .45 * rng.random()), .34
             p.poly([(x, top), (x + wide, y + .05), (x - wide, y + .05)], tone)
-            p.poly([(x, top), (x + wide, y + .05), (x + .06, y + .05), (x - .02, top + .12)], mix(tone, SHADE, .2))
-            p.poly([(x, top), (x + .1, top + .11), (x + .04, top + .09), (x, top + .13), (x - .04, top + .09),
-                    (x - .1, top + .11)], (244, 248, 255))
+            shady = [(x, top), (x + wide, y + .05), (x + .06, y + .05), (x - .02, top + .12)]
+            p.poly(shady, mix(tone, SHADE, .2))
+            cap = [(.1, .11), (.04, .09), (0, .13), (-.04, .09), (-.1, .11)]
+            p.poly([(x, top), *((x + dx, top + dy) for dx, dy in cap)], (244, 248, 255))
     ground(p, rng, .72, .03, (104, 146, 110), (74, 116, 84))
 
 
@@ -923,7 +963,8 @@ def place_space(p: Pen, rng):
 def place_beach(p: Pen, rng):
     p.rect(0, .5, 1, .75, (58, 168, 196))
     for y in (.55, .6):
-        p.line([(x, y + .008 * math.sin(20 * x + 9 * y)) for x in np.linspace(0, 1, 30).tolist()], .008, (150, 220, 228))
+        crest = [(x, y + .008 * math.sin(20 * x + 9 * y)) for x in np.linspace(0, 1, 30).tolist()]
+        p.line(crest, .008, (150, 220, 228))
     shore = ridge(rng, .68, .02, 5)
     p.poly([(x, y - .03) for x, y in shore], (236, 248, 246))
     p.poly(shore, (244, 216, 158))
@@ -933,19 +974,21 @@ def place_beach(p: Pen, rng):
     trunk = [(foot - side * .1 * t * t, .84 - .56 * t) for t in np.linspace(0, 1, 8).tolist()]
     p.line(trunk, .035, (140, 100, 64))
     for angle in range(-200, 60, 42):
-        tip = ring(trunk[-1][0], trunk[-1][1], .24, .17, 1, angle)[0]
-        p.poly([trunk[-1], ((trunk[-1][0] + tip[0]) / 2, (trunk[-1][1] + tip[1]) / 2 - .07), (tip[0], tip[1] + .06),
-                ((trunk[-1][0] + tip[0]) / 2, (trunk[-1][1] + tip[1]) / 2)], pick(rng, [(62, 140, 80), (84, 166, 90)]))
+        x, y = trunk[-1]
+        dx, dy = ring(0, 0, .24, .17, 1, angle)[0]
+        leaf = [(x, y), (x + dx / 2, y + dy / 2 - .07), (x + dx, y + dy + .06), (x + dx / 2, y + dy / 2)]
+        p.poly(leaf, pick(rng, [(62, 140, 80), (84, 166, 90)]))
 
 
 def place_cave(p: Pen, rng):
     p.image.paste(gradient(p.n, (0, (40, 32, 44)), (.55, (124, 96, 90)), (1, (58, 46, 54))))
     p.glow(.5, .5, .55, (250, 206, 150), .6)
     for i in range(11):
-        x, tall = (i + float(rng.random())) / 11, .1 + .3 * float(rng.random()) * abs(i - 5) / 4
-        p.poly([(x - .08, -.01), (x + .08, -.01), (x, tall)], mix((44, 34, 44), (80, 62, 66), float(rng.random())))
+        x, tall = (i + rng.random()) / 11, .1 + .3 * rng.random() * abs(i - 5) / 4
+        tone = mix((44, 34, 44), (80, 62, 66), rng.random())
+        p.poly([(x - .08, -.01), (x + .08, -.01), (x, tall)], tone)
     for s, edge in ((0, 1), (1, -1)):
-        wall = [(s, 0), *((s + edge * (.06 + .1 * float(rng.random()) + .1 * abs(t - .5)), t) for t in
+        wall = [(s, 0), *((s + edge * (.06 + .1 * rng.random() + .1 * abs(t - .5)), t) for t in
                           np.linspace(0, 1, 9).tolist()), (s, 1)]
         p.poly(wall, (46, 36, 46))
     p.poly(ridge(rng, .82, .03, 9, .4), (70, 56, 60))
@@ -965,9 +1008,8 @@ def place_underwater(p: Pen, rng):
                 tip = ring(x, .9, .13, .2, 1, a)[0]
                 p.line([(x, .94), tip], .03, tone)
         else:
-            sway = float(rng.random()) * 6
-            p.line([(x + .025 * math.sin(9 * t + sway), .95 - t * .5) for t in np.linspace(0, 1, 12).tolist()], .03,
-                   (46, 142, 92))
+            sway, along = rng.random() * 6, np.linspace(0, 1, 12).tolist()
+            p.line([(x + .025 * math.sin(9 * t + sway), .95 - t * .5) for t in along], .03, (46, 142, 92))
     for x, y in rng.random((14, 2)).tolist():
         p.oval(x, y * .8, .014, .014, (190, 236, 244))
     for x in (.2, .45, .75):
@@ -975,12 +1017,13 @@ def place_underwater(p: Pen, rng):
 
 
 def place_volcano(p: Pen, rng):
-    x = .5 + .5 * (float(rng.random()) - .5)
+    x = .5 + .5 * (rng.random() - .5)
     p.oval(x - .08, .08, .2, .1, (96, 84, 92))
     p.oval(x + .1, .05, .22, .1, (116, 100, 104))
     p.poly([(x - .1, .24), (x + .1, .24), (x + .5, .76), (x - .5, .76)], (92, 62, 66))
     p.poly([(x + .02, .24), (x + .1, .24), (x + .5, .76), (x + .14, .76)], (70, 46, 56))
-    p.poly([(x - .1, .24), (x + .1, .24), (x + .06, .36), (x + .02, .3), (x - .02, .5), (x - .05, .32)], (255, 120, 40))
+    spill = [(-.1, .24), (.1, .24), (.06, .36), (.02, .3), (-.02, .5), (-.05, .32)]
+    p.poly([(x + dx, y) for dx, y in spill], (255, 120, 40))
     p.poly(ridge(rng, .74, .03, 8, .4), (66, 48, 56))
     river = [(x - .02, .46), (x + .04, .6), (x - .1, .74), (x + .06, .86), (x - .2, 1.02)]
     p.line(river, .07, (236, 84, 30))
@@ -1006,7 +1049,7 @@ def place_room(p: Pen, rng):
     for y in (.13, .34, .55):
         x = shelf + .04
         while x < shelf + .33:
-            wide, tall = .02 + .02 * float(rng.random()), .1 + .06 * float(rng.random())
+            wide, tall = .02 + .02 * rng.random(), .1 + .06 * rng.random()
             p.rect(x, y + .17 - tall, x + wide, y + .17, pick(rng, list(PAINT.values())[:9]))
             x += wide + .006
     p.oval(.5, .9, .38, .07, pick(rng, [(176, 70, 70), (80, 110, 150), (110, 130, 90)]))
@@ -1022,28 +1065,30 @@ def place_lake(p: Pen, rng):
         p.line([(x, .6 + .2 * y), (x + .12, .6 + .2 * y)], .008, (190, 224, 232))
     p.poly([(x, y + .04 * (x - .5)) for x, y in ridge(rng, .84, .02, 5)], (108, 160, 86))
     for x in (.04, .09, .13, .88, .93, .97):
-        p.line([(x, .98), (x + .01, .7 + .1 * float(rng.random()))], .014, (70, 122, 66))
+        p.line([(x, .98), (x + .01, .7 + .1 * rng.random())], .014, (70, 122, 66))
         p.oval(x + .01, .72, .014, .04, (124, 84, 54))
 
 
 @dataclass(frozen=True)
 class Place:
-    """How a place is drawn over the sky, where things stand (y), and whether standing things float there too."""
+    """How a place is drawn over the sky, the y where things stand, and whether all things float there."""
     draw: Callable
     base: float = 0.93
     floats: bool = False
+    sinks: bool = False                                               # a wave laps over what stands there
 
 
 GROUNDS = {
     None: Place(place_nowhere, .9), "snow": Place(place_snow), "desert": Place(place_desert),
-    "sea": Place(place_sea, .86), "forest": Place(place_forest), "city": Place(place_city),
-    "meadow": Place(place_meadow), "mountains": Place(place_mountains), "space": Place(place_space, .82, True),
-    "beach": Place(place_beach), "cave": Place(place_cave), "underwater": Place(place_underwater, .88, True),
+    "sea": Place(place_sea, .89, sinks=True), "forest": Place(place_forest), "city": Place(place_city),
+    "meadow": Place(place_meadow), "mountains": Place(place_mountains),
+    "space": Place(place_space, floats=True), "beach": Place(place_beach), "cave": Place(place_cave),
+    "underwater": Place(place_underwater, floats=True),
     "volcano": Place(place_volcano), "room": Place(place_room), "lake": Place(place_lake, .95),
 }
 
 
-# ------------------------------------------------------------------------------------------------------- the light
+# -------------------------------------------------------------------------------------------------- the light
 def scatter_stars(p: Pen, rng, n: int, low: float):
     for x, y, s in rng.random((n, 3)).tolist():
         p.oval(x, y * low, .003 + .006 * s * s, .003 + .006 * s * s, (255, 250, 228))
@@ -1059,37 +1104,40 @@ def cloud(p: Pen, x, y, size, tone):
 
 def behind_day(p, rng):
     for _ in range(2):
-        cloud(p, float(rng.random()), .08 + .2 * float(rng.random()), .07 + .05 * float(rng.random()), (246, 250, 255))
+        cloud(p, rng.random(), rng.uniform(.08, .28), rng.uniform(.07, .12), (246, 250, 255))
+
+
+def cloud_bank(p: Pen, rng, n: int, low: float, size: float, bright, dim):
+    """n clouds side by side, their height down to `low`."""
+    for i in range(n):
+        tone = mix(bright, dim, rng.random())
+        cloud(p, (i + rng.random()) / n, rng.uniform(.03, low), size * rng.uniform(.9, 1.4), tone)
 
 
 def behind_clouds(p, rng):
-    for i in range(6):
-        cloud(p, (i + float(rng.random())) / 6, .06 + .3 * float(rng.random()), .11 + .07 * float(rng.random()),
-              mix((255, 255, 255), (222, 228, 240), float(rng.random())))
+    cloud_bank(p, rng, 6, .36, .12, (255, 255, 255), (222, 228, 240))
 
 
 def behind_grey(p, rng):
-    for i in range(7):
-        cloud(p, (i + float(rng.random())) / 7, .02 + .16 * float(rng.random()), .14 + .06 * float(rng.random()),
-              mix((150, 160, 178), (120, 128, 148), float(rng.random())))
+    cloud_bank(p, rng, 7, .18, .15, (158, 168, 184), (128, 136, 156))
 
 
 def behind_sunset(p, rng):
-    x = .2 + .6 * float(rng.random())
+    x = .2 + .6 * rng.random()
     p.glow(x, .46, .55, (255, 170, 90), .6)
     p.oval(x, .44, .12, .12, (255, 226, 150))
     for _ in range(3):
-        y, cx = .1 + .26 * float(rng.random()), float(rng.random())
+        y, cx = .1 + .26 * rng.random(), rng.random()
         p.oval(cx, y, .26, .018, (255, 176, 140))
         p.oval(cx + .1, y + .03, .18, .012, (226, 120, 140))
 
 
 def behind_sunrise(p, rng):
-    x = .2 + .6 * float(rng.random())
+    x = .2 + .6 * rng.random()
     p.glow(x, .5, .5, (255, 244, 196), .75)
     p.oval(x, .5, .09, .09, (255, 252, 226))
     for _ in range(3):
-        cloud(p, float(rng.random()), .1 + .2 * float(rng.random()), .09, (255, 224, 220))
+        cloud(p, rng.random(), .1 + .2 * rng.random(), .09, (255, 224, 220))
 
 
 def behind_night(p, rng):
@@ -1100,13 +1148,11 @@ def behind_night(p, rng):
 
 
 def behind_storm(p, rng):
-    for i in range(8):
-        cloud(p, (i + float(rng.random())) / 8, .02 + .18 * float(rng.random()), .15 + .06 * float(rng.random()),
-              mix((112, 112, 136), (70, 70, 96), float(rng.random())))
-    x, bolt = .15 + .7 * float(rng.random()), []
+    cloud_bank(p, rng, 8, .2, .16, (112, 112, 136), (70, 70, 96))
+    x, bolt = .15 + .7 * rng.random(), []
     for i in range(6):
         bolt.append((x, .12 + .09 * i))
-        x += .14 * (float(rng.random()) - .5)
+        x += .14 * (rng.random() - .5)
     p.line(bolt, .024, (255, 252, 220))
     p.glow(*bolt[2], .3, (206, 206, 255), .7)
     for a, b in zip(bolt, bolt[1:], strict=False):
@@ -1115,7 +1161,7 @@ def behind_storm(p, rng):
 
 def behind_rainbow(p, rng):
     behind_day(p, rng)
-    x = .5 + .3 * (float(rng.random()) - .5)
+    x = .5 + .3 * (rng.random() - .5)
     bands = ((226, 74, 76), (244, 152, 64), (250, 220, 90), (108, 190, 100), (80, 140, 220), (144, 96, 196))
     for i, tone in enumerate(bands):
         p.line(ring(x, .74, .56 - .03 * i, .66 - .03 * i, 40, 180, 180), .036, tone)
@@ -1123,15 +1169,15 @@ def behind_rainbow(p, rng):
 
 def behind_aurora(p, rng):
     scatter_stars(p, rng, 40, .5)
-    veil, phase = Image.new("L", (p.n, p.n)), rng.random(2) * 6.28
-    d = ImageDraw.Draw(veil)
-    for i in range(60):
-        x = i / 59
+    veil, phase, n = Image.new("L", (p.n, p.n)), rng.random(2) * 6.28, p.n
+    curtain = ImageDraw.Draw(veil)
+    for x in np.linspace(0, 1, 60).tolist():
         low = .34 + .1 * math.sin(5 * x + phase[0]) + .04 * math.sin(13 * x + phase[1])
         for k in range(6):
-            d.line([x * p.n, (low - .3 + .05 * k) * p.n, x * p.n, (low - .25 + .05 * k) * p.n], 40 + 30 * k, 5)
-    p.image.paste(gradient(p.n, (0, (190, 90, 220)), (.2, (80, 190, 200)), (.36, (110, 250, 160)), (1, (90, 250, 170))),
-                  mask=veil.filter(ImageFilter.BoxBlur(p.n // 50)))
+            y = low - .3 + .05 * k
+            curtain.line([x * n, y * n, x * n, (y + .05) * n], 40 + 30 * k, 5)
+    tones = gradient(n, (0, (190, 90, 220)), (.2, (80, 190, 200)), (.4, (110, 250, 160)), (1, (90, 250, 170)))
+    p.image.paste(tones, mask=veil.filter(ImageFilter.BoxBlur(n // 50)))
 
 
 def scattered(p, rng, n, tones, rx, ry):
@@ -1150,7 +1196,7 @@ def front_blossom(p, rng):
     for x0, y0, x1, y1 in ((-.02, .1, .42, .02), (1.02, .16, .6, .02)):
         p.line([(x0, y0), ((x0 + x1) / 2, y0 - .02), (x1, y1)], .025, (104, 70, 66))
         for t in rng.random(12).tolist():
-            x, y = x0 + t * (x1 - x0), y0 + t * (y1 - y0) + .06 * (float(rng.random()) - .5)
+            x, y = x0 + t * (x1 - x0), y0 + t * (y1 - y0) + .06 * (rng.random() - .5)
             p.oval(x, y, .032, .032, pick(rng, [(252, 190, 210), (246, 160, 190), (255, 226, 234)]))
     scattered(p, rng, 30, [(252, 190, 210), (246, 160, 190), (255, 226, 234)], .024, .015)
 
@@ -1159,8 +1205,8 @@ def front_rain(p, rng, strength=120):
     mask = Image.new("L", (p.n, p.n))
     d, n = ImageDraw.Draw(mask), p.n
     for x, y, s in rng.random((70, 3)).tolist():
-        long = .06 + .08 * s
-        d.line([x * 1.2 * n, y * n, (x * 1.2 - long * .3) * n, (y + long) * n], int(strength * (.6 + .6 * s)), 2)
+        x, long = x * 1.2, .06 + .08 * s
+        d.line([x * n, y * n, (x - long * .3) * n, (y + long) * n], int(strength * (.6 + .6 * s)), 2)
     p.image.paste((214, 228, 246), mask=mask)
 
 
@@ -1176,7 +1222,7 @@ def front_snowfall(p, rng):
 def front_fog(p, rng):
     phase = rng.random(2) * 6.28
     x, y = unit_grid(p.n)
-    bank = .5 + .16 * np.sin(5 * y * 3 + 2 * np.sin(4 * x + phase[0])) + .12 * np.sin(7 * x - 9 * y + phase[1])
+    bank = .5 + .16 * np.sin(15 * y + 2 * np.sin(4 * x + phase[0])) + .12 * np.sin(7 * x - 9 * y + phase[1])
     p.image.paste((226, 230, 236), mask=Image.fromarray((255 * np.clip(bank, 0, .8)).astype(np.uint8)))
 
 
@@ -1184,7 +1230,7 @@ def front_rays(p, rng):
     mask, sign = Image.new("L", (p.n, p.n)), pick(rng, [0, 1])
     d, n = ImageDraw.Draw(mask), p.n
     for i in range(5):
-        a = .12 + .3 * i + .1 * float(rng.random())
+        a = .12 + .3 * i + .1 * rng.random()
         xs = [(a - .1, a + .06), (a * 1.5 + .05, a * 1.5 + .42)]
         quad = [(xs[0][0], -.02), (xs[0][1], -.02), (xs[1][1], 1.02), (xs[1][0], 1.02)]
         d.polygon([((1 - u if sign else u) * n, v * n) for u, v in quad], 150)
@@ -1202,7 +1248,7 @@ def front_candle(p, rng):
 
 @dataclass(frozen=True)
 class Light:
-    """A sky from top to horizon, the colour that everything is multiplied by, and what it draws behind and before."""
+    """A sky from top to horizon, the colour everything is multiplied by, what it draws behind, in front."""
     sky: tuple = ((96, 164, 226), (208, 234, 246))
     tint: tuple = (1.0, 1.0, 1.0)
     behind: Callable = behind_day
@@ -1227,8 +1273,8 @@ SKIES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ the styles
-# Each takes the finished picture (n, n), n = OVERSAMPLE * size, and returns a picture of n or of fewer pixels.
+# ------------------------------------------------------------------------------------------------- the styles
+# Each takes the finished picture, OVERSAMPLE * size pixels wide, and returns one as wide or narrower.
 
 @lru_cache(maxsize=64)
 def patches(kind: str, n: int, variant: int) -> tuple[np.ndarray, int]:
@@ -1237,7 +1283,8 @@ def patches(kind: str, n: int, variant: int) -> tuple[np.ndarray, int]:
     draw, count = ImageDraw.Draw(image), 0
     if kind == "cells":
         k = 9
-        points = (np.stack(np.meshgrid(np.arange(k), np.arange(k)), -1) + 0.1 + 0.8 * rng.random((k, k, 2))) / k
+        corners = np.stack(np.meshgrid(np.arange(k), np.arange(k)), -1)
+        points = (corners + rng.uniform(.1, .9, (k, k, 2))) / k
         x, y = unit_grid(n)
         near = (x[..., None] - points[..., 0].ravel()) ** 2 + (y[..., None] - points[..., 1].ravel()) ** 2
         return near.argmin(-1), k * k
@@ -1248,7 +1295,7 @@ def patches(kind: str, n: int, variant: int) -> tuple[np.ndarray, int]:
             dx, dy = .045 * math.cos(angle), .045 * math.sin(angle)
             draw.line([(x - dx) * n, (y - dy) * n, (x + dx) * n, (y + dy) * n], count, max(2, n // 32))
         return np.asarray(image), count + 1
-    k, jitter = (14, .3) if kind == "triangles" else (16, .0)
+    k, jitter = (17, .3) if kind == "triangles" else (16, .0)
     grid = np.stack(np.meshgrid(np.arange(k + 1), np.arange(k + 1)), -1).astype(float)
     grid[1:-1, 1:-1] += jitter * rng.uniform(-1, 1, (k - 1, k - 1, 2))
     grid *= n / k
@@ -1278,15 +1325,7 @@ def patch_means(rgb: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 def noise(n: int, cells: int, variant: int) -> np.ndarray:
     """Smooth noise (n, n) in [-1, 1] with features of n / cells pixels."""
     coarse = stream(cells, variant).integers(0, 256, (cells, cells)).astype(np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((n, n), Image.Resampling.BICUBIC)).astype(np.float32) / 127.5 - 1
-
-
-def floats(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(np.float32)
-
-
-def picture(rgb: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8))
+    return floats(Image.fromarray(coarse).resize((n, n), Image.Resampling.BICUBIC)) / 127.5 - 1
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
@@ -1296,6 +1335,12 @@ def luma(rgb: np.ndarray) -> np.ndarray:
 def highest(rgb: np.ndarray) -> np.ndarray:
     """The largest channel (n, n); an order of magnitude faster than rgb.max(2)."""
     return np.maximum(np.maximum(rgb[..., 0], rgb[..., 1]), rgb[..., 2])
+
+
+def margin(n: int) -> np.ndarray:
+    """How far each pixel (n, n) is from the picture's border, 0 to 0.5."""
+    x, y = unit_grid(n)
+    return np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y))
 
 
 def edges(image: Image.Image) -> np.ndarray:
@@ -1314,7 +1359,7 @@ def style_watercolor(image, rng):
     rgb = blend(rgb, luma(rgb)[..., None] * .4 + rgb * .6, .3)
     wash = 1 + .16 * noise(n, 7, v) + .07 * noise(n, 40, v)
     rgb = 255 - (255 - rgb) * (.8 * wash)[..., None]
-    border = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y)) + .05 * noise(n, 12, v + 1)
+    border = margin(n) + .05 * noise(n, 12, v + 1)
     rgb = blend(rgb, rgb * .82, np.exp(-((border - .055) / .014) ** 2))
     return picture(blend(rgb, (252, 249, 240), np.clip((.05 - border) / .012, 0, 1)))
 
@@ -1354,11 +1399,12 @@ def style_woodcut(image, rng):
     rgb = floats(image)
     grey = luma(rgb)
     x, y = unit_grid(image.width)
-    lines = np.sin(150 * y + 5 * np.sin(5 * x + float(rng.random()) * 6))
+    lines = np.sin(150 * y + 5 * np.sin(5 * x + rng.random() * 6))
     ink = grey + 46 * lines - .8 * edges(image) < min(122, .72 * float(grey.mean()))
     vivid = np.clip((highest(rgb) + highest(-rgb)) / 140, 0, .75)
     rgb = rgb * np.clip(150 / grey.mean(), 1, 2.2)
-    return picture(np.where(ink[..., None], (34, 28, 34), blend(np.full_like(rgb, 240) * np.float32((1., .96, .86)), rgb, vivid)))
+    paper = blend(np.full_like(rgb, 240) * np.float32((1., .96, .86)), rgb, vivid)
+    return picture(np.where(ink[..., None], (34, 28, 34), paper))
 
 
 def style_neon(image, rng):
@@ -1367,16 +1413,17 @@ def style_neon(image, rng):
     hue = np.clip((rgb - low) * (255 / np.maximum(highest(rgb)[..., None] - low, 24)), 40, 255)
     line = np.clip(edges(image) / 80 - .15, 0, 1)[..., None]
     tube = picture(hue * line)
-    halo = floats(tube.reduce(3).filter(ImageFilter.BoxBlur(tube.width / 90)).resize(tube.size, Image.Resampling.BILINEAR))
-    return picture(rgb * np.float32((.13, .1, .17)) + np.float32((12, 6, 30)) + hue * line + 90 * line ** 3 + 1.5 * halo)
+    halo = tube.reduce(3).filter(ImageFilter.BoxBlur(tube.width / 90))
+    halo = halo.resize(tube.size, Image.Resampling.BILINEAR)
+    wall = rgb * np.float32((.13, .1, .17)) + np.float32((12, 6, 30))
+    return picture(wall + hue * line + 90 * line ** 3 + 1.5 * floats(halo))
 
 
 def style_pastel(image, rng):
     n, v = image.width, int(rng.integers(4))
     rgb = floats(image.filter(ImageFilter.BoxBlur(n / 120)))
     rgb = blend(blend(rgb, luma(rgb)[..., None], .1), (255, 236, 234), .4)
-    x, y = unit_grid(n)
-    edge = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y)) + .05 * noise(n, 60, v) + .03 * noise(n, 8, v)
+    edge = margin(n) + .05 * noise(n, 60, v) + .03 * noise(n, 8, v)
     bare = np.clip(1 - edge / .09, 0, .9) + .16 * np.clip(noise(n, 64, v + 1) + noise(n, 30, v), 0, 1)
     return picture(blend(rgb, (255, 240, 226), np.clip(bare, 0, 1)))
 
@@ -1386,7 +1433,7 @@ def style_lowpoly(image, rng):
     labels, count = patches("triangles", n, v)
     rgb = floats(image)
     gain = 1 + .2 * stream(v).uniform(-1, 1, count)
-    return picture(blend((patch_means(rgb, labels, count) * gain[:, None])[labels], rgb, .12))
+    return picture(blend((patch_means(rgb, labels, count) * gain[:, None])[labels], rgb, .2))
 
 
 def style_glass(image, rng):
@@ -1396,7 +1443,7 @@ def style_glass(image, rng):
     rgb = blend(rgb, luma(rgb)[..., None], -.6) * np.clip(130 / rgb.mean(), 1, 1.8)
     gain = 1.1 + .14 * stream(v).uniform(-1, 1, count)
     out = blend(patch_means(rgb, labels, count)[labels], rgb, .6) * gain[labels][..., None]
-    lead = edges(image) > 95
+    lead = edges(image) > 110
     for step in range(1, n // 80 + 1):
         lead[step:] |= labels[step:] != labels[:-step]
         lead[:, step:] |= labels[:, step:] != labels[:, :-step]
@@ -1411,7 +1458,7 @@ def style_comic(image, rng):
     dots = np.sin((x + y) * 95) * np.sin((x - y) * 95)
     shade = np.clip((190 - luma(rgb)) / 190, 0, 1)
     flat = np.where((dots > 1.02 - 1.3 * shade)[..., None], flat * .7, flat)
-    frame = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y))
+    frame = margin(n)
     flat = np.where((edges(image) > 78)[..., None], (24, 20, 30), flat)
     return picture(np.where((frame < .03)[..., None], 250, np.where((frame < .048)[..., None], 24, flat)))
 
@@ -1441,7 +1488,7 @@ def style_vintage(image, rng):
     x, y = unit_grid(n)
     sepia = (luma(rgb)[..., None] * .85 + 44) * np.float32((1.08, .94, .72))
     fade = np.clip(1.26 - .9 * np.hypot(x - .5, y - .5), .5, 1.08) + .05 * noise(n, 96, v)
-    frame = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y)) < .045
+    frame = margin(n) < .045
     return picture(np.where(frame[..., None], (242, 234, 216), blend(sepia, rgb, .2) * fade[..., None]))
 
 
@@ -1456,13 +1503,15 @@ def style_stitch(image, rng):
     return picture(blend(np.full_like(rgb, 236) * np.float32((1., .97, .9)), rgb, .12 + .88 * thread))
 
 
-STYLE_PAINT = {"watercolor": style_watercolor, "pixel": style_pixel, "sketch": style_sketch, "oil": style_oil,
-               "woodcut": style_woodcut, "neon": style_neon, "pastel": style_pastel, "lowpoly": style_lowpoly,
-               "glass": style_glass, "comic": style_comic, "blueprint": style_blueprint, "mosaic": style_mosaic,
-               "vintage": style_vintage, "stitch": style_stitch}
+STYLE_PAINT = {
+    "watercolor": style_watercolor, "pixel": style_pixel, "sketch": style_sketch, "oil": style_oil,
+    "woodcut": style_woodcut, "neon": style_neon, "pastel": style_pastel, "lowpoly": style_lowpoly,
+    "glass": style_glass, "comic": style_comic, "blueprint": style_blueprint, "mosaic": style_mosaic,
+    "vintage": style_vintage, "stitch": style_stitch,
+}
 
 
-# ----------------------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------------------------ the picture
 def layout(view: View, rng: np.random.Generator) -> list[tuple[int, float, float, float]]:
     """Where things go, far ones first: (which thing, centre x, foot y relative to the place's base, size)."""
     near = (rng.random(2) - 0.5) * 0.07
@@ -1472,8 +1521,8 @@ def layout(view: View, rng: np.random.Generator) -> list[tuple[int, float, float
                 "above": ((.5, -.46, .43), (.5, .03, .45)), "below": ((.5, .03, .45), (.5, -.46, .43)),
                 "front": ((.4, .05, .42), (.6, -.1, .62)), "behind": ((.6, -.1, .62), (.4, .05, .42)),
                 }[view.relation or swap]
-        order = [(0, *a), (1, *b)]
-        return [(i, x + near[0] / 2, foot, size) for i, x, foot, size in sorted(order, key=lambda item: item[2])]
+        order = sorted([(0, *a), (1, *b)], key=lambda item: item[2])
+        return [(i, x + near[0] / 2, foot, size) for i, x, foot, size in order]
     if view.count > 1:
         slots = {2: ((.27, 0), (.73, 0)), 3: ((.5, -.32), (.24, .02), (.76, .02)),
                  4: ((.28, -.38), (.73, -.4), (.26, .03), (.74, .02)),
@@ -1481,12 +1530,12 @@ def layout(view: View, rng: np.random.Generator) -> list[tuple[int, float, float
         size = {2: .46, 3: .43, 4: .39, 5: .36}[view.count]
         wobble = (rng.random((len(slots), 2)) - 0.5) * 0.05
         return [(0, x + dx, y + dy, size) for (x, y), (dx, dy) in zip(slots, wobble.tolist(), strict=True)]
-    x, foot, size = {None: (.5, 0, .64), "left": (.26, 0, .5), "right": (.74, 0, .5), "corner": (.2, .04, .34),
-                     "close": (.5, .2, .98), "far": (.56, -.2, .27)}[view.position]
+    x, foot, size = {None: (.5, 0, .64), "left": (.26, 0, .5), "right": (.74, 0, .5),
+                     "corner": (.2, .04, .34), "close": (.5, .2, .98), "far": (.56, -.2, .27)}[view.position]
     return [(0, x + near[0], foot + near[1] * .4, size * (1 + near[1]))]
 
 
-RIM = [min(255, v * 2) * 3 // 5 for v in range(256)]                 # blurred outline -> opacity of the dark rim
+RIM = [min(255, v * 2) * 3 // 5 for v in range(256)]                  # blurred outline -> opacity of the rim
 
 
 @lru_cache(maxsize=256)
@@ -1524,16 +1573,20 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     if light.tint != (1., 1., 1.):
         pen.image.paste(picture(floats(pen.image) * np.float32(light.tint)))
     lay_glows(pen, .8)
+    backdrop = pen.image.copy() if place.sinks else None
+    tint = 1 - .65 * (1 - np.float32(light.tint))                     # less than the backdrop's, to stand out
+    tiles, alone = [None] * len(view.things), len(view.things) == view.count == 1
     for which, x, foot, scale in layout(view, stream(scene.seed, 3)):
         thing, shape = view.things[which], SHAPES[view.things[which].subject]
         if place.floats:
-            base = .5 + scale / 2 + foot * .9 + (.2 if len(view.things) + view.count > 2 else 0)
+            base = .5 + scale / 2 + (foot * .3 if alone else foot * .9 + .2)
         else:
-            base = place.base + foot - (.17 if shape.hovers and view.position != "close" else 0)
+            high = .17 if alone and view.position != "close" else .05 if foot > -.1 else 0
+            base = place.base + foot - high * shape.hovers
             lay_disc(pen.image, x, place.base + min(foot, .03), scale * .5, scale * .09, SHADE,
                      .3 if shape.hovers else .62, .8)
-        tint = 1 - .65 * (1 - np.float32(light.tint))                 # less than the backdrop's, to stand out
-        tile, glows = draw_thing(thing, round(scale * n), tint, stream(scene.seed, 4, which))
+        tiles[which] = tiles[which] or draw_thing(thing, round(scale * n), tint, stream(scene.seed, 4, which))
+        tile, glows = tiles[which]
         corner = round((x - scale / 2) * n), round((base - scale * .97) * n)
         rim = tile.getchannel("A").filter(ImageFilter.BoxBlur(n / 96)).point(RIM)
         pen.image.paste(mix(PAINT[thing.colour or shape.colour], SHADE, .75), corner, rim)
@@ -1541,14 +1594,21 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
         pen.glows = [(corner[0] / n + gx * scale, corner[1] / n + gy * scale, radius * scale, colour, share)
                      for gx, gy, radius, colour, share in glows]
         lay_glows(pen, .8)
+    if backdrop:
+        wave = Pen(Image.new("L", (n, n)))
+        crest = [(.025 * i, .865 + .014 * math.sin(.48 * i + scene.seed)) for i in range(41)]
+        wave.poly([(0, 1.01), *crest, (1, 1.01)], 225)
+        pen.image.paste(backdrop, mask=wave.image)
+        pen.line(crest, .01, mix((206, 232, 244), SHADE, 1 - min(1, sum(light.tint) / 3)))
     if light.front:
         light.front(pen, stream(scene.seed, 5))
         lay_glows(pen, 1.)
     image = STYLE_PAINT[view.style](pen.image, stream(scene.seed, 6)) if view.style else pen.image
-    return image.resize((size, size), Image.Resampling.BOX if image.width > size else Image.Resampling.NEAREST)
+    shrinks = image.width > size
+    return image.resize((size, size), Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST)
 
 
-# ------------------------------------------------------------------------------------------- the DiffusionDB parts
+# -------------------------------------------------------------------------------------- the DiffusionDB parts
 def candidate(seed: int, index: int) -> Scene:
     """Scene number `index` of the world `seed`."""
     return sample_scene(stream(seed, index))
@@ -1574,7 +1634,8 @@ def draw_pair(job: tuple[int, int]) -> tuple[str, bytes, dict]:
     """(seed, index) -> the image's name, its PNG, and its entry in the part's JSON."""
     scene, file = candidate(*job), io.BytesIO()
     render(scene).save(file, "PNG", compress_level=3)
-    return image_name(*job), file.getvalue(), {"p": scene.prompt, "se": scene.seed, "undrawn": list(scene.undrawn)}
+    entry = {"p": scene.prompt, "se": scene.seed, "undrawn": list(scene.undrawn)}
+    return image_name(*job), file.getvalue(), entry
 
 
 def part_bytes(number: int, pairs: list[tuple[str, bytes, dict]]) -> bytes:
@@ -1598,12 +1659,14 @@ def is_complete(path: Path, names: list[str]) -> bool:
         return False
 
 
-def build(folder: str | Path, parts: int = 8, per_part: int = 1000, seed: int = 0, progress: bool = True) -> Path:
+def build(folder: str | Path, parts: int = 8, per_part: int = 1000, seed: int = 0,
+          progress: bool = True) -> Path:
     """Write parts x per_part pairs as folder/images/part-000001.zip ... and return folder/images.
 
-    A part's JSON entries hold the prompt "p", the scene's seed "se" and the words left "undrawn". No prompt is
-    dropped by `data.clean`. Parts that are there already are kept, so an interrupted build goes on where it was,
-    and two builds with the same arguments write the same bytes."""
+    A part's JSON entries hold the prompt "p", the scene's seed "se" and the words left "undrawn". None of the
+    prompts is dropped by `data.clean`. Parts that are there already are kept, so an interrupted build goes on
+    where it was, and two builds with the same arguments write the same bytes.
+    """
     images = Path(folder) / "images"
     images.mkdir(parents=True, exist_ok=True)
     indices, missing = kept_indices(parts * per_part, seed), []
@@ -1612,7 +1675,8 @@ def build(folder: str | Path, parts: int = 8, per_part: int = 1000, seed: int = 
         if not is_complete(path, [image_name(seed, index) for index in chosen]):
             missing.append((path, number, chosen))
     jobs = [(seed, index) for _, _, chosen in missing for index in chosen]
-    with workers(len(jobs)) as pool, tqdm(total=len(jobs), desc="drawing mini scenes", disable=not progress) as bar:
+    progress_bar = tqdm(total=len(jobs), desc="drawing mini scenes", disable=not progress or not jobs)
+    with workers(len(jobs)) as pool, progress_bar as bar:
         drawn = pool.imap(draw_pair, jobs, 25) if pool else map(draw_pair, jobs)
         for path, number, chosen in missing:
             pairs = []
@@ -1625,8 +1689,8 @@ def build(folder: str | Path, parts: int = 8, per_part: int = 1000, seed: int = 
 
 @contextmanager
 def workers(jobs: int):
-    """A pool of processes, or None where it is not worth it or not possible. Only the parent writes files and hears
-    Ctrl-C; the pool ends with the block."""
+    """A pool of processes, or None where it is not worth it or not possible. Only the parent writes files and
+    hears Ctrl-C; the pool ends with the block."""
     count = min(os.cpu_count() or 1, 8, jobs // 50)
     if count < 2 or multiprocessing.current_process().daemon:
         yield None
@@ -1650,24 +1714,27 @@ def contact_sheet(scenes: list[Scene], columns: int = 8, zoom: int = 2, size: in
         x, y = 8 + i % columns * cell, 8 + i // columns * (cell + caption)
         sheet.paste(render(scene, size).resize((size * zoom,) * 2, Image.Resampling.NEAREST), (x, y))
         text = scene.prompt + (f" [{', '.join(scene.undrawn)}]" if scene.undrawn else "")
-        draw.multiline_text((x, y + size * zoom + 2), "\n".join(textwrap.wrap(text, size * zoom // 6)[:5]), INK, spacing=1)
+        lines = textwrap.wrap(text, size * zoom // 6)[:5]
+        draw.multiline_text((x, y + size * zoom + 2), "\n".join(lines), INK, spacing=1)
     return sheet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mini.scenes", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sheet", metavar="PNG", help="draw a contact sheet: pictures, prompts, [undrawn words]")
-    parser.add_argument("--n", type=int, default=64, help="scenes on the sheet")
-    parser.add_argument("--seed", type=int, default=0, help="which world: the same seed always gives the same scenes")
-    parser.add_argument("--build", metavar="FOLDER", help="write 8 parts of 1,000 pairs to FOLDER/images, as DiffusionDB has them")
+    parser = argparse.ArgumentParser(prog="python -m mini.scenes", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sheet", metavar="PNG", help="draw pictures with their prompts and [undrawn words]")
+    parser.add_argument("--n", type=int, default=64, help="how many scenes on the sheet (default 64)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="which world: the same seed gives the same scenes everywhere (default 0)")
+    parser.add_argument("--build", metavar="FOLDER",
+                        help="write 8 parts of 1,000 pairs to FOLDER/images; what is there already is kept")
     arguments = parser.parse_args()
+    if not (arguments.sheet or arguments.build):
+        parser.error("nothing to do: give --sheet PNG, --build FOLDER or both")
     if arguments.sheet:
         contact_sheet([candidate(arguments.seed, i) for i in range(arguments.n)]).save(arguments.sheet)
     if arguments.build:
         build(arguments.build, seed=arguments.seed)
-    if not (arguments.sheet or arguments.build):
-        parser.print_help()
 
 
 if __name__ == "__main__":

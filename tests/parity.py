@@ -1,8 +1,8 @@
 """Compare a model with another implementation of it, in float64, down to the first layer that differs.
 
 A strict load cannot see an eps, an activation or a padding, and a loose tolerance hides them. So: every
-parameter of the reference is drawn anew (an untrained norm or a zeroed convolution would hide its whole block),
-the weights go through the project's own name tables, and outputs and gradients must agree to 1e-10.
+parameter of the reference is drawn anew (an untrained norm or a zeroed convolution would hide its block), the
+weights go through the project's own name tables, and outputs and gradients must agree to 1e-10.
 """
 
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def first_difference(
 def difference(a: Tensor, b: Tensor, atol: float = ATOL) -> str:
     """What differs between two tensors, or an empty string.
 
-    A grid (B, C, h, w) may meet the same places in a row, (B, C, h·w) or (B, h·w, C); (N, D) may meet (1, N, D).
+    A grid (B, C, h, w) may meet the same places in a row, (B, C, h·w) or (B, h·w, C); (N, D) is (1, N, D).
     """
     a, b = a.detach(), b.detach()
     readings = [a]

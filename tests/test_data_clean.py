@@ -23,8 +23,11 @@ def plain_clean(prompts):
             continue
         if any(ord(c) > 127 for c in prompt):
             continue
-        if any(prompt == t or (min(len(prompt), len(t)) >= 50 and (prompt[:50] == t[:50] or prompt[-50:] == t[-50:]))
-               for t in texts):
+        if any(
+            prompt == t
+            or (min(len(prompt), len(t)) >= 50 and (prompt[:50] == t[:50] or prompt[-50:] == t[-50:]))
+            for t in texts
+        ):
             continue
         kept.append(i)
         texts.append(prompt)
@@ -34,10 +37,32 @@ def plain_clean(prompts):
 def test_each_rule_in_its_order():
     head, tail = "h" * 50, "t" * 50
     prompts = [
-        "  a cat \n", "", "   ", None, float("nan"), "null", " NaN ", "...", "_ -", "nan cat",  # 1, 8 empty, 1
-        "café", "一只猫", "a “cat”", "é" * 60, "\u00a0",                                          # 4 foreign, 1 empty
-        "a cat", "A cat", head + " one", head + " two", "h" * 49 + " three",                     # dup, -, -, dup, -
-        "one " + tail, "two " + tail, "three " + "t" * 49, head + " four " + tail, head, tail,   # -, dup, -, 3 dup
+        "  a cat \n",
+        "",
+        "   ",
+        None,
+        float("nan"),
+        "null",
+        " NaN ",
+        "...",
+        "_ -",
+        "nan cat",  # 1, 8 empty, 1
+        "café",
+        "一只猫",
+        "a “cat”",
+        "é" * 60,
+        "\u00a0",  # 4 foreign, 1 empty
+        "a cat",
+        "A cat",
+        head + " one",
+        head + " two",
+        "h" * 49 + " three",  # dup, -, -, dup, -
+        "one " + tail,
+        "two " + tail,
+        "three " + "t" * 49,
+        head + " four " + tail,
+        head,
+        tail,  # -, dup, -, 3 dup
     ]
     kept, report = clean(prompts)
     assert kept.dtype == np.int64 and kept.tolist() == [0, 9, 16, 17, 19, 20, 22]
@@ -48,7 +73,9 @@ def test_each_rule_in_its_order():
 def test_a_dropped_prompt_drops_nobody():
     shared = "x" * 50
     first, second, third = shared + " a " + "y" * 50, shared + " b " + "z" * 50, "c " + "z" * 50
-    assert clean([first, second, third])[0].tolist() == [0, 2], "third resembles second alone, which was dropped"
+    assert clean([first, second, third])[0].tolist() == [0, 2], (
+        "third resembles second alone, which was dropped"
+    )
 
 
 def test_fifty_is_the_border():
@@ -104,7 +131,9 @@ FIXED_VAL = [1, 10, 18, 22, 34]
 @pytest.mark.parametrize("n,expected", [(8, 1), (100, 12), (300_000, 30_000)])
 def test_split_defaults(n, expected):
     rows = split([str(k) for k in range(n)], 3)
-    assert (len(rows["val"]), len(rows["test"])) == (expected, expected) and len(rows["train"]) == n - 2 * expected
+    assert (len(rows["val"]), len(rows["test"])) == (expected, expected) and len(
+        rows["train"]
+    ) == n - 2 * expected
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -124,9 +153,17 @@ def test_split_of_few_large_groups():
     assert sorted(map(len, rows.values())) == [3, 4, 10] and len(rows["train"]) == 10
 
 
-@pytest.mark.parametrize("prompts,sizes", [([], (None, None)), (["a"], (None, None)), (["a", "b"] * 9, (None, None)),
-                                           (list("abcdef"), (3, 3)), (list("abcdef"), (0, 1)),
-                                           (list("abcdef"), (1, -1))])
+@pytest.mark.parametrize(
+    "prompts,sizes",
+    [
+        ([], (None, None)),
+        (["a"], (None, None)),
+        (["a", "b"] * 9, (None, None)),
+        (list("abcdef"), (3, 3)),
+        (list("abcdef"), (0, 1)),
+        (list("abcdef"), (1, -1)),
+    ],
+)
 def test_too_few_to_split(prompts, sizes):
     with pytest.raises(DataError, match="distinct prompts"):
         split(prompts, 0, *sizes)
@@ -134,5 +171,7 @@ def test_too_few_to_split(prompts, sizes):
 
 def test_the_benchmark_runs():
     script = Path(__file__).parents[1] / "benchmarks" / "clean.py"
-    run = subprocess.run([sys.executable, script, "--prompts", "20000"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, script, "--prompts", "20000"], capture_output=True, text=True, check=True
+    )
     assert "kept" in run.stdout and "peak" in run.stdout

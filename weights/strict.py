@@ -25,17 +25,20 @@ def load_strict(
 ) -> None:
     """Give `model` the tensors whose names begin with `prefix`, all or nothing.
 
-    model    usually built on the meta device; it decides shapes and dtypes, and tensors are converted one by one
+    model    usually built on the meta device; it decides shapes and dtypes; tensors are converted one by one
     tensors  name -> tensor; they are copied, never aliased (a file may be mapped behind them)
     ignore   regex of a whole name (without prefix) -> the reason why such a tensor may be left over
-    fresh    regexes of names that the file must *not* hold (a new head); they keep what the model was built with
+    fresh    regexes of names that the file must *not* hold (a new head): they keep what the model was built
+             with
     source   what the error calls the file;  spell  turns our name into the file's, for the error
 
-    Raises WeightsError once, listing every missing, unexpected or misshapen tensor, NaN or infinity, and everything
-    that would be left on the meta device. The model is then untouched.
+    Raises WeightsError once, listing every missing, unexpected or misshapen tensor, NaN or infinity, and
+    everything that would be left on the meta device. The model is then untouched.
     """
     given = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    ignored = [re.compile(pattern) for pattern, _ in (ignore.items() if isinstance(ignore, Mapping) else ignore)]
+    ignored = [
+        re.compile(pattern) for pattern, _ in (ignore.items() if isinstance(ignore, Mapping) else ignore)
+    ]
     fresh = [re.compile(pattern) for pattern in fresh]
     wanted = model.state_dict()
     is_fresh = {name for name in wanted if any(pattern.fullmatch(name) for pattern in fresh)}
@@ -48,7 +51,8 @@ def load_strict(
     wrong["meant to be fresh, yet in the file"] = [spell(k) for k in given if k in is_fresh]
     wrong["of a wrong shape"] = [
         f"{spell(k)} {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}"
-        for k in wanted if k in given and given[k].shape != wanted[k].shape
+        for k in wanted
+        if k in given and given[k].shape != wanted[k].shape
     ]
     wrong["left without values"] = [
         *(spell(k) for k in is_fresh if wanted[k].is_meta),

@@ -1,0 +1,394 @@
+"""Caches: made once, keyed by what they depend on, resumed when interrupted, clear about a full disk."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import DataError, atomic_write, cached_images, cached_texts, read_pairs
+
+ROOT = Path(__file__).parents[1]
+
+
+class Lengths:
+    """A little encoder: (length, first letter) of each text; counts what it was asked, and may stop."""
+
+    def __init__(self, stop_after=None, stop=KeyboardInterrupt):
+        self.asked, self.stop_after, self.stop = [], stop_after, stop
+
+    def __call__(self, texts):
+        if self.stop_after is not None and len(self.asked) >= self.stop_after:
+            raise self.stop
+        self.asked.append(texts)
+        return torch.tensor([[len(t), ord(t[0]) if t else 0] for t in texts], dtype=torch.float32)
+
+
+class Means:
+    """A little encoder: the mean of each channel."""
+
+    def __init__(self, stop_after=None):
+        self.seen, self.batches, self.stop_after = 0, 0, stop_after
+
+    def __call__(self, images):
+        if self.batches == self.stop_after:
+            raise KeyboardInterrupt
+        assert images.dtype == torch.float32 and images.shape[1:] == (3, 16, 16) and images.abs().max() <= 1
+        self.batches += 1
+        self.seen += len(images)
+        return images.mean((2, 3))
+
+
+def texts_cache(cache, texts, encode, key="model a", batch_size=2, dtype=np.float32):
+    return cached_texts(cache, "targets", texts, key, (2,), dtype, encode, batch_size, progress=False)
+
+
+def images_cache(cache, pairs, encode, key="vae", size=16, workers=0):
+    return cached_images(
+        cache, "latents", pairs, key, size, (3,), "float16", encode, 4, workers, progress=False
+    )
+
+
+TEXTS = ["bee", "a", "bee", "", "cc", "dddd", "a", "é" * 7]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "data" / "part-000001.zip"
+    path.parent.mkdir()
+    entries = {}
+    with zipfile.ZipFile(path, "w") as archive:
+        for k in range(20):
+            buffer = io.BytesIO()
+            Image.new("RGB", (20, 16 + k), (10 * k, 0, 255)).save(buffer, "PNG")
+            content = {3: b"", 11: buffer.getvalue()[:50], 17: b"nonsense"}.get(k, buffer.getvalue())
+            archive.writestr(f"{k}.png", content)
+            entries[f"{k}.png"] = {"p": str(k)}
+        archive.writestr("part-000001.json", json.dumps(entries))
+    return read_pairs(path.parent)
+
+
+# texts ------------------------------------------------------------------------------------------------------
+
+
+def test_each_distinct_text_is_encoded_once_and_never_again(tmp_path):
+    encode = Lengths()
+    rows, index = texts_cache(tmp_path, TEXTS, encode)
+    assert sorted(sum(encode.asked, [])) == sorted(set(TEXTS))
+    assert max(map(len, encode.asked)) == 2 and rows.shape == (6, 2) and rows.dtype == np.float32
+    assert isinstance(rows, np.memmap) and not rows.flags.writeable and index.dtype == np.int64
+    assert rows[index][:, 0].tolist() == [len(t) for t in TEXTS]
+    again, same = texts_cache(tmp_path, TEXTS, Lengths(stop_after=0))
+    assert np.array_equal(again, rows) and np.array_equal(same, index)
+
+
+def test_the_key_covers_encoder_texts_and_type(tmp_path):
+    texts_cache(tmp_path, TEXTS, Lengths())
+    for arguments in (
+        {"key": "model b"},
+        {"key": {"model": "a", "tokens": 77}},
+        {"texts": TEXTS + ["new"]},
+        {"texts": ["be", "ea"]},
+        {"texts": ["b", "eea"]},
+        {"dtype": np.float16},
+    ):
+        encode = Lengths()
+        texts_cache(tmp_path, arguments.pop("texts", TEXTS), encode, **arguments)
+        assert encode.asked, arguments
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 7 and all(f.name.startswith("targets-") and len(f.name) == 24 for f in folders)
+    keys = [json.loads((f / "key.json").read_text()) for f in folders]
+    assert {"model": "a", "tokens": 77} in [k["key"] for k in keys]
+    assert (
+        "model b" in (tmp_path / folders[[k["key"] for k in keys].index("model b")] / "key.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_resumes_where_it_stopped(tmp_path, stop):
+    texts = [f"text {k}" for k in range(21)]
+    with pytest.raises(stop):
+        texts_cache(tmp_path, texts, Lengths(stop_after=4, stop=stop))
+    rest = Lengths()
+    rows, index = texts_cache(tmp_path, texts, rest)
+    assert sum(rest.asked, []) == texts[8:]
+    assert np.array_equal(rows[index], texts_cache(tmp_path / "fresh", texts, Lengths())[0])
+
+
+def test_a_killed_process_leaves_a_cache_to_resume(tmp_path):
+    script = textwrap.dedent("""
+        import sys, time, torch
+        sys.path.insert(0, sys.argv[1])
+        import data
+        data.COMMIT_SECONDS = 0.0
+        def encode(texts):
+            time.sleep(0.01)
+            print(texts[0], flush=True)
+            return torch.tensor([[float(t), 1.0] for t in texts])
+        texts = [str(k) for k in range(10_000)]
+        data.cached_texts(sys.argv[2], "targets", texts, "k", (2,), "float32", encode, 1)
+    """)
+    run = subprocess.Popen(
+        [sys.executable, "-c", script, ROOT, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.DEVNULL,
+    )
+    for _ in range(15):
+        last = int(run.stdout.readline())
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        return torch.tensor([[float(t), 1.0] for t in texts])
+
+    rows, _ = cached_texts(
+        tmp_path,
+        "targets",
+        [str(k) for k in range(10_000)],
+        "k",
+        (2,),
+        "float32",
+        encode,
+        500,
+        progress=False,
+    )
+    assert rows[:, 0].tolist() == list(range(10_000)) and (rows[:, 1] == 1).all()
+    assert last - 1 <= int(asked[0]) and len(asked) == 10_000 - int(asked[0])
+
+
+def test_damaged_cache_files_are_made_again(tmp_path):
+    rows, _ = texts_cache(tmp_path, TEXTS, Lengths())
+    expected = np.array(rows)
+    (folder,) = tmp_path.iterdir()
+    for file, damage in (
+        ("rows.npy", lambda b: b[:-3]),
+        ("rows.npy", lambda b: b""),
+        ("done.npy", lambda b: b[:9]),
+        ("rows.npy", lambda b: b.replace(b"<f4", b"<f2")),
+        ("done.npy", None),
+    ):
+        path = folder / file
+        if damage is None:
+            path.unlink()
+        else:
+            path.write_bytes(damage(path.read_bytes()))
+        encode = Lengths()
+        assert np.array_equal(texts_cache(tmp_path, TEXTS, encode)[0], expected)
+        assert len(sum(encode.asked, [])) == 6, file
+
+
+def test_encoders_that_answer_wrongly(tmp_path):
+    with pytest.raises(DataError, match=r"targets.*gave \(2, 3\), not \(2, 2\)"):
+        texts_cache(tmp_path, TEXTS, lambda texts: torch.zeros(len(texts), 3))
+    with pytest.raises(DataError, match="NaN"):
+        texts_cache(tmp_path, TEXTS, lambda texts: torch.full((len(texts), 2), float("nan")))
+    with pytest.raises(DataError, match="more than float16"):
+        texts_cache(tmp_path, TEXTS, lambda texts: torch.full((len(texts), 2), 1e6), dtype="float16")
+    with pytest.raises(DataError, match="nothing to put"):
+        texts_cache(tmp_path, [], Lengths())
+    assert texts_cache(tmp_path, TEXTS, lambda t: Lengths()(t).bfloat16())[0].shape == (6, 2)
+
+
+# images -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_broken_ones_are_passed_over_and_listed(tmp_path, pairs, caplog, workers):
+    encode = Means()
+    rows, ok = images_cache(tmp_path / "cache", pairs, encode, workers=workers)
+    assert rows.shape == (20, 3) and rows.dtype == np.float16 and isinstance(rows, np.memmap)
+    assert ok.dtype == bool and np.flatnonzero(~ok).tolist() == [3, 11, 17] and encode.seen == 17
+    assert (rows[~ok] == 0).all()
+    expected = np.arange(20) * 10 / 127.5 - 1
+    assert np.abs(rows[ok, 0] - expected[ok]).max() < 1e-3 and (rows[ok, 2] == 1).all()
+    (folder,) = (tmp_path / "cache").iterdir()
+    listed = json.loads((folder / "skipped.json").read_text())
+    assert set(listed) == {"3", "11", "17"} and "part-000001.zip!3.png: the file is empty" in listed["3"]
+    assert "3 of 20 images cannot be used" in caplog.text and str(folder / "skipped.json") in caplog.text
+    caplog.clear()
+    again, still = images_cache(tmp_path / "cache", pairs, Means(stop_after=0))
+    assert np.array_equal(again, rows) and np.array_equal(still, ok) and "3 of 20" in caplog.text
+
+
+def test_image_cache_resumes(tmp_path, pairs):
+    with pytest.raises(KeyboardInterrupt):
+        images_cache(tmp_path, pairs, Means(stop_after=3))
+    rest = Means()
+    rows, ok = images_cache(tmp_path, pairs, rest)
+    assert rest.seen == 20 - 12 - 1 and ok.sum() == 17  # batches 0..11 were done, of 12..19 one is broken
+    fresh, _ = images_cache(tmp_path / "fresh", pairs, Means())
+    assert np.array_equal(rows, fresh)
+    (folder,) = [f for f in tmp_path.iterdir() if f.name.startswith("latents-")]
+    assert set(json.loads((folder / "skipped.json").read_text())) == {"3", "11", "17"}
+
+
+def test_the_image_key_covers_archives_members_and_size(tmp_path, pairs):
+    cache = tmp_path / "cache"
+    images_cache(cache, pairs, Means())
+    images_cache(cache, pairs.subset([0, 1, 2]), Means())
+    images_cache(cache, pairs.subset([0, 2, 1]), Means())
+    images_cache(cache, pairs, Means(), key="another vae")
+    cached_images(
+        cache, "latents", pairs, "vae", 8, (3,), "float16", lambda x: x.mean((2, 3)), 4, progress=False
+    )
+    assert len(list(cache.iterdir())) == 5
+    os.utime(pairs.archives[0], ns=(1, 1))
+    images_cache(cache, pairs, Means())
+    assert len(list(cache.iterdir())) == 6
+    shutil.copytree(pairs.archives[0].parent, tmp_path / "moved")  # with its times: the same images elsewhere
+    images_cache(cache, read_pairs(tmp_path / "moved"), Means(stop_after=0))
+
+
+def test_images_in_folders_are_keyed_one_by_one(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k in range(2):
+        Image.new("RGB", (16, 16), (k, k, k)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"picture {k}")
+    images_cache(tmp_path / "cache", read_pairs(folder), Means())
+    Image.new("RGB", (16, 16), "white").save(folder / "1.png")
+    os.utime(folder / "1.png", ns=(5, 5))
+    rows, _ = images_cache(tmp_path / "cache", read_pairs(folder), Means())
+    assert (rows[1] == 1).all()
+    gone = read_pairs(folder)
+    (folder / "1.png").unlink()
+    rows, ok = images_cache(tmp_path / "cache", gone, Means())
+    assert ok.tolist() == [True, False]
+
+
+def test_filling_a_cache_draws_no_random_numbers(tmp_path, pairs):
+    torch.manual_seed(3)
+    images_cache(tmp_path, pairs, Means())
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+# disks ------------------------------------------------------------------------------------------------------
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_no_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5_000_000))
+    encode = Lengths()
+    expected = r"no space left in .*: needs 8 MB, 5 MB free; set REVERSE_SD_CACHE to a larger disk$"
+    with pytest.raises(DataError, match=expected) as caught:
+        cached_texts(tmp_path, "targets", TEXTS, "k", (330_000,), np.float32, encode, 2, progress=False)
+    assert "\n" not in str(caught.value) and not encode.asked and not list(tmp_path.rglob("rows.npy"))
+
+
+def test_a_disk_that_fills_while_reserving(tmp_path, monkeypatch):
+    if not hasattr(os, "posix_fallocate"):
+        pytest.skip("this system reserves nothing")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full_disk)
+        with pytest.raises(DataError, match="no space left in"):
+            texts_cache(tmp_path, TEXTS, Lengths())
+        assert not list(tmp_path.rglob("rows.npy"))
+    assert len(texts_cache(tmp_path, TEXTS, Lengths())[0]) == 6
+
+
+def test_a_disk_that_fills_half_way_leaves_a_cache_to_resume(tmp_path, monkeypatch):
+    texts = [f"text {k}" for k in range(21)]
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "COMMIT_SECONDS", 0.0)
+        flush, calls = np.memmap.flush, []
+
+        def flush_or_fail(self):
+            calls.append(1)
+            full_disk() if len(calls) > 6 else flush(self)
+
+        patch.setattr(np.memmap, "flush", flush_or_fail)
+        with pytest.raises(DataError, match="no space left in .*set REVERSE_SD_CACHE"):
+            texts_cache(tmp_path, texts, Lengths())
+    rest = Lengths()
+    rows, index = texts_cache(tmp_path, texts, rest)
+    assert 0 < len(sum(rest.asked, [])) < 21 and rows[index][:, 0].tolist() == [len(t) for t in texts]
+
+
+def test_rows_are_reserved_on_the_disk(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        cached_texts(
+            tmp_path, "targets", TEXTS, "k", (100_000,), np.float32, Lengths(stop_after=0), 2, progress=False
+        )
+    (rows,) = tmp_path.rglob("rows.npy")
+    if hasattr(os, "posix_fallocate"):
+        assert rows.stat().st_blocks * 512 >= 6 * 400_000
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file.*cannot be written.*REVERSE_SD_CACHE") as caught:
+        texts_cache(tmp_path / "file" / "cache", TEXTS, Lengths())
+    assert "\n" not in str(caught.value)
+
+    def refuse(*args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    rows, _ = texts_cache(tmp_path, TEXTS, Lengths())
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(data, "atomic_write", refuse)
+    with pytest.raises(DataError, match="Permission denied"):
+        texts_cache(tmp_path / "other", TEXTS, Lengths())
+    assert np.array_equal(texts_cache(tmp_path, TEXTS, Lengths(stop_after=0))[0], rows), (
+        "a full cache is only read"
+    )
+
+
+# atomic writes ----------------------------------------------------------------------------------------------
+
+
+def test_atomic_write(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    atomic_write(path, "née")
+    assert path.read_bytes() == "née".encode()
+    atomic_write(path, b"\0new")
+    assert path.read_bytes() == b"\0new"
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full_disk)
+            with pytest.raises(OSError):
+                atomic_write(path, "newer")
+        assert path.read_bytes() == b"\0new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file_or_the_new(tmp_path):
+    path = tmp_path / "a.bin"
+    script = textwrap.dedent("""
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from data import atomic_write
+        k = 0
+        while True:
+            atomic_write(sys.argv[2], bytes([k % 256]) * 3_000_000)
+            k += 1
+            if k == 3:
+                print("on", flush=True)
+    """)
+    run = subprocess.Popen([sys.executable, "-c", script, ROOT, path], stdout=subprocess.PIPE)
+    run.stdout.readline()
+    time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    content = path.read_bytes()
+    assert len(content) == 3_000_000 and len(set(content)) == 1

@@ -1,0 +1,102 @@
+"""Who may import whom, and what no file may contain."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+OURS = {"models", "weights", "mini", "data", "reverse_sd", "train", "eval", "generate", "baselines"}
+TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
+COMPOSITION = OURS | TENSORS
+
+# What a file may import when it is imported itself; the standard library always.
+ALLOWED = {
+    "models/layers.py": {"torch"},
+    "models/*.py": {"torch", "models"},
+    "weights/*.py": {"torch", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "models", "weights"},
+    "reverse_sd.py": {"torch", "numpy"},
+    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
+    "mini/pretrain.py": {
+        "torch",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "tqdm",
+        "models",
+        "weights",
+        "data",
+        "mini",
+    },
+    "mini/*.py": {"numpy", "PIL", "tqdm", "data", "mini"},
+    "train.py": COMPOSITION,
+    "eval.py": COMPOSITION,
+    "generate.py": COMPOSITION,
+    "baselines.py": COMPOSITION,
+}
+FILES = [
+    path
+    for pattern in ("*.py", "models/*.py", "weights/*.py", "mini/*.py")
+    for path in sorted(ROOT.glob(pattern))
+]
+
+
+def allowed(path: Path) -> set[str]:
+    name = path.relative_to(ROOT)
+    return next(modules for pattern, modules in ALLOWED.items() if name.match(pattern))
+
+
+def imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports(path: Path):
+    module = ast.parse(path.read_text())
+    at_import = ast.Module([n for n in module.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)], [])
+    strays = imports(at_import) - allowed(path) - set(sys.stdlib_module_names)
+    assert not strays, f"{path.name} may not import {strays}"
+    inside = imports(module) - COMPOSITION - {"pyarrow"} - set(sys.stdlib_module_names)
+    assert not inside, f"{path.name} imports {inside} in a function"
+    if path.name not in ("reverse_sd.py", "train.py"):
+        assert imports(module) - {"pyarrow"} <= allowed(path) | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_banned(path: Path):
+    text = path.read_text()
+    banned = r"strict=False|\bpickle\.|torch\.load\(|torch\.save\(|allow_pickle=True|except:|TODO|FIXME|NotImplementedError"
+    assert not re.findall(banned, text)
+
+
+def test_only_tests_and_benchmarks_import_the_command_line_files():
+    for path in FILES:
+        if path.name not in ("train.py", "eval.py"):
+            assert not imports(ast.parse(path.read_text())) & {"train", "eval"}, path
+
+
+def test_ruff():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_importing_anything_prints_and_writes_nothing(tmp_path: Path):
+    code = "import reverse_sd, data, weights, train, eval, mini.scenes, mini.pretrain, models.unet"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,442 @@
+"""Training end to end on a few mini scenes: results, resuming, processes, faults."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED, environment
+from safetensors.torch import load_file
+
+import data
+import eval
+import reverse_sd
+import train
+import weights
+from mini import scenes
+
+SMALL = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "12",
+    "--val-size",
+    "12",
+    "--test-size",
+    "12",
+    "--checkpoint-every",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.build(folder, parts=1, per_part=84, progress=False)
+    return folder
+
+
+def train_here(few_scenes: Path, out: Path, *flags: str) -> Path:
+    torch.set_num_threads(1)
+    assert train.main(["--data", str(few_scenes), "--out", str(out), *SMALL, *flags]) == 0
+    return out
+
+
+def losses(run: Path) -> list[float]:
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [e["loss"] for e in entries if "loss" in e]
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """The same losses, and the same bits in the best and in the last weights and optimizer states."""
+    assert losses(a) == losses(b)
+    last = [next((run / "last").glob("step-*.safetensors")) for run in (a, b)]
+    for x, y in ((a / "model.safetensors", b / "model.safetensors"), last):
+        x, y = load_file(x), load_file(y)
+        assert x.keys() == y.keys()
+        assert [name for name in x if not torch.equal(x[name], y[name])] == []
+    ours, theirs = (json.loads((run / "result.json").read_text()) for run in (a, b))
+    assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+@pytest.fixture(scope="module")
+def trained(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_here(few_scenes, tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture
+def uninterrupted(trained: Path, tmp_path: Path) -> Path:
+    """A run that was never stopped, to be compared with or spoilt."""
+    return Path(shutil.copytree(trained, tmp_path / "uninterrupted"))
+
+
+# -- a run's results ----------------------------------------
+
+
+def test_a_run_holds_all_that_the_readme_names(uninterrupted: Path):
+    result = json.loads((uninterrupted / "result.json").read_text())
+    assert {"test_cosine", "mean_embedding_cosine", "n_test", "seconds", "seed"} <= result.keys()
+    assert result["n_train"] == 60 and result["n_test"] == 12
+    low, high = result["test_cosine_95"]
+    assert low < result["test_cosine"] < high
+    targets = np.load(uninterrupted / "predictions" / "test-targets.npy")
+    predicted = np.load(uninterrupted / "predictions" / "test.npy")
+    np.testing.assert_allclose(np.linalg.norm(predicted, axis=1), 1, rtol=1e-5)
+    assert result["test_cosine"] == pytest.approx(float((predicted * targets).sum(1).mean()), abs=1e-6)
+    mean = np.load(uninterrupted / "predictions" / "train-targets.npy").mean(axis=0)
+    assert result["mean_embedding_cosine"] == pytest.approx(
+        float((targets @ mean / np.linalg.norm(mean)).mean()), abs=1e-6
+    )
+    assert (uninterrupted / "examples.png").stat().st_size > 10_000
+    entries = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == list(range(1, 11))
+    assert [e["step"] for e in entries if "val_cosine" in e] == [5, 10]
+    assert result["val_cosine"] == pytest.approx(
+        max(e["val_cosine"] for e in entries if "val_cosine" in e), abs=1e-5
+    )
+
+
+def test_eval_alone_gives_the_same_result(uninterrupted: Path, capsys: pytest.CaptureFixture):
+    before = json.loads((uninterrupted / "result.json").read_text())
+    (uninterrupted / "result.json").unlink()
+    assert eval.main([str(uninterrupted)]) == 0
+    after = json.loads((uninterrupted / "result.json").read_text())
+    assert before | {"seconds": 0} == after | {"seconds": 0}
+    assert f"{after['test_cosine']:.4f}" in capsys.readouterr().out
+
+
+def test_reverse_sd_reads_an_image(uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys):
+    pairs = data.read_pairs(few_scenes)
+    pairs.image(0).save(tmp_path / "mine.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    images = [str(tmp_path / "broken.png"), str(tmp_path / "mine.png")]
+    status = reverse_sd.main([*images, "--run", str(uninterrupted), "--prompt", pairs.prompts[0], "-n", "3"])
+    printed = capsys.readouterr()
+    assert status == 2 and "broken.png" in printed.err and len(printed.err.strip().splitlines()) == 1
+    lines = printed.out.splitlines()
+    train_prompts = {
+        row["prompt"] for row in json.loads((uninterrupted / "predictions/rows.json").read_text())["train"]
+    }
+    assert {line.split(maxsplit=1)[1] for line in lines[1:4]} <= train_prompts
+    assert "words" in lines[4] and "cosine with the given prompt" in lines[5]
+
+
+def test_an_image_read_alone_is_predicted_as_in_the_evaluation(uninterrupted: Path, few_scenes: Path):
+    rows = json.loads((uninterrupted / "predictions" / "rows.json").read_text())["test"]
+    pairs = data.read_pairs(few_scenes)
+    i = pairs.prompts.index(rows[0]["prompt"])
+    run = reverse_sd.load_run(uninterrupted)
+    embedding, _ = reverse_sd.read_images(run, [pairs.image(i)], [""], "cpu")
+    evaluated = np.load(uninterrupted / "predictions" / "test.npy")[0]
+    assert float(embedding[0] @ evaluated) > 0.9999  # the cached latents are half precision
+
+
+def test_training_learns(few_scenes: Path, cache: Path, tmp_path: Path):
+    run = train_here(few_scenes, tmp_path / "run", "--epochs", "8")
+    assert np.mean(losses(run)[-3:]) < 0.75 * losses(run)[0]
+
+
+# -- one gradient whatever the parts and processes ----------------------------------------
+
+
+def test_accumulation_does_not_change_the_losses(
+    few_scenes: Path, cache: Path, tmp_path: Path, uninterrupted: Path
+):
+    parts = train_here(few_scenes, tmp_path / "parts", "--accumulate", "3")
+    np.testing.assert_allclose(losses(parts), losses(uninterrupted), atol=2e-4)
+    np.testing.assert_allclose(losses(parts)[:3], losses(uninterrupted)[:3], atol=1e-6)
+
+
+def test_two_processes_have_the_losses_of_one(few_scenes: Path, cache: Path, tmp_path: Path):
+    # 59 training pairs in batches of 29: the last batch holds one sample, so that one process has none of its own
+    flags = ["--data", str(few_scenes), *SMALL, "--batch-size", "29", "--val-size", "13", "--device", "cpu"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    torch.set_num_threads(1)
+    assert train.main([*flags, "--out", str(one)]) == 0
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29611",
+    ]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *flags, "--out", str(two)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(losses(two)[:2], losses(one)[:2], atol=1e-6)
+    np.testing.assert_allclose(losses(two), losses(one), atol=2e-4)
+    results = [json.loads((run / "result.json").read_text())["test_cosine"] for run in (one, two)]
+    assert results[0] == pytest.approx(results[1], abs=1e-3)
+
+
+def test_activation_checkpointing_changes_nothing(
+    few_scenes: Path, cache: Path, tmp_path: Path, uninterrupted: Path
+):
+    run = train_here(few_scenes, tmp_path / "checkpointing", "--activation-checkpointing")
+    np.testing.assert_allclose(losses(run), losses(uninterrupted), atol=1e-5)
+
+
+# -- interruptions ----------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 8])
+def test_ctrl_c_and_resume_end_bit_for_bit_alike(
+    few_scenes: Path, cache: Path, tmp_path: Path, uninterrupted: Path, monkeypatch, stop_after: int
+):
+    run = tmp_path / "stopped"
+    step = train.Trainer.train_step
+
+    def interrupted(self, *args):
+        if self.step == stop_after:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", interrupted)
+        assert train.main(["--data", str(few_scenes), "--out", str(run), *SMALL]) == 130
+    assert len(losses(run)) == stop_after + 1  # the step under way was finished
+    assert train.main(["--resume", str(run)]) == 0
+    assert_same_end(run, uninterrupted)
+
+
+@pytest.mark.parametrize("dying", ["tensors", "renaming", "state", "cleaning"])
+def test_dying_within_a_checkpoint_leaves_a_good_one(
+    few_scenes: Path, cache: Path, tmp_path: Path, uninterrupted: Path, monkeypatch, dying: str
+):
+    """What kill -9 leaves behind at each point of the second checkpoint's writing."""
+
+    class Killed(BaseException):
+        pass
+
+    run, count = tmp_path / "killed", {"saves": 0}
+    save = train.Checkpoint.save
+
+    def dying_save(self, state, tensors):
+        count["saves"] += 1
+        if count["saves"] < 2:
+            return save(self, state, tensors)
+        name = self.folder / f"step-{state['step']:08d}.safetensors"
+        if dying == "tensors":
+            name.with_name(name.name + ".partial").write_bytes(b"half a file")
+        elif dying == "renaming":
+            train.save_tensors(name, tensors)
+        elif dying == "state":
+            train.save_tensors(name, tensors)
+            (self.folder / ".state.json.tmp").write_text('{"step": 4, "tens')
+        else:
+            former = next(self.folder.glob("step-*.safetensors"))
+            content = former.read_bytes()
+            save(self, state, tensors)
+            former.write_bytes(content)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpoint, "save", dying_save)
+        with pytest.raises(Killed):
+            train.main(["--data", str(few_scenes), "--out", str(run), *SMALL])
+    assert train.main(["--resume", str(run)]) == 0
+    assert_same_end(run, uninterrupted)
+    assert len(list((run / "last").iterdir())) == 2
+
+
+def test_kill_9_at_any_moment_loses_one_interval_at_most(
+    few_scenes: Path, cache: Path, tmp_path: Path, uninterrupted: Path
+):
+    run = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(few_scenes), "--out", str(run), *SMALL]
+    for wanted in (2, 5, 9):
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        log = run / "log.jsonl"
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count('"loss"') >= wanted:
+                time.sleep(0.03 * wanted)  # within the next step or the checkpoint
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+        state = run / "last" / "state.json"
+        saved = json.loads(state.read_text())["step"] if state.exists() else 0
+        assert saved >= wanted - 2
+        command = [sys.executable, str(ROOT / "train.py"), "--resume", str(run)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_end(run, uninterrupted)
+
+
+def test_a_finished_run_resumed_only_evaluates_again(uninterrupted: Path):
+    before = (uninterrupted / "model.safetensors").read_bytes()
+    assert train.main(["--resume", str(uninterrupted)]) == 0
+    assert (uninterrupted / "model.safetensors").read_bytes() == before
+
+
+# -- bad input ----------------------------------------
+
+
+def error_line(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """Run train.py, want exit status 2, and return its one line."""
+    assert train.main(list(argv)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_no_such_data(cache: Path, tmp_path: Path, capsys):
+    assert "nowhere" in error_line(capsys, "--data", str(tmp_path / "nowhere"))
+
+
+def test_an_empty_folder(cache: Path, tmp_path: Path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in error_line(capsys, "--data", str(tmp_path / "empty"))
+
+
+def test_no_run_to_resume(tmp_path: Path, capsys):
+    assert "not a run" in error_line(capsys, "--resume", str(tmp_path))
+
+
+def test_a_run_is_never_overwritten(uninterrupted: Path, few_scenes: Path, capsys):
+    line = error_line(capsys, "--data", str(few_scenes), "--out", str(uninterrupted))
+    assert "--resume" in line
+
+
+def test_resuming_takes_no_other_configuration(uninterrupted: Path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", str(uninterrupted), "--lr", "1"])
+    assert stop.value.code == 2 and "--resume takes the run's own" in capsys.readouterr().err
+
+
+def test_resuming_on_other_pairs_is_refused(uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys):
+    scenes.build(tmp_path / "others", parts=1, per_part=84, seed=5, progress=False)
+    config = json.loads((uninterrupted / "config.json").read_text()) | {"data": str(tmp_path / "others")}
+    (uninterrupted / "config.json").write_text(json.dumps(config))
+    assert "not those" in error_line(capsys, "--resume", str(uninterrupted))
+
+
+def test_a_truncated_checkpoint_is_one_clear_line(uninterrupted: Path, capsys):
+    tensors = next((uninterrupted / "last").glob("step-*"))
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    assert "checkpoint cannot be read" in error_line(capsys, "--resume", str(uninterrupted))
+
+
+def test_a_run_without_its_weights(uninterrupted: Path, capsys):
+    (uninterrupted / "model.safetensors").unlink()
+    assert eval.main([str(uninterrupted)]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_line(few_scenes: Path, cache: Path, tmp_path: Path, capsys):
+    line = error_line(
+        capsys,
+        "--data",
+        str(few_scenes),
+        "--out",
+        str(tmp_path / "run"),
+        *SMALL,
+        "--lr",
+        "1e30",
+        "--clip-norm",
+        "0",
+    )
+    assert "not finite" in line and "--lr" in line
+
+
+def test_broken_images_are_left_out_of_training(few_scenes: Path, cache: Path, tmp_path: Path, caplog):
+    folder = tmp_path / "loose"
+    folder.mkdir()
+    pairs = data.read_pairs(few_scenes)
+    for i in range(60):
+        pairs.image(i).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(pairs.prompts[i])
+    (folder / "07.png").write_bytes(b"")
+    (folder / "08.png").write_bytes((folder / "08.png").read_bytes()[:300])
+    run = train_here(folder, tmp_path / "run", "--epochs", "1")
+    result = json.loads((run / "result.json").read_text())
+    assert result["n_train"] + result["n_val"] + result["n_test"] == 58
+    assert "2 of 60 images" in caplog.text
+
+
+def test_unknown_device(few_scenes: Path, cache: Path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "--device cuda" in error_line(capsys, "--data", str(few_scenes), "--device", "cuda")
+
+
+# -- configuration ----------------------------------------
+
+
+def test_every_field_is_a_flag_with_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(train.TrainConfig):
+        assert "--" + field.name.replace("_", "-") in text and field.metadata["help"]
+
+
+def test_defaults_are_the_papers_row_but_for_the_miniature():
+    paper = train.resolve(train.TrainConfig(weights="sd-1"))
+    assert (paper.epochs, paper.batch_size, paper.lr, paper.optimizer) == (3, 64, 1e-4, "adam")
+    assert (paper.heads, paper.words, paper.mlc_weight, paper.image_size) == (3, 1000, 0.1, 256)
+    assert train.resolve(train.TrainConfig()).image_size == 64
+
+
+def test_the_learning_rate_falls_along_a_cosine_to_nothing():
+    config = train.TrainConfig(lr=2.0)
+    rates = [train.learning_rate(config, step, 100) for step in (0, 50, 100)]
+    assert rates == pytest.approx([2.0, 1.0, 0.0])
+
+
+def test_every_epoch_is_another_shuffle_of_all_samples():
+    first, second = (np.concatenate(train.epoch_batches(50, 8, 0, epoch)) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert (first != second).any()
+    assert (np.concatenate(train.epoch_batches(50, 8, 0, 1)) == second).all()
+
+
+# -- figures of merit ----------------------------------------
+
+
+def test_the_bootstrap_interval_is_that_of_a_mean():
+    values = np.random.default_rng(1).normal(0.5, 0.2, 400)
+    low, high = eval.bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_average_precision_of_a_perfect_and_of_a_known_ranking():
+    truth = np.array([[1, 0], [0, 1], [1, 0]], bool)
+    assert eval.average_precision(truth.astype(float), truth) == 1
+    scores = np.array([[3.0, 3.0], [2.0, 1.0], [1.0, 2.0]])  # word 0: ranks 1 and 3; word 1: rank 3
+    assert eval.average_precision(scores, truth) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 3) / 2)
+
+
+# -- real pairs ----------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "portraits").exists(), reason="the real pairs are not here")
+def test_real_pairs_beat_the_mean_embedding(cache: Path, tmp_path: Path):
+    assert train.main(["--data", str(SHARED / "portraits"), "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test_cosine"] > result["mean_embedding_cosine"]
+
+
+def test_weights_have_a_fingerprint_that_changes_with_them(tmp_path: Path):
+    assert weights.fingerprint("unet", "sd-mini") == weights.fingerprint("unet", "sd-mini")
+    assert weights.fingerprint("unet", "sd-mini") != weights.fingerprint("vae", "sd-mini")

