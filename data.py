@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 import zipfile
@@ -492,12 +493,13 @@ SHARED_CHARACTERS = 50
 has_word = re.compile(r"[^\W_]").search
 
 
-def clean(prompts: Iterable[Any]) -> tuple[np.ndarray, dict[str, int]]:
+def clean(prompts: Iterable[Any], near_duplicates: bool = True) -> tuple[np.ndarray, dict[str, int]]:
     """The cleaning of section 4.1, in its order -> (kept (k,) int64 indices, how many each rule dropped).
 
     empty           None, NaN, "null" or "nan" alone in any case, prompts without a letter or digit
     non_english     prompts with a character outside ASCII
-    near_duplicate  prompts that share their first, or their last, 50 characters with one kept before
+    near_duplicate  prompts that share their first, or their last, 50 characters with one kept before;
+                    `duplicate`, equal prompts only, with near_duplicates=False
     The report also counts `read` and `kept`. Prompts are compared without outer whitespace, which
     `read_pairs` has stripped already.
 
@@ -508,6 +510,7 @@ def clean(prompts: Iterable[Any]) -> tuple[np.ndarray, dict[str, int]]:
     kept: list[int] = []
     heads: set[str] = set()  # the strings, not their hashes: exact, and 2 million fit (benchmarks/clean.py)
     tails: set[str] = set()
+    shared = SHARED_CHARACTERS if near_duplicates else sys.maxsize
     read = empty = foreign = 0
     for i, prompt in enumerate(prompts):
         read += 1
@@ -517,13 +520,14 @@ def clean(prompts: Iterable[Any]) -> tuple[np.ndarray, dict[str, int]]:
         elif not prompt.isascii():
             foreign += 1
         else:
-            head, tail = prompt[:SHARED_CHARACTERS], prompt[-SHARED_CHARACTERS:]
+            head, tail = prompt[:shared], prompt[-shared:]
             if head not in heads and tail not in tails:
                 heads.add(head)
                 tails.add(tail)
                 kept.append(i)
     return np.asarray(kept, np.int64), {"read": read, "empty": empty, "non_english": foreign,
-                                        "near_duplicate": read - empty - foreign - len(kept),
+                                        "near_duplicate" if near_duplicates else "duplicate":
+                                            read - empty - foreign - len(kept),
                                         "kept": len(kept)}
 
 

@@ -53,8 +53,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_00
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the words that occur in `truth` (n, V) of each word's average precision, ranking pairs by
-    `scores`."""
+    """Mean average precision over the words that occur in `truth` (n, V), pairs ranked by `scores`."""
     precisions = []
     for j in np.flatnonzero(truth.any(axis=0)):
         hits = truth[np.argsort(-scores[:, j], kind="stable"), j].astype(np.float64)

@@ -89,8 +89,7 @@ _WORD = re.compile(r"[a-z](?:[a-z'-]*[a-z])")
 
 
 def words(prompt: str) -> list[str]:
-    """The prompt's words of two letters or more, in lower case, hyphens and apostrophes inside a word
-    kept."""
+    """The prompt's words of two letters or more in lower case; inner hyphens and apostrophes are kept."""
     return _WORD.findall(prompt.lower())
 
 
@@ -233,8 +232,7 @@ class UNetFeatures(nn.Module):
 
 @dataclass
 class Run:
-    """A finished run's folder, opened: the trained regressor in eval mode, its vocabulary and its
-    configuration."""
+    """A run's folder, opened: the trained regressor in eval mode, its vocabulary and configuration."""
 
     folder: Path
     config: dict[str, Any]
@@ -270,8 +268,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
 def predict(
     regressor: nn.Module, batches: Iterable[tuple[Tensor, ...]]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Unit-length predicted embeddings (n, E) and vocabulary probabilities (n, V) or None, float32, batch
-    by batch."""
+    """Unit-length embeddings (n, E) and word probabilities (n, V) or None, float32, batch by batch."""
     embeddings, probabilities = [], []
     for inputs in batches:
         prediction = regressor(*inputs)
@@ -282,8 +279,7 @@ def predict(
 
 
 def nearest(query: np.ndarray, rows: np.ndarray, n: int) -> list[tuple[int, float]]:
-    """The `n` rows of `rows` (m, E), unit length, closest to the unit vector `query` (E,), with their
-    cosines."""
+    """The `n` unit rows of `rows` (m, E) closest to the unit vector `query` (E,), with their cosines."""
     similarities = rows @ query
     order = np.argsort(-similarities, kind="stable")[:n]
     return [(int(i), float(similarities[i])) for i in order]

@@ -99,7 +99,12 @@ class TrainConfig:
     seed: int = option(0, "of the split, the heads' initial weights and the order of samples")
     val_size: int | None = option(None, "validation pairs (30,000 or an eighth, whichever is less)")
     test_size: int | None = option(None, "test pairs (30,000 or an eighth, whichever is less)")
-    clean: bool = option(True, "drop prompts as in section 4.1 of the paper")
+    clean: str = option(
+        "auto",
+        "paper = as in section 4.1; duplicates = the same, but only equal prompts are duplicates; off; "
+        "auto = paper, or duplicates where prompts follow a template and the paper's rule would leave few",
+        ("auto", "paper", "duplicates", "off"),
+    )
     precision: str = option(
         "auto", "auto = bf16 autocast on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
     )
@@ -181,8 +186,7 @@ class Shared(typing.NamedTuple):
 
 @dataclass
 class Prepared:
-    """All that training and evaluation read, row by row over the cleaned pairs; `splits` holds row
-    numbers."""
+    """What training and evaluation read, row by row over the cleaned pairs; `splits` holds rows."""
 
     pairs: data.Pairs
     splits: dict[str, np.ndarray]
@@ -206,15 +210,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
         path = cache / "mini-scenes"
         scenes.build(path)
     pairs = data.read_pairs(path)
-    if config.clean:
-        kept, report = data.clean(pairs.prompts)
-        log.info(
-            "cleaning (section 4.1): %s", ", ".join(f"{count:,} {rule}" for rule, count in report.items())
-        )
-        pairs = pairs.subset(kept)
-    else:
-        pairs = pairs.subset([i for i, prompt in enumerate(pairs.prompts) if prompt])
-    pairs.prompts = [prompt.strip() for prompt in pairs.prompts]
+    pairs = pairs.subset(cleaned(pairs.prompts, config.clean))
     splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size)
 
     # The encoders are loaded only if their cache lacks rows.
@@ -276,9 +272,25 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     return Prepared(pairs, splits, targets, latents, contexts, digest.hexdigest())
 
 
+def cleaned(prompts: list[str], how: str) -> np.ndarray:
+    """Rows of the prompts that are kept, by the `clean` of TrainConfig; logs what was dropped."""
+    if how == "off":
+        return np.flatnonzero([bool(prompt) for prompt in prompts])
+    kept, report = data.clean(prompts, near_duplicates=how != "duplicates")
+    log.info("cleaning (section 4.1): %s", ", ".join(f"{n:,} {rule}" for rule, n in report.items()))
+    if how == "auto" and len(kept) < 0.1 * len(set(prompts)):
+        log.warning(
+            "cleaning: these prompts follow a template, so that the paper's rule of 50 equal characters leaves "
+            "%d of %d; dropping equal prompts only (--clean paper insists)",
+            len(kept),
+            len(prompts),
+        )
+        return cleaned(prompts, "duplicates")
+    return kept
+
+
 class Samples(Dataset):
-    """Rows of the caches as tensors: latents, caption states, target, vocabulary targets, and the row
-    number."""
+    """Rows of the caches as tensors: latents, caption states, target, vocabulary targets, row number."""
 
     def __init__(self, prepared: Prepared, rows: np.ndarray, vocabulary: Vocabulary):
         self.prepared, self.rows, self.vocabulary = prepared, rows, vocabulary
@@ -299,7 +311,7 @@ class Samples(Dataset):
 
 def input_batches(samples: Samples, device: str, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
     """The backbone's inputs in order, for `reverse_sd.predict`."""
-    for latents, context, *_ in DataLoader(samples, batch_size):
+    for latents, context, *_ in DataLoader(samples, batch_size, generator=torch.Generator()):
         yield latents.to(device), context.to(device)
 
 
@@ -378,8 +390,8 @@ class Checkpoint:
         name = f"step-{state['step']:08d}.safetensors"
         save_tensors(self.folder / name, tensors)
         data.atomic_write(self.folder / "state.json", json.dumps(state | {"tensors": name}, indent=1))
-        for other in self.folder.glob("step-*"):
-            if other.name != name:
+        for other in self.folder.iterdir():  # former tensors, and what a killed process left half written
+            if other.name not in (name, "state.json"):
                 other.unlink()
 
     def load(self) -> tuple[dict, dict[str, Tensor]] | None:
@@ -438,8 +450,7 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The samples of each optimizer step of an epoch: a shuffle that depends on the seed and the epoch
-    alone."""
+    """The samples of each step of an epoch: a shuffle that depends on seed and epoch alone."""
     order = np.random.default_rng([seed, epoch]).permutation(n)
     return [order[start : start + batch_size] for start in range(0, n, batch_size)]
 
@@ -528,12 +539,17 @@ class Trainer:
         return {"cosine": 1 - means[0], "vocabulary_loss": means[1], "loss": means[2], "lr": lr}
 
     def loader(self, epoch: int, done: int) -> DataLoader:
-        """This process's share of the epoch's batches, but for the first `done`."""
+        """This process's share of the epoch's batches, but for the first `done`.
+
+        Loaders have a generator of their own here, since each iteration would else draw from the global one,
+        and a resumed run iterates more often.
+        """
         batches = epoch_batches(len(self.train_samples), self.config.batch_size, self.config.seed, epoch)[
             done:
         ]
         rank, world = self.process.rank, self.process.world
-        return DataLoader(self.train_samples, batch_sampler=[share(b, rank, world) for b in batches])
+        shares = [share(batch, rank, world) for batch in batches]
+        return DataLoader(self.train_samples, batch_sampler=shares, generator=torch.Generator())
 
     # -- validation ------------------------------------------------
 
@@ -545,7 +561,7 @@ class Trainer:
         subset = torch.utils.data.Subset(
             self.val_samples, range(self.process.rank, len(self.val_samples), self.process.world)
         )
-        for latents, context, target, *_ in DataLoader(subset, 256):
+        for latents, context, target, *_ in DataLoader(subset, 256, generator=torch.Generator()):
             with self.autocast():
                 embedding = self.regressor(
                     latents.to(self.process.device), context.to(self.process.device)
@@ -575,32 +591,31 @@ class Trainer:
 
     def restore(self) -> None:
         """Go back to the last checkpoint, if there is one, and forget what was logged after it."""
-        if (found := self.checkpoint.load()) is None:
-            return
-        state, tensors = found
-        if state["data"] != self.prepared.fingerprint:
-            raise data.DataError(
-                f"{self.config.data}: the pairs are not those that {self.folder} was trained on; put them "
-                "back, or start a new run"
+        if (found := self.checkpoint.load()) is not None:
+            state, tensors = found
+            if state["data"] != self.prepared.fingerprint:
+                raise data.DataError(
+                    f"{self.config.data}: the pairs are not those that {self.folder} was trained on; put them "
+                    "back, or start a new run"
+                )
+            # Copied into the parameters that the optimizer holds, not put in their place.
+            self.regressor.load_state_dict(
+                {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
             )
-        # Copied into the parameters that the optimizer holds, not put in their place.
-        self.regressor.load_state_dict(
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        )
-        load_optimizer(self.optimizer, self.names, tensors)
-        load_rng(tensors)
-        self.step, self.best = state["step"], -math.inf if state["best"] is None else state["best"]
+            load_optimizer(self.optimizer, self.names, tensors)
+            load_rng(tensors)
+            self.step = state["step"]
+            self.best = -math.inf if state["best"] is None else state["best"]
+            log.info("resumed at step %d of %d", self.step, self.total)
         if self.process.first and (self.folder / "log.jsonl").exists():
             lines = (self.folder / "log.jsonl").read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
             data.atomic_write(self.folder / "log.jsonl", "".join(kept))
-        log.info("resumed at step %d of %d", self.step, self.total)
 
     # -- the loop ------------------------------------------------
 
     def fit(self) -> None:
-        """Train to the last step. Ctrl-C saves a checkpoint first; kill -9 loses what came after the last
-        one."""
+        """Train to the last step. Ctrl-C saves first; kill -9 loses what came after the last checkpoint."""
         config, process = self.config, self.process
         self.restore()
         self.regressor.train()
@@ -637,8 +652,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def stop_between_steps(self) -> Iterator[None]:
-        """Let the first Ctrl-C or SIGTERM wait for the step under way, whose half would be no state to
-        resume from."""
+        """Let the first Ctrl-C or SIGTERM wait for the step under way: half a step cannot be resumed."""
 
         def request_stop(*_: object) -> None:
             if self.stopping:

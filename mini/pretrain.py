@@ -56,8 +56,7 @@ def write_card(part: str, card: dict) -> None:
 
 
 def train_tokenizer(parts: int) -> None:
-    """Learn CLIP's kind of vocabulary (256 bytes, the same at a word's end, merges, two specials) from mini
-    prompts."""
+    """Learn CLIP's kind of vocabulary from mini prompts: bytes, bytes that end a word, merges, two marks."""
     size = clip.CONFIGS["sd-mini"].vocab_size
     tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -114,8 +113,7 @@ def load_images(folder: Path) -> Tensor:
 
 
 def reconstruction_loss(images: Tensor, rebuilt: Tensor) -> Tensor:
-    """Absolute error of the pixels, and of their differences to the right and downwards, which keeps edges
-    sharp."""
+    """Absolute error of pixels, and of their differences to the right and downwards, for sharp edges."""
     loss = F.l1_loss(rebuilt, images)
     for dim in (2, 3):
         loss = loss + 0.5 * F.l1_loss(rebuilt.diff(dim=dim), images.diff(dim=dim))
@@ -228,8 +226,7 @@ def vae_quality(model: vae.VAE, held_out: Tensor) -> dict:
 
 
 def write_vae(model: vae.VAE, config: vae.VAEConfig) -> None:
-    """Write mini/sd-mini/vae as diffusers would: config.json and half-precision safetensors under its
-    names."""
+    """Write mini/sd-mini/vae as diffusers would: config.json and half-precision safetensors."""
     (FOLDER / "vae").mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half().contiguous() for k, v in weights.from_home("vae", model.state_dict()).items()}
     atomic_write(

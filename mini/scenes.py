@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import atomic_write, clean
 
-VERSION = 1                    # part of every image's name: raise it when words or drawings change
+VERSION = 2                    # part of every image's name: raise it when words or drawings change
 OVERSAMPLE = 3                 # pictures are drawn three times as large and averaged down
 NOISE = (0.30, 2.20)           # Beta(a, b) of a sample's noise level: mean 0.12, most near 0, a few above 0.5
 

@@ -156,7 +156,7 @@ def test_accumulation_does_not_change_the_losses(
 
 
 def test_two_processes_have_the_losses_of_one(few_scenes: Path, cache: Path, tmp_path: Path):
-    # 59 training pairs in batches of 29: the last batch holds one sample, so that one process has none of its own
+    # 59 training pairs in batches of 29: the last batch is one sample, so that one process has none of its own
     flags = ["--data", str(few_scenes), *SMALL, "--batch-size", "29", "--val-size", "13", "--device", "cpu"]
     one, two = tmp_path / "one", tmp_path / "two"
     torch.set_num_threads(1)
@@ -236,7 +236,7 @@ def test_dying_within_a_checkpoint_leaves_a_good_one(
             train.save_tensors(name, tensors)
         elif dying == "state":
             train.save_tensors(name, tensors)
-            (self.folder / ".state.json.tmp").write_text('{"step": 4, "tens')
+            (self.folder / ".state.json.123.tmp").write_text('{"step": 4, "tens')
         else:
             former = next(self.folder.glob("step-*.safetensors"))
             content = former.read_bytes()

@@ -19,8 +19,7 @@ def config(kind: str, source: str | os.PathLike | None = None) -> sizes.Config:
 
 
 def fingerprint(kind: str, source: str | os.PathLike | None = None) -> str:
-    """SHA-256 of the sizes and of every tensor of the `kind` in `source`: what a cache of its outputs depends
-    on."""
+    """SHA-256 of the sizes and all tensors of the `kind` in `source`, on which its outputs depend."""
     source = DEFAULTS[kind] if source is None else source
     digest = hashlib.sha256(f"{kind} {sorted(asdict(config(kind, source)).items())}".encode())
     if _untrained(kind, source):

@@ -118,14 +118,13 @@ class Checkpoint:
 
 
 def read(kind: str, source: str | os.PathLike) -> Checkpoint:
-    """Find and parse the `kind` in `source`. Raises WeightsError if it is not there or cannot be told
-    apart."""
+    """Find and parse the `kind` in `source`. Raises WeightsError if it is not there or not to be recognised."""
     path = resolve(source, kind)
     folder = part_folder(kind, path) if path.is_dir() else path.parent
-    raw = read_folder(folder) if path.is_dir() else read_tensors(path)
     where = str(folder if path.is_dir() else path)
-    scale = raw.get("scale_factor")
-    single = any(name.startswith(p) for name in raw for p in _all_prefixes())
+    config = _config(kind, folder, own=path.is_dir())
+    raw = read_folder(folder) if path.is_dir() else read_tensors(path)
+    single = any(name.startswith(tuple(_all_prefixes())) for name in raw)
     prefix = _part_prefix(kind, raw, where) if single else ""
     tensors = _part(raw, prefix, where) if single else raw
     try:
@@ -133,10 +132,10 @@ def read(kind: str, source: str | os.PathLike) -> Checkpoint:
         home = dialects.to_home(kind, tensors, dialect.name)
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}") from error
-    config = None if single else _config(kind, folder, path.is_dir())
-    config = config or sizes.from_shapes(kind, home, where)
-    if kind == "vae" and scale is not None and single:
-        config = replace(config, scale_factor=float(scale))
+    if single or config is None:
+        config = sizes.from_shapes(kind, home, where)
+    if kind == "vae" and single and "scale_factor" in raw:
+        config = replace(config, scale_factor=float(raw["scale_factor"]))
     spell = dialects.speller(dialect, tensors)
     return Checkpoint(where, folder, dialect.name, config, home, lambda name: prefix + spell(name))
 

@@ -88,6 +88,8 @@ def _pad(folder: Path) -> str | None:
 def byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
     """CLIP's byte-level BPE from its two published files."""
     words = read_json(vocabulary)
+    if START not in words or END not in words:
+        raise WeightsError(f"{vocabulary} lacks {START} or {END}: it is no CLIP tokenizer's")
     try:
         lines = merges.read_text(encoding="utf-8").splitlines()
         pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]

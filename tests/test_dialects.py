@@ -1,0 +1,200 @@
+"""The name tables: both directions, every dialect, against the names that diffusers and transformers use."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+import weights
+from models import clip, unet, vae
+from weights import dialects, sizes
+
+# n ResBlocks a level, levels, levels with a transformer; diffusers' defaults are Stable Diffusion's.
+UNETS = {
+    "sd-1": {"cross_attention_dim": 768},
+    "sd-2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "sd-mini": {"cross_attention_dim": 128, "attention_head_dim": 4, "layers_per_block": 1,
+                "block_out_channels": (64, 128, 256, 256)},
+}
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def meta(build, *args, **options) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return build(*args, **options).state_dict()
+
+
+def numbered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the same shapes in which no two numbers are alike."""
+    out, start = {}, 0
+    for name, tensor in tensors.items():
+        out[name] = torch.arange(start, start + tensor.numel()).reshape(tensor.shape)
+        start += tensor.numel()
+    return out
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert shapes(a) == shapes(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def small_vae() -> dict[str, Tensor]:
+    config = dataclasses.replace(vae.CONFIGS["sd-mini"], ch=8, norm_groups=4)
+    return numbered(meta(vae.VAE, config))
+
+
+def small_unet(**changes) -> dict[str, Tensor]:
+    config = dataclasses.replace(unet.CONFIGS["sd-mini"], model_channels=32, context_dim=8, **changes)
+    return numbered(meta(unet.UNet, config))
+
+
+def small_clip(layers: int = 3) -> dict[str, Tensor]:
+    return numbered(meta(clip.CLIPText, clip.CLIPTextConfig(9, 8, 16, layers, 2, 7, "gelu", 1e-5)))
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_full_size_unet_has_diffusers_names_and_shapes(name: str):
+    theirs = meta(UNet2DConditionModel, **UNETS[name])
+    ours = meta(unet.UNet, unet.CONFIGS[name])
+    assert shapes(weights.to_home("unet", theirs)) == shapes(ours)
+    assert shapes(weights.from_home("unet", ours)) == shapes(theirs)
+
+
+@pytest.mark.parametrize("name", ["sd-1", "sd-mini"])
+def test_full_size_vae_has_diffusers_names_and_shapes(name: str):
+    config = vae.CONFIGS[name]
+    levels = len(config.ch_mult)
+    theirs = meta(
+        AutoencoderKL, block_out_channels=[config.ch * m for m in config.ch_mult],
+        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=config.num_res_blocks, norm_num_groups=config.norm_groups,
+    )
+    ours = meta(vae.VAE, config)
+    assert shapes(weights.to_home("vae", theirs)) == shapes(ours)
+    assert shapes(weights.from_home("vae", ours)) == shapes(theirs)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"num_res_blocks": 2}, {"num_res_blocks": 3, "attention_levels": (1,)}, {"attention_levels": ()},
+    {"channel_mult": (1, 2), "attention_levels": (0,)}, {"channel_mult": (1,), "attention_levels": (0,)},
+])
+def test_unet_round_trip_for_any_numbering(changes: dict):
+    ours = small_unet(**changes)
+    theirs = weights.from_home("unet", ours)
+    assert not theirs.keys() & ours.keys()
+    assert_equal(weights.to_home("unet", theirs), ours)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "diffusers-old", "ldm"])
+def test_vae_round_trip(dialect: str):
+    ours = small_vae()
+    theirs = weights.from_home("vae", ours, dialect)
+    assert dialects.dialect_of("vae", theirs).name == dialect
+    assert_equal(weights.to_home("vae", theirs), ours)
+
+
+def test_old_vae_attention_names_are_matrices_beside_the_new_ones():
+    ours = small_vae()
+    new, old = (weights.from_home("vae", ours, d) for d in ("diffusers", "diffusers-old"))
+    pairs = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new_name, old_name in pairs.items():
+        a = new[f"encoder.mid_block.attentions.0.{new_name}.weight"]
+        b = old[f"encoder.mid_block.attentions.0.{old_name}.weight"]
+        assert a.ndim == 2 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "transformers-5", "open_clip"])
+def test_clip_round_trip(dialect: str):
+    ours = small_clip()
+    theirs = weights.from_home("clip-text", ours, dialect)
+    if dialect == "open_clip":  # home has no layer after the one that is read; a file does
+        theirs |= {f"transformer.resblocks.3.{k.split('.', 3)[3]}": v for k, v in theirs.items() if ".2." in k}
+    assert dialects.dialect_of("clip-text", theirs).name == dialect
+    assert_equal(weights.to_home("clip-text", theirs), ours)
+
+
+def test_open_clip_that_was_cut_before_keeps_its_last_layer():
+    ours = small_clip(layers=dialects.OPEN_CLIP_CUT)
+    assert_equal(weights.to_home("clip-text", weights.from_home("clip-text", ours, "open_clip")), ours)
+    assert clip.CONFIGS["sd-2"].num_hidden_layers == dialects.OPEN_CLIP_CUT
+
+
+def test_open_clip_stacks_q_k_and_v_in_that_order():
+    theirs = weights.from_home("clip-text", small_clip(), "open_clip")
+    ours = weights.to_home("clip-text", theirs)
+    stacked = theirs["transformer.resblocks.1.attn.in_proj_weight"]
+    for row, letter in enumerate("qkv"):
+        part = ours[f"text_model.encoder.layers.1.self_attn.{letter}_proj.weight"]
+        assert torch.equal(part, stacked[8 * row : 8 * row + 8])
+
+
+def test_dropped_on_purpose():
+    ours = small_clip()
+    extras = {name: torch.zeros(1) for name in (
+        "text_model.embeddings.position_ids", "text_projection.weight", "logit_scale", "vision_model.a.b")}
+    assert_equal(weights.to_home("clip-text", ours | extras), ours)
+    bert = {"encoder.layer.0.x": torch.zeros(1), "embeddings.y": torch.zeros(2)}
+    extras = {"pooler.dense.weight": torch.zeros(1), "embeddings.position_ids": torch.zeros(1)}
+    assert_equal(weights.to_home("minilm", bert | extras), bert)
+    assert_equal(weights.to_home("minilm", {f"bert.{k}": v for k, v in (bert | extras).items()}), bert)
+
+
+def test_a_name_without_a_row_is_kept_for_the_strict_load_to_find():
+    theirs = weights.from_home("unet", small_unet())
+    theirs["down_blocks.0.resnets.0.norm9.weight"] = torch.zeros(1)
+    assert "down_blocks.0.resnets.0.norm9.weight" in weights.to_home("unet", theirs)
+
+
+def test_conversion_is_linear_so_gradients_convert_too():
+    theirs = {k: v.double() for k, v in weights.from_home("vae", small_vae()).items()}
+    twice = weights.to_home("vae", {k: 2 * v for k, v in theirs.items()})
+    once = weights.to_home("vae", theirs)
+    assert all(torch.equal(twice[k], 2 * once[k]) for k in once)
+
+
+def test_messages_spell_our_names_as_the_file_does():
+    theirs = weights.from_home("unet", small_unet())
+    spell = dialects.speller(dialects.dialect_of("unet", theirs), theirs)
+    assert [spell(ours) for ours in weights.to_home("unet", theirs)] == list(theirs)
+    assert spell("out.2.weight") == "conv_out.weight" and spell("nonsense") == "nonsense"
+
+
+def test_a_stranger_is_refused():
+    with pytest.raises(weights.WeightsError, match="no unet in any dialect"):
+        weights.to_home("unet", {"a.b": torch.zeros(1)})
+    with pytest.raises(weights.WeightsError, match="no dialect 'klingon'; it has ldm, diffusers"):
+        weights.from_home("unet", small_unet(), "klingon")
+    with pytest.raises(weights.WeightsError, match="needs all of"):
+        weights.from_home("clip-text", {"text_model.encoder.layers.0.self_attn.q_proj.bias": torch.zeros(2)},
+                          "open_clip")
+    with pytest.raises(weights.WeightsError, match="two tensors for encoder.norm_out"):
+        weights.to_home("vae", weights.from_home("vae", small_vae())
+                        | {"encoder.norm_out.weight": torch.zeros(1)})
+
+
+def test_every_row_of_every_table_is_used_by_some_model():
+    """A misspelt row would never be missed otherwise."""
+    sd_1 = {name: meta(kind, config) for name, (kind, config) in {
+        "unet": (unet.UNet, unet.CONFIGS["sd-1"]), "vae": (vae.VAE, vae.CONFIGS["sd-1"]),
+        "clip-text": (clip.CLIPText, clip.CONFIGS["sd-1"])}.items()}
+    for kind, ours in sd_1.items():
+        for dialect in dialects.DIALECTS[kind]:
+            rows = dialects.spelling(dialect, ours)
+            for theirs, row in rows.items():
+                if row is not None and "conv_shortcut" not in theirs and "samplers" not in theirs \
+                        and ".attentions." not in theirs:
+                    names = [row.replace("*", letter) for letter in "qkv"] if isinstance(row, dialects.Qkv) else [row]
+                    for name in names:
+                        assert any(k == name or k.startswith(f"{name}.") for k in ours), (dialect.name, theirs)
+
+
+@pytest.mark.parametrize("kind, name", [("unet", "sd-1"), ("unet", "sd-2"), ("unet-encoder", "sd-2"),
+                                        ("vae", "sd-1"), ("clip-text", "sd-1"), ("clip-text", "sd-2")])
+def test_sizes_of_the_published_models_are_read_from_shapes_alone(kind: str, name: str):
+    config = sizes.CONFIGS[kind][name]
+    assert sizes.from_shapes(kind, meta(sizes.build, kind, config), "file") == config
