@@ -69,12 +69,10 @@ class TrainConfig:
     backbone: str = option("unet", "image encoder", ("unet",))
     data: str = option(
         "mini",
-        "'mini' (drawn at first use) or a folder: DiffusionDB parts, a JSONL or CSV manifest, .txt "
-        "beside each image, or PNGs with a front end's metadata",
+        "'mini' (drawn at first use) or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt beside "
+        "each image, or PNGs with a front end's text",
     )
-    weights: str = option(
-        "sd-mini", "pretrained weights: a name of `python -m weights list`, a file or a folder"
-    )
+    weights: str = option("sd-mini", "pretrained: a name of `python -m weights list`, a file or a folder")
     captions: str = option(
         "",
         "file of captions for the U-Net's cross-attention (JSONL, CSV, JSON or TXT); "
@@ -86,16 +84,11 @@ class TrainConfig:
     epochs: int | None = option(None, "passes over the training pairs (paper: 3; sd-mini: 6)")
     batch_size: int = option(64, "samples of one optimizer step, all processes together")
     accumulate: int = option(1, "parts in which each process computes its share of a batch, to save memory")
-    optimizer: str = option(
-        "adam", "adam as in the paper, or adamw as in the authors' code", ("adam", "adamw")
-    )
+    optimizer: str = option("adam", "adam: the paper's; adamw: the authors' code's", ("adam", "adamw"))
     lr: float | None = option(None, "peak learning rate of the cosine schedule (paper: 1e-4; sd-mini: 1e-3)")
     weight_decay: float = option(0.0, "of adamw, or the L2 penalty of adam")
-    warmup: int = option(0, "optimizer steps of linear warm-up")
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 = do not clip")
-    image_size: int | None = option(
-        None, "side in pixels to which images are resized and cropped (sd-mini: 64, else 256)"
-    )
+    image_size: int | None = option(None, "images are cropped to this side in pixels (sd-mini: 64, else 256)")
     seed: int = option(0, "of the split, the heads' initial weights and the order of samples")
     val_size: int | None = option(None, "validation pairs (30,000 or an eighth, whichever is less)")
     test_size: int | None = option(None, "test pairs (30,000 or an eighth, whichever is less)")
@@ -105,13 +98,9 @@ class TrainConfig:
         "auto = paper, or duplicates where prompts follow a template and the paper's rule would leave few",
         ("auto", "paper", "duplicates", "off"),
     )
-    precision: str = option(
-        "auto", "auto = bf16 autocast on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
-    )
+    precision: str = option("auto", "auto = bf16 on CUDA, float32 on the CPU", ("auto", "float32", "bf16"))
     compile: bool = option(False, "torch.compile the regressor")
-    activation_checkpointing: bool = option(
-        False, "recompute activations in the backward pass, to save memory"
-    )
+    activation_checkpointing: bool = option(False, "compute activations twice, to save memory")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints")
     workers: int = option(0, "processes that read images while latents are cached")
     device: str = option("auto", "auto, cpu, cuda")
@@ -204,63 +193,52 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     """
     cache = weights.cache_dir()
     path = Path(config.data)
+    if config.image_size % 8:
+        raise data.DataError(f"--image-size {config.image_size}: must be a multiple of 8, the latents' grid")
+    # Read first, so that weights which cannot be had stop the run before anything long. The encoders
+    # themselves are loaded only if their cache lacks rows.
+    source = config.weights
+    vae_config, text_config = weights.config("vae", source), weights.config("clip-text", source)
+    minilm = functools.cache(lambda: weights.load("minilm", device=device))
+    vae = functools.cache(lambda: weights.load("vae", source, device=device))
+    text = functools.cache(lambda: weights.load("clip-text", source, device=device))
+    tokenizer = functools.cache(lambda: weights.load_tokenizer(source))
+
+    @torch.no_grad()
+    def latents_of(images: Tensor) -> Tensor:
+        return vae().encode(images.to(device)) * vae_config.scale_factor
+
+    @torch.no_grad()
+    def states_of(captions: list[str]) -> Tensor:
+        return text()(tokenizer()(captions).to(device))
+
     if config.data == "mini":
         from mini import scenes
 
-        path = cache / "mini-scenes"
+        path = cache / f"mini-scenes-{scenes.VERSION}"
         scenes.build(path)
     pairs = data.read_pairs(path)
     pairs = pairs.subset(cleaned(pairs.prompts, config.clean))
     splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size)
-
-    # The encoders are loaded only if their cache lacks rows.
-    minilm = functools.cache(lambda: weights.load("minilm", device=device))
-    targets = Shared(
-        *data.cached_texts(
-            cache,
-            "targets",
-            pairs.prompts,
-            {"model": weights.fingerprint("minilm")},
-            (EMBEDDING_WIDTH,),
-            np.float32,
-            lambda texts: minilm().encode(texts),
-            batch_size=1024,
-        )
-    )
-    vae = functools.cache(lambda: weights.load("vae", config.weights, device=device))
-    vae_config = weights.config("vae", config.weights)
-    side = config.image_size // 8
-    latents, readable = data.cached_images(
-        cache,
-        "latents",
-        pairs,
-        {"model": weights.fingerprint("vae", config.weights)},
-        config.image_size,
-        (vae_config.embed_dim, side, side),
-        np.float16,
-        torch.no_grad()(lambda images: vae().encode(images.to(device)) * vae_config.scale_factor),
-        batch_size=32,
-        workers=config.workers,
-    )
     if config.captions:
         captions = data.read_captions(Path(config.captions), pairs)
     else:
         log.info("captions: none given, the U-Net's cross-attention reads the empty text")
         captions = [""] * len(pairs)
-    text = functools.cache(lambda: weights.load("clip-text", config.weights, device=device))
-    tokenizer = functools.cache(lambda: weights.load_tokenizer(config.weights))
-    contexts = Shared(
+
+    shape, key = (EMBEDDING_WIDTH,), {"model": weights.fingerprint("minilm")}
+    targets = Shared(
         *data.cached_texts(
-            cache,
-            "captions",
-            captions,
-            {"model": weights.fingerprint("clip-text", config.weights)},
-            (77, weights.config("clip-text", config.weights).hidden_size),
-            np.float16,
-            torch.no_grad()(lambda texts: text()(tokenizer()(texts).to(device))),
-            batch_size=32,
+            cache, "targets", pairs.prompts, key, shape, np.float32, lambda p: minilm().encode(p), 1024
         )
     )
+    side, key = config.image_size // 8, {"model": weights.fingerprint("vae", source)}
+    shape = (vae_config.embed_dim, side, side)
+    latents, readable = data.cached_images(
+        cache, "latents", pairs, key, config.image_size, shape, np.float16, latents_of, 32, config.workers
+    )
+    shape, key = (77, text_config.hidden_size), {"model": weights.fingerprint("clip-text", source)}
+    contexts = Shared(*data.cached_texts(cache, "captions", captions, key, shape, np.float16, states_of, 32))
     splits = {name: rows[readable[rows]] for name, rows in splits.items()}
     for name, rows in splits.items():
         if not len(rows):
@@ -280,10 +258,9 @@ def cleaned(prompts: list[str], how: str) -> np.ndarray:
     log.info("cleaning (section 4.1): %s", ", ".join(f"{n:,} {rule}" for rule, n in report.items()))
     if how == "auto" and len(kept) < 0.1 * len(set(prompts)):
         log.warning(
-            "cleaning: these prompts follow a template, so that the paper's rule of 50 equal characters leaves "
-            "%d of %d; dropping equal prompts only (--clean paper insists)",
-            len(kept),
-            len(prompts),
+            "cleaning: these prompts follow a template: the paper's rule of 50 equal characters leaves %d of "
+            "%d; dropping equal prompts only (--clean paper insists)",
+            *(len(kept), len(prompts)),
         )
         return cleaned(prompts, "duplicates")
     return kept
@@ -442,11 +419,8 @@ def load_rng(tensors: dict[str, Tensor]) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Linear warm-up, then a cosine from `lr` to 0 at the last step."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, total - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    """A cosine from `lr` at the first step to 0 after the last."""
+    return config.lr * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -595,8 +569,8 @@ class Trainer:
             state, tensors = found
             if state["data"] != self.prepared.fingerprint:
                 raise data.DataError(
-                    f"{self.config.data}: the pairs are not those that {self.folder} was trained on; put them "
-                    "back, or start a new run"
+                    f"{self.config.data}: the pairs are not those that {self.folder} was trained on; "
+                    "put them back, or start a new run"
                 )
             # Copied into the parameters that the optimizer holds, not put in their place.
             self.regressor.load_state_dict(
@@ -647,6 +621,7 @@ class Trainer:
                         ):
                             self.save()
                         if self.stopping:
+                            log.warning("go on with: python train.py --resume %s", self.folder)
                             raise KeyboardInterrupt
                     self.end_epoch(epoch, record)
 
@@ -772,9 +747,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nstopped; what was computed is kept. Go on with: python train.py --resume RUN", file=sys.stderr
-        )
+        print("stopped; all that was computed is kept", file=sys.stderr)
         return 130
     return 0
 

@@ -156,7 +156,7 @@ def test_accumulation_does_not_change_the_losses(
 
 
 def test_two_processes_have_the_losses_of_one(few_scenes: Path, cache: Path, tmp_path: Path):
-    # 59 training pairs in batches of 29: the last batch is one sample, so that one process has none of its own
+    # 59 training pairs in batches of 29: the last batch is one sample, so one process has none
     flags = ["--data", str(few_scenes), *SMALL, "--batch-size", "29", "--val-size", "13", "--device", "cpu"]
     one, two = tmp_path / "one", tmp_path / "two"
     torch.set_num_threads(1)
@@ -375,6 +375,34 @@ def test_unknown_device(few_scenes: Path, cache: Path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert "--device cuda" in error_line(capsys, "--data", str(few_scenes), "--device", "cuda")
+
+
+def test_image_size_must_fit_the_latents(cache: Path, few_scenes: Path, capsys):
+    assert "multiple of 8" in error_line(capsys, "--data", str(few_scenes), "--image-size", "60")
+
+
+def test_missing_weights_stop_the_run_at_once(cache: Path, few_scenes: Path, tmp_path: Path, capsys):
+    line = error_line(capsys, "--data", str(few_scenes), "--weights", str(tmp_path / "none.safetensors"))
+    assert "none.safetensors" in line
+    assert not (tmp_path / "run").exists()
+
+
+# -- captions ---------------------------------------------------------------
+
+
+def test_captions_from_a_file_reach_the_cross_attention(few_scenes: Path, cache: Path, tmp_path: Path):
+    pairs = data.read_pairs(few_scenes)
+    captions = tmp_path / "captions.jsonl"
+    entries = [{"image": name, "caption": f"a picture of {i % 7}"} for i, name in enumerate(pairs.names)]
+    captions.write_text("".join(json.dumps(entry) + "\n" for entry in entries[:-1]))
+    config = train.TrainConfig(data=str(few_scenes), captions=str(captions))
+    prepared = train.prepare(train.resolve(config))
+    text = weights.load("clip-text", "sd-mini")
+    with torch.no_grad():
+        expected = text(weights.load_tokenizer("sd-mini")(["a picture of 3", ""]))
+    np.testing.assert_allclose(prepared.contexts[3], expected[0].numpy(), atol=2e-3)
+    np.testing.assert_allclose(prepared.contexts[len(pairs) - 1], expected[1].numpy(), atol=2e-3)
+    assert len(prepared.contexts.rows) == 8
 
 
 # -- configuration ----------------------------------------

