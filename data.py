@@ -698,7 +698,7 @@ def read_captions(path: str | Path, pairs: Pairs) -> list[str]:
 # ============================================================================================================
 
 COMMIT_SECONDS = 2.0  # a killed run loses at most this much encoding, and one batch
-TODO, DONE, BROKEN = 0, 1, 2
+MISSING, DONE, BROKEN = 0, 1, 2
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -734,7 +734,7 @@ def cached_texts(cache: Path, name: str, texts: Sequence[str], key: Any, width_s
         content.update(len(raw).to_bytes(8, "little") + raw)
     store = _Store(cache, name, key, content.hexdigest(), len(unique), width_shape, dtype)
     with store.filling(progress) as bar:
-        todo = np.flatnonzero(store.state == TODO)
+        todo = np.flatnonzero(store.state == MISSING)
         for start in range(0, len(todo), batch_size):
             rows = todo[start:start + batch_size]
             store.put(rows, encode([unique[i] for i in rows.tolist()]))
@@ -756,7 +756,7 @@ def cached_images(cache: Path, name: str, pairs: Pairs, key: Any, size: int, sha
     identity = _image_identity(pairs)
     store = _Store(cache, name, {"encoder": key, "size": size}, identity, len(pairs), shape, dtype)
     with store.filling(progress) as bar:
-        todo = np.flatnonzero(store.state == TODO)
+        todo = np.flatnonzero(store.state == MISSING)
         # A generator of its own: if the loader drew from torch's, the run that fills the cache would train
         # differently from those that find it.
         loader = torch.utils.data.DataLoader(_ImageSet(pairs, size, todo), batch_size, num_workers=workers,
@@ -925,7 +925,7 @@ class _Store:
     def filling(self, progress: bool) -> Iterator[tqdm]:
         """Around the encoding: progress bar, commit on the way out whatever ended it, then read-only maps."""
         self.committed = time.monotonic()
-        n, todo = len(self.state), int((self.state == TODO).sum())
+        n, todo = len(self.state), int((self.state == MISSING).sum())
         quiet = not (progress and todo)
         with tqdm(total=n, initial=n - todo, desc=f"caching {self.name}", disable=quiet) as bar:
             try:

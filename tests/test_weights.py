@@ -474,7 +474,8 @@ def vocabulary(tmp_path_factory) -> Path:
 
 
 PROMPTS = ["", "a cat", "  a   CAT\n\tsat.", "it's 2024, isn't it?!!", "Café naïve é ﬁ", "日本語 🙂",
-           "a" * 400, "word " * 100, "<|endoftext|> inside", "x_y-z ((very)) [[odd]] {a|b}", "ａ wide", "İstanbul ß"]
+           "a" * 400, "word " * 100, "<|endoftext|> inside",
+           "x_y-z ((very)) [[odd]] {a|b}", "ａ wide", "İstanbul ß"]
 
 
 def prompts() -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from weights import sizes
 from weights.registry import DEFAULTS, ENTRIES, Entry
 from weights.sources import holds, read
+from weights.tokenizer import load_tokenizer
 
 
 def config(kind: str, source: str | os.PathLike | None = None) -> sizes.Config:
@@ -19,9 +20,11 @@ def config(kind: str, source: str | os.PathLike | None = None) -> sizes.Config:
 
 
 def fingerprint(kind: str, source: str | os.PathLike | None = None) -> str:
-    """SHA-256 of the sizes and all tensors of the `kind` in `source`, on which its outputs depend."""
+    """SHA-256 of the sizes and all tensors of the `kind` in `source`, and of a text tower's tokenizer."""
     source = DEFAULTS[kind] if source is None else source
     digest = hashlib.sha256(f"{kind} {sorted(asdict(config(kind, source)).items())}".encode())
+    if kind == "clip-text":
+        digest.update(load_tokenizer(source).tokenizer.to_str().encode())
     if _untrained(kind, source):
         digest.update(f"seed 0, torch {torch.__version__}".encode())
         return digest.hexdigest()
