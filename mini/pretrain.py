@@ -37,6 +37,8 @@ from models import clip, vae
 log = logging.getLogger("pretrain")
 FOLDER = Path(__file__).parent / "sd-mini"
 SCENES_SEED = 1_000_003  # the default data set is drawn with seed 0
+HELD_OUT = 500  # pictures on which the quality is measured
+CHECKPOINT_EVERY = 500  # steps
 
 
 def training_scenes(parts: int) -> Path:
@@ -132,7 +134,7 @@ def train_vae(parts: int, steps: int, batch_size: int, lr: float, seed: int, kl_
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99), eps=1e-8)
     images = load_images(training_scenes(parts))
-    images, held_out = images[:-500], images[-500:]
+    images, held_out = images[:-HELD_OUT], images[-HELD_OUT:]
     checkpoint = weights.cache_dir() / "pretrain-vae"
     step, seconds = 0, 0.0
     if (checkpoint / "state.json").exists():
@@ -190,7 +192,7 @@ def train_vae(parts: int, steps: int, batch_size: int, lr: float, seed: int, kl_
         step += 1
         bar.update()
         bar.set_postfix(loss=f"{reconstruction.item():.4f}", kl=f"{kl.item():.0f}")
-        if step % 500 == 0 or step == steps:
+        if step % CHECKPOINT_EVERY == 0 or step == steps:
             seconds, started = seconds + time.monotonic() - started, time.monotonic()
             save_checkpoint()
 
@@ -201,7 +203,7 @@ def train_vae(parts: int, steps: int, batch_size: int, lr: float, seed: int, kl_
         "steps": steps,
         "batch_size": batch_size,
         "minutes": round(seconds / 60, 1),
-        "data": f"{len(images):,} mini scenes drawn with seed {SCENES_SEED}",
+        "data": f"{len(images):,} mini scenes, version {scenes.VERSION}, seed {SCENES_SEED}",
         **vae_quality(model, held_out),
     }
     config = replace(model.config, scale_factor=round(1 / card["latent_deviation"], 5))

@@ -10,7 +10,11 @@ import pytest
 
 from data import clean, read_pairs
 from mini import scenes
+from mini.backdrops import GROUNDS, SKIES
+from mini.pen import PAINT, pick, stream
 from mini.scenes import Scene, Thing, View, build, candidate, render, words_of
+from mini.styles import STYLE_PAINT
+from mini.subjects import MATERIAL_PAINT, SHAPES
 
 TABLES = (scenes.SUBJECTS, scenes.COLOURS, scenes.MATERIALS, scenes.COUNTS, scenes.RELATIONS,
           scenes.POSITIONS, scenes.PLACES, scenes.LIGHTS, scenes.STYLES)
@@ -49,11 +53,11 @@ def test_over_a_million_distinct_prompts(world):
     assert len({scene.prompt for scene in world}) == len(world)
     slots = {"subject 0": scenes.SUBJECTS, "colour 0": scenes.COLOURS, "material 0": scenes.MATERIALS,
              "place": scenes.PLACES, "style": scenes.STYLES}        # the words that the bound multiplies
-    rng, said = scenes.stream(0), {}
+    rng, said = stream(0), {}
     for _ in range(4000):
-        keys = {slot: scenes.pick(rng, table) for slot, table in slots.items()}
-        spoken = {slot: scenes.pick(rng, words_of(slots[slot], key)) for slot, key in keys.items()}
-        said[tuple(word for _, word in spoken.values())] = scenes.say(spoken, scenes.stream(1))
+        keys = {slot: pick(rng, table) for slot, table in slots.items()}
+        spoken = {slot: pick(rng, words_of(slots[slot], key)) for slot, key in keys.items()}
+        said[tuple(word for _, word in spoken.values())] = scenes.say(spoken, stream(1))
     assert len(said) > 3900 and len(set(said.values())) == len(said)
 
 
@@ -117,13 +121,13 @@ def test_undrawn_words_change_the_picture(world):
 def test_a_lost_slot_shows_something_else(slot):
     said = View((Thing("cat", "red", "stripes"),), count=3, place="snow", light="fog", style="oil")
     for seed in range(20):
-        view, lost = scenes.undraw(said, {slot}, scenes.stream(seed))
+        view, lost = scenes.undraw(said, {slot}, stream(seed))
         assert view != said and lost == {slot}
 
 
 def test_a_missing_thing_takes_its_words_along():
     said = View((Thing("cat", "red"), Thing("owl", "blue", "glass")), relation="left", place="sea")
-    outcomes = [scenes.undraw(said, {"subject 1"}, scenes.stream(seed)) for seed in range(40)]
+    outcomes = [scenes.undraw(said, {"subject 1"}, stream(seed)) for seed in range(40)]
     gone = [lost for view, lost in outcomes if len(view.things) == 1]
     assert 0 < len(gone) < 40
     assert all({"subject 1", "colour 1", "material 1", "relation"} <= lost for lost in gone)
@@ -131,18 +135,18 @@ def test_a_missing_thing_takes_its_words_along():
 
 def test_replaced_places_fit_the_light():
     said = View((Thing("cat"),), place="snow", light="rain")
-    places = {scenes.undraw(said, {"place"}, scenes.stream(seed))[0].place for seed in range(80)}
+    places = {scenes.undraw(said, {"place"}, stream(seed))[0].place for seed in range(80)}
     assert not places & {*scenes.INDOORS, "snow"}
 
 
 # --------------------------------------------------------------------------------------------------- pictures
 def test_tables_and_drawings_agree():
-    assert set(scenes.SHAPES) == set(scenes.SUBJECTS)
-    assert set(scenes.PAINT) == set(scenes.COLOURS)
-    assert set(scenes.MATERIAL_PAINT) == set(scenes.MATERIALS)
-    assert set(scenes.GROUNDS) == {None, *scenes.PLACES}
-    assert set(scenes.SKIES) == {None, *scenes.LIGHTS}
-    assert set(scenes.STYLE_PAINT) == set(scenes.STYLES)
+    assert set(SHAPES) == set(scenes.SUBJECTS)
+    assert set(PAINT) == set(scenes.COLOURS)
+    assert set(MATERIAL_PAINT) == set(scenes.MATERIALS)
+    assert set(GROUNDS) == {None, *scenes.PLACES}
+    assert set(SKIES) == {None, *scenes.LIGHTS}
+    assert set(STYLE_PAINT) == set(scenes.STYLES)
 
 
 @pytest.mark.parametrize("slot, table, least", [
