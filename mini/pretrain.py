@@ -43,7 +43,7 @@ CHECKPOINT_EVERY = 500  # steps
 
 def training_scenes(parts: int) -> Path:
     """Draw `parts` thousand scenes into the cache, unless they are there."""
-    folder = weights.cache_dir() / f"pretrain-scenes-seed{SCENES_SEED}"
+    folder = weights.cache_dir() / f"pretrain-scenes-{scenes.VERSION}"
     scenes.build(folder, parts=parts, seed=SCENES_SEED)
     return folder
 
@@ -122,7 +122,15 @@ def reconstruction_loss(images: Tensor, rebuilt: Tensor) -> Tensor:
     return loss
 
 
-def train_vae(parts: int, steps: int, batch_size: int, lr: float, seed: int, kl_weight: float = 1e-6) -> None:
+def train_vae(
+    parts: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    further: bool = False,
+    kl_weight: float = 1e-6,
+) -> None:
     """Pixel and edge error plus a slight pull of the posterior towards a unit Gaussian, as in latent
     diffusion.
 
@@ -130,7 +138,8 @@ def train_vae(parts: int, steps: int, batch_size: int, lr: float, seed: int, kl_
     terms, which want a pretrained network and, on drawings of 64 px, little is left for them to mend.
     """
     torch.manual_seed(seed)
-    model = vae.VAE(vae.CONFIGS["sd-mini"])
+    model = weights.load("vae", "sd-mini") if further else vae.VAE(vae.CONFIGS["sd-mini"])
+    model.train()
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99), eps=1e-8)
     images = load_images(training_scenes(parts))
@@ -198,7 +207,7 @@ def train_vae(parts: int, steps: int, batch_size: int, lr: float, seed: int, kl_
 
     model.load_state_dict(average)
     card = {
-        "command": f"python -m mini.pretrain vae --steps {steps}",
+        "command": f"python -m mini.pretrain vae --steps {steps}" + " --further" * further,
         "seed": seed,
         "steps": steps,
         "batch_size": batch_size,
@@ -206,6 +215,8 @@ def train_vae(parts: int, steps: int, batch_size: int, lr: float, seed: int, kl_
         "data": f"{len(images):,} mini scenes, version {scenes.VERSION}, seed {SCENES_SEED}",
         **vae_quality(model, held_out),
     }
+    if further:
+        card["before"] = json.loads((FOLDER / "vae" / "card.json").read_text())
     config = replace(model.config, scale_factor=round(1 / card["latent_deviation"], 5))
     write_vae(model, config)
     write_card("vae", card)
@@ -272,6 +283,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule (default 1e-3)")
+    parser.add_argument("--further", action="store_true", help="start from the weights that are there")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -279,7 +291,7 @@ def main() -> None:
     if args.part == "tokenizer":
         train_tokenizer(args.parts)
     else:
-        train_vae(args.parts, args.steps, args.batch_size, args.lr, args.seed)
+        train_vae(args.parts, args.steps, args.batch_size, args.lr, args.seed, args.further)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_prompts_survive_cleaning_untouched(world):
 def test_acceptance_and_length(world):
     assert len(world) / (scenes.kept_indices(2000, 0)[-1] + 1) > 0.9
     lengths = np.array([len(scene.prompt.split()) for scene in world])
-    assert 11 < lengths.mean() < 16
+    assert 9 < lengths.mean() < 14
     assert np.mean((lengths >= 6) & (lengths <= 22)) > 0.93
 
 
