@@ -82,7 +82,9 @@ class TrainConfig:
     words: int = option(1000, "vocabulary size m")
     mlc_weight: float = option(0.1, "lambda of equation (4)")
     epochs: int | None = option(None, "passes over the training pairs (paper: 3; sd-mini: 6)")
-    batch_size: int = option(64, "samples of one optimizer step, all processes together")
+    batch_size: int | None = option(
+        None, "samples of a step, all processes together (paper: 64; sd-mini: 32)"
+    )
     accumulate: int = option(1, "parts in which each process computes its share of a batch, to save memory")
     optimizer: str = option("adam", "adam: the paper's; adamw: the authors' code's", ("adam", "adamw"))
     lr: float | None = option(None, "peak learning rate of the cosine schedule (paper: 1e-4; sd-mini: 1e-3)")
@@ -106,11 +108,11 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda")
 
 
-# Paper: three epochs (section 4.2). 1e-4 with cosine decay is the authors' code's. The miniature starts
-# from random weights on 6,000 pairs, where both would leave it half trained.
+# Paper: three epochs of batches of 64 (section 4.2). 1e-4 with cosine decay is the authors' code's. The
+# miniature starts from random weights on 6,000 pairs, where both would leave it half trained.
 DEFAULTS = {
-    "sd-mini": {"epochs": 6, "lr": 1e-3, "image_size": 64},
-    "": {"epochs": 3, "lr": 1e-4, "image_size": 256},
+    "sd-mini": {"epochs": 6, "batch_size": 32, "lr": 1e-3, "image_size": 64},
+    "": {"epochs": 3, "batch_size": 64, "lr": 1e-4, "image_size": 256},
 }
 # Flags that may change when a run is resumed: they do not decide its result.
 RESUMABLE = {"workers", "device", "compile", "checkpoint_every", "activation_checkpointing"}

@@ -35,9 +35,9 @@ from mini.pen import INK, PAINT, SHADE, Pen, floats, gradient, mix, pick, pictur
 from mini.styles import STYLE_PAINT
 from mini.subjects import SHAPES, draw_thing
 
-VERSION = 3                    # part of every image's name: raise it when words or drawings change
+VERSION = 5                    # part of every image's name: raise it when words or drawings change
 OVERSAMPLE = 3                 # pictures are drawn three times as large and averaged down
-NOISE = (0.30, 2.20)           # Beta(a, b) of a sample's noise level: mean 0.12, most near 0, a few above 0.5
+NOISE = (0.20, 2.80)           # Beta(a, b) of a sample's noise level: mean 0.07, most near 0, a few above 0.5
 
 # -------------------------------------------------------------------------------------------------- the words
 # What can be drawn, and the words that may say it, separated by "|". What stands before a "*" only leads up
@@ -187,22 +187,22 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 def sample_view(rng: np.random.Generator) -> View:
     """What a prompt asks for: nearly always a colour and a place, now and then a light, a style, a count."""
     things = []
-    for _ in range(2 if rng.random() < 0.15 else 1):
+    for _ in range(2 if rng.random() < 0.1 else 1):
         subject = pick(rng, SUBJECTS, [thing.subject for thing in things])
         colour = pick(rng, COLOURS, [thing.colour for thing in things]) if rng.random() < 0.85 else None
-        material = pick(rng, MATERIALS, [thing.material for thing in things]) if rng.random() < 0.2 else None
+        material = pick(rng, MATERIALS, [thing.material for thing in things]) if rng.random() < 0.12 else None
         things.append(Thing(subject, colour, material))
     view = View(tuple(things))
     if len(things) == 2:
         view = replace(view, relation=pick(rng, RELATIONS) if rng.random() < 0.7 else None)
-    elif rng.random() < 0.15:
+    elif rng.random() < 0.1:
         view = replace(view, count=pick(rng, COUNTS))
-    elif rng.random() < 0.15:
+    elif rng.random() < 0.1:
         view = replace(view, position=pick(rng, POSITIONS))
     place = pick(rng, PLACES) if rng.random() < 0.94 else None
     lights = EVERYWHERE if place in INDOORS else LIGHTS
     light = pick(rng, lights) if rng.random() < (0.3 if place in INDOORS else 0.45) else None
-    style = pick(rng, STYLES) if rng.random() < 0.3 or not (place or light) else None
+    style = pick(rng, STYLES) if rng.random() < 0.15 or not (place or light) else None
     return replace(view, place=place, light=light, style=style)
 
 
@@ -312,7 +312,7 @@ def layout(view: View, rng: np.random.Generator) -> list[tuple[int, float, float
         size = {2: .46, 3: .43, 4: .39, 5: .36}[view.count]
         wobble = (rng.random((len(slots), 2)) - 0.5) * 0.05
         return [(0, x + dx, y + dy, size) for (x, y), (dx, dy) in zip(slots, wobble.tolist(), strict=True)]
-    x, foot, size = {None: (.5, 0, .76), "left": (.26, 0, .5), "right": (.74, 0, .5),
+    x, foot, size = {None: (.5, 0, .8), "left": (.26, 0, .5), "right": (.74, 0, .5),
                      "corner": (.2, .04, .34), "close": (.5, .2, .98), "far": (.56, -.2, .27)}[view.position]
     return [(0, x + near[0], foot + near[1] * .4, size * (1 + near[1]))]
 
