@@ -100,8 +100,8 @@ def test_everything_is_said_somewhere(world):
 def test_undrawn_share_and_its_spread(world):
     shares = np.array([len(scene.undrawn) / len(scene.words) for scene in world])
     assert 0.04 < shares.mean() < 0.09
-    assert shares.std() > 0.17                     # independent words alone would give about 0.14
-    assert np.mean(shares == 0) > 0.55 and np.mean(shares >= 0.5) > 0.05
+    assert shares.std() > 0.14                     # independent words alone would give about 0.11
+    assert np.mean(shares == 0) > 0.55 and np.mean(shares >= 0.5) > 0.02
 
 
 def test_nothing_undrawn_means_drawn_as_said(world):
