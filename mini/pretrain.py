@@ -4,8 +4,8 @@
     python -m mini.pretrain vae              the autoencoder: 64 px pictures <-> 8 x 8 latents
 
 Each part is written to mini/sd-mini/<part>/ as a diffusers folder holds it, beside a card.json with the
-command, seed, steps, time, data and quality. Training resumes by itself from the last checkpoint when the
-same command runs again. The pictures are drawn with a seed of their own, so that no scene of the default
+command, seed, steps, time, data and quality. Training that was stopped resumes from its last checkpoint when
+the same command runs again. The pictures are drawn with a seed of their own, so that no scene of the default
 data set is among them.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import math
+import shutil
 import time
 from dataclasses import asdict, replace
 from datetime import date
@@ -220,6 +221,7 @@ def train_vae(
     config = replace(model.config, scale_factor=round(1 / card["latent_deviation"], 5))
     write_vae(model, config)
     write_card("vae", card)
+    shutil.rmtree(checkpoint)
 
 
 @torch.no_grad()

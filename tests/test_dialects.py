@@ -18,7 +18,7 @@ UNETS = {
     "sd-2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
              "use_linear_projection": True},
     "sd-mini": {"cross_attention_dim": 128, "attention_head_dim": 4, "layers_per_block": 1,
-                "block_out_channels": (64, 128, 256, 256)},
+                "block_out_channels": (64, 128, 128, 128)},
 }
 
 

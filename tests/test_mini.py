@@ -26,7 +26,7 @@ def some_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_shipped_autoencoder_is_as_good_as_its_card_says(some_scenes: Path):
     card = json.loads((FOLDER / "vae" / "card.json").read_text())
     quality = pretrain.vae_quality(weights.load("vae", "sd-mini"), pretrain.load_images(some_scenes))
-    assert quality["psnr_db"] == pytest.approx(card["psnr_db"], abs=1)
+    assert quality["psnr_db"] > card["psnr_db"] - 1
     assert quality["latent_deviation"] == pytest.approx(card["latent_deviation"], rel=0.1)
     scale = weights.config("vae", "sd-mini").scale_factor
     assert scale == pytest.approx(1 / card["latent_deviation"], rel=1e-4)
