@@ -325,14 +325,10 @@ def main(argv: list[str] | None = None) -> int:
 
     failed = 0
     try:
-        folder = (
-            args.run
-            or max(
-                Path("runs").glob("*/result.json"),
-                key=lambda p: p.stat().st_mtime,
-                default=Path("runs/none/-"),
-            ).parent
-        )
+        finished = sorted(Path("runs").glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+        if args.run is None and not finished:
+            raise data.DataError("no finished run under runs/; train one: python train.py --backbone unet")
+        folder = args.run or finished[-1].parent
         run = load_run(folder, args.device)
         try:
             train_prompts = [

@@ -129,6 +129,12 @@ def test_reverse_sd_reads_an_image(uninterrupted: Path, few_scenes: Path, tmp_pa
     assert "words" in lines[4] and "cosine with the given prompt" in lines[5]
 
 
+def test_reading_an_image_without_any_run_says_to_train_one(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reverse_sd.main(["image.png"]) == 2
+    assert "python train.py" in capsys.readouterr().err
+
+
 def test_an_image_read_alone_is_predicted_as_in_the_evaluation(uninterrupted: Path, few_scenes: Path):
     rows = json.loads((uninterrupted / "predictions" / "rows.json").read_text())["test"]
     pairs = data.read_pairs(few_scenes)
@@ -161,15 +167,7 @@ def test_two_processes_have_the_losses_of_one(few_scenes: Path, cache: Path, tmp
     one, two = tmp_path / "one", tmp_path / "two"
     torch.set_num_threads(1)
     assert train.main([*flags, "--out", str(one)]) == 0
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29611",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, str(ROOT / "train.py"), *flags, "--out", str(two)],
         env=environment(),
