@@ -489,7 +489,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3)  # 1 - cosine, vocabulary, joint
+        sums = torch.zeros(3, device=self.process.device)  # 1 - cosine, vocabulary, joint
         parts = list(zip(*(t.chunk(self.config.accumulate) for t in batch), strict=True))
         for k, (latents, context, target, words, weight) in enumerate(parts):
             last = k == len(parts) - 1
@@ -504,10 +504,10 @@ class Trainer:
                 loss = joint_loss(cosine, vocabulary, self.config.mlc_weight)  # (4)
                 # DistributedDataParallel averages gradients over processes; this undoes it.
                 ((loss * weight).sum() * self.process.world / batch_size).backward()
-            sums += torch.stack([(x.detach() * weight).sum() for x in (cosine, vocabulary, loss)]).cpu()
+            sums += torch.stack([(x.detach() * weight).sum() for x in (cosine, vocabulary, loss)])
         norm = nn.utils.clip_grad_norm_(self.regressor.parameters(), self.config.clip_norm or math.inf)
         if self.process.world > 1:
-            dist.all_reduce(sums if self.process.device == "cpu" else (sums := sums.to(self.process.device)))
+            dist.all_reduce(sums)
         means = (sums / batch_size).tolist()
         if not math.isfinite(means[2]) or not math.isfinite(norm):
             raise data.DataError(
