@@ -620,7 +620,8 @@ class Trainer:
                         record(epoch=epoch, **terms, images_per_second=size / (now - started))
                         started, done = now, done + 1
                         bar.update()
-                        bar.set_postfix(cosine=f"{terms['cosine']:.3f}", val=f"{self.best:.3f}")
+                        best = f"{self.best:.3f}" if math.isfinite(self.best) else "-"
+                        bar.set_postfix(cosine=f"{terms['cosine']:.3f}", best_val=best, refresh=False)
                         # The end of an epoch is saved below, after its validation.
                         if self.stopping or (
                             self.step % config.checkpoint_every == 0 and done < self.steps_per_epoch
