@@ -308,7 +308,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _refuse_pickle(path: Path) -> None:
     if path.suffix in PICKLES:
         raise WeightsError(
-            f"{path} is pickled, and reading a pickle can run any program hidden in it; get the "
+            f"{path} is pickled, and reading such a file can run any program hidden in it; get the "
             f".safetensors file of the same weights, or convert it where you trust it"
         )
 
