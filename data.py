@@ -23,11 +23,14 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -615,7 +618,10 @@ def load_image(source: str | Path | bytes, where: str | None = None) -> Image.Im
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
-        grey = np.clip(np.asarray(image).astype(np.float64) / 257 + 0.5, 0, 255)
+        values, clear = np.asarray(image), image.info.get("transparency")
+        grey = np.clip(values.astype(np.float64) / 257 + 0.5, 0, 255)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
         image = Image.fromarray(grey.astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -623,19 +629,169 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_tensor(image: Image.Image, size: int) -> Tensor:
-    """Shorter side to `size` (bicubic, antialiased), centre crop -> (3, size, size) float32 in [-1, 1]."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes what one checkpoint reads; `dataclasses.asdict` and JSON keep it.
+
+    size       (height, width) of what the model reads
+    resize     what the picture is resized to before the centre crop: its shorter side; or (height, width),
+               which it then just covers, keeping its proportions; or None: it is squashed to `size`
+    filter     "bicubic", "bilinear" or "lanczos", as Pillow has them: stretched where a picture is reduced
+    mean, std  of red, green and blue in [0, 1]; taken off, then divided by
+    rules      whose grey levels are matched where libraries differ. "torchvision" (timm and open_clip):
+               Pillow's resize; a crop that cannot lie in the middle goes half a pixel to the even side.
+               "transformers": torch's resize of bytes; the crop goes half a pixel up and to the left
+    squash     a `resize` to (height, width) gives up the proportions
+
+    Raises ValueError where these do not fit each other.
+    """
+
+    size: tuple[int, int]
+    resize: int | tuple[int, int] | None
+    filter: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rules: str = "torchvision"
+    squash: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("size", "resize", "mean", "std"):  # JSON has no tuples
+            if isinstance(value := getattr(self, field), list):
+                object.__setattr__(self, field, tuple(value))
+        box = self.size if self.resize is None else self.resize
+        box = box if isinstance(box, tuple) else (box, box)
+        good = (len(self.size) == len(box) == 2 and len(self.mean) == len(self.std) == 3
+                and min(*self.size, *box) > 0 and min(self.std) > 0 and self.filter in FILTERS
+                and self.rules in ("torchvision", "transformers")
+                and not (self.squash and isinstance(self.resize, int)))
+        if not good:
+            raise ValueError(f"no such preprocessing of images: {self}")
+
+    @classmethod
+    def square(cls, size: int) -> Preprocessing:
+        """Shorter side to `size` (bicubic), centre crop, [-1, 1]: what the autoencoder reads."""
+        return cls((size, size), size, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+    def scaled(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of such a picture after the resize."""
+        if self.resize is None or self.squash:
+            return self.resize or self.size
+        if isinstance(self.resize, int):
+            short = min(height, width)
+            return int(self.resize * height / short), int(self.resize * width / short)
+        ratio = min(height / self.resize[0], width / self.resize[1])
+        return round(height / ratio), round(width / ratio)
+
+    def offset(self, side: int, size: int) -> int:
+        """Where a crop of `size` begins; below zero where it is larger: what it lacks is black."""
+        if size > side:
+            return -((size - side) // 2)
+        return round((side - size) / 2) if self.rules == "torchvision" else (side - size) // 2
+
+
+# Pillow's filters: how far each reaches, and its weight at a distance of x >= 0.
+FILTERS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
+    "bilinear": (1, lambda x: np.clip(1 - x, 0, None)),
+    "bicubic": (2, lambda x: np.where(x < 1, (1.5 * x - 2.5) * x * x + 1,
+                                      np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0))),
+    "lanczos": (3, lambda x: np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0)),
+}
+STRIP = 8  # so many times longer than what is kept of it
+
+
+def image_tensor(image: Image.Image, how: Preprocessing) -> Tensor:
+    """The picture resized, cropped to the centre and normalised -> (3, h, w) float32."""
     image = _rgb(image)
-    short = min(image.size)
-    if max(image.size) > 8 * short:  # enlarged whole, a strip of 1 x 20,000 would take gigabytes
-        width, height = (min(side, 8 * short) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    width, height = (int(size * side / short) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+    height, width = how.scaled(image.height, image.width)
+    h, w = how.size
+    strip = max(height / h, width / w) > STRIP  # enlarged whole, one of 1 x 20,000 would take gigabytes
+    torchs = how.rules == "transformers"
+    if strip or (torchs and how.filter == "lanczos"):  # torch has had that one for a short time only
+        return pixels_tensor(_bytes(image)[None], how)[0]
+    if torchs:
+        levels = F.interpolate(_bytes(image)[None], (height, width), mode=how.filter, antialias=True)[0]
+    else:
+        levels = _bytes(image.resize((width, height), Image.Resampling[how.filter.upper()]))
+    top, left = how.offset(height, h), how.offset(width, w)
+    return _normalised(F.pad(levels, (-left, left + w - width, -top, top + h - height)), how)
+
+
+def _bytes(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _normalised(levels: Tensor, how: Preprocessing) -> Tensor:
+    mean, std = (torch.tensor(values, device=levels.device)[:, None, None] for values in (how.mean, how.std))
+    return ((levels.float() / 255 - mean) / std).contiguous()
+
+
+def pixels_tensor(pixels: Tensor, how: Preprocessing) -> Tensor:
+    """`image_tensor` for a batch on any device: (B, 3, H, W) uint8 -> (B, 3, h, w) float32 there.
+
+    The same grey levels. Raises ValueError for anything but uint8 (B, 3, H, W).
+    """
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not all(pixels.shape[2:]):
+        raise ValueError(f"pictures are uint8 (B, 3, H, W), not {pixels.dtype} {tuple(pixels.shape)}")
+    old, new = tuple(pixels.shape[2:]), how.scaled(*pixels.shape[2:])
+    # Since its version 13 Pillow begins with the rows where that spares it work.
+    rows_first = (how.rules == "torchvision" and int(PIL.__version__.split(".")[0]) >= 13
+                  and old[0] > new[0] and old[0] - new[0] > 2 * (old[1] - new[1]))
+    plans = [_Plan(old[axis], new[axis], how.offset(new[axis], how.size[axis]), how.size[axis], how)
+             for axis in (0, 1)]
+    rows, columns = (plan.kept for plan in plans)
+    levels = pixels[:, :, rows, columns].int().contiguous()
+    for axis in (0, 1) if rows_first else (1, 0):
+        levels = plans[axis].resampled(levels, axis + 2)
+    return _normalised(levels, how)
+
+
+class _Plan:
+    """How one axis becomes `length` long, of which `count` are kept from `first` on.
+
+    In whole numbers, as Pillow and torch's kernel for bytes do it, so that every device gives the same. On
+    a GPU torch's own `interpolate` would keep what overshoots black and white between the two axes, which
+    is several grey levels in a photograph.
+    """
+
+    def __init__(self, old: int, length: int, first: int, count: int, how: Preprocessing) -> None:
+        low, high = max(first, 0), min(first + count, length)
+        # torch's bits depend on the heaviest weight of all; a strip's are too many to look at
+        start, stop = (0, length) if length <= STRIP * count else (low, high)
+        index, weight, self.bits = _taps(old, length, start, stop, how)
+        self.index, self.weight = (x[:, low - start:high - start] for x in (index, weight))
+        self.kept = slice(int(self.index.min()), int(self.index.max()) + 1)
+        self.black = [low - first, first + count - high]
+
+    def resampled(self, levels: Tensor, dim: int) -> Tensor:
+        """The `kept` grey levels (int32) along `dim`, resized; what the crop lacks is black."""
+        index, weight = (torch.from_numpy(x).to(levels.device)
+                         for x in (self.index - self.kept.start, self.weight))
+        shape = [-1 if axis == dim else 1 for axis in range(levels.ndim)]
+        total = torch.full((), 1 << (self.bits - 1), dtype=torch.int32, device=levels.device)
+        for i, w in zip(index, weight, strict=True):
+            total = total + levels.index_select(dim, i) * w.view(shape)
+        return F.pad((total >> self.bits).clamp(0, 255), [0, 0] * (levels.ndim - 1 - dim) + self.black)
+
+
+def _taps(old: int, new: int, low: int, high: int, how: Preprocessing) -> tuple[np.ndarray, np.ndarray, int]:
+    """What positions low to high are made of where `old` become `new` -> index, weight (taps, n), bits.
+
+    The weights are whole numbers of 2^-bits: Pillow's have 22 bits, torch's as many as fit into an int16.
+    """
+    reach, weigh = FILTERS[how.filter]
+    scale = old / new
+    stretch = max(scale, 1.0)
+    centre = (np.arange(low, high) + 0.5) * scale
+    start = np.maximum(np.floor(centre - reach * stretch + 0.5), 0).astype(np.int64)
+    stop = np.minimum(np.floor(centre + reach * stretch + 0.5), old).astype(np.int64)
+    index = start + np.arange((stop - start).max())[:, None]
+    weight = weigh(np.abs(index + 0.5 - centre) / stretch) * (index < stop)
+    weight = weight / weight.sum(0)
+    bits = 22
+    if how.rules == "transformers":
+        bits = next((n for n in range(1, 22) if int(weight.max() * 2 ** (n + 1) + 0.5) >= 2**15), 22)
+    weight = np.trunc(weight * 2**bits + np.copysign(0.5, weight)).astype(np.int32)
+    return index.clip(max=old - 1), weight, bits
 
 
 # ============================================================================================================
@@ -742,24 +898,25 @@ def cached_texts(cache: Path, name: str, texts: Sequence[str], key: Any, width_s
     return store.rows, index
 
 
-def cached_images(cache: Path, name: str, pairs: Pairs, key: Any, size: int, shape: Sequence[int], dtype: Any,
-                  encode: Callable[[Tensor], Tensor], batch_size: int, workers: int = 0,
+def cached_images(cache: Path, name: str, pairs: Pairs, key: Any, how: Preprocessing, shape: Sequence[int],
+                  dtype: Any, encode: Callable[[Tensor], Tensor], batch_size: int, workers: int = 0,
                   progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Encode each image once, or take it from the cache -> (rows (n, *shape), ok (n,) bool).
 
-    encode takes up to batch_size images, (b, 3, size, size) float32 in [-1, 1], and gives (b, *shape). An
-    image that cannot be read has zeros and ok False, and stands in skipped.json in the cache's folder. key:
-    JSON that names the encoder; the archives' names, sizes and times of change and the members are part of
-    the identity too. workers: processes that read images. Interrupted runs resume. Raises DataError as
+    encode takes up to batch_size images, (b, 3, *how.size) float32, and gives (b, *shape). An image
+    that cannot be read has zeros and ok False, and stands in skipped.json in the cache's folder. key: JSON
+    that names the encoder; `how` and the archives' names, sizes and times of change and the members are part
+    of the identity too. workers: processes that read images. Interrupted runs resume. Raises DataError as
     `_Store` does.
     """
     identity = _image_identity(pairs)
-    store = _Store(cache, name, {"encoder": key, "size": size}, identity, len(pairs), shape, dtype)
+    key = {"encoder": key, "preprocessing": asdict(how)}
+    store = _Store(cache, name, key, identity, len(pairs), shape, dtype)
     with store.filling(progress) as bar:
         todo = np.flatnonzero(store.state == MISSING)
         # A generator of its own: if the loader drew from torch's, the run that fills the cache would train
         # differently from those that find it.
-        loader = torch.utils.data.DataLoader(_ImageSet(pairs, size, todo), batch_size, num_workers=workers,
+        loader = torch.utils.data.DataLoader(_ImageSet(pairs, how, todo), batch_size, num_workers=workers,
                                              collate_fn=list, generator=torch.Generator())
         for batch in loader:
             good = [(row, image) for row, image in batch if isinstance(image, Tensor)]
@@ -775,11 +932,28 @@ def cached_images(cache: Path, name: str, pairs: Pairs, key: Any, size: int, sha
     return store.rows, store.state == DONE
 
 
+def cached_rows(cache: Path, name: str, pairs: Pairs, key: Any, shape: Sequence[int], dtype: Any,
+                encode: Callable[[np.ndarray], Tensor], batch_size: int, progress: bool = True) -> np.ndarray:
+    """Encode each row once, or take it from the cache -> rows (n, *shape).
+
+    For what is made of other caches: encode takes up to batch_size row numbers and gives (b, *shape). key:
+    JSON that names all that the rows depend on but for the images. Raises DataError as `_Store` does.
+    """
+    store = _Store(cache, name, key, _image_identity(pairs), len(pairs), shape, dtype)
+    with store.filling(progress) as bar:
+        todo = np.flatnonzero(store.state == MISSING)
+        for start in range(0, len(todo), batch_size):
+            rows = todo[start:start + batch_size]
+            store.put(rows, encode(rows))
+            bar.update(len(rows))
+    return store.rows
+
+
 class _ImageSet(torch.utils.data.Dataset):
     """Item k: (row, image tensor), or (row, what is wrong with the image)."""
 
-    def __init__(self, pairs: Pairs, size: int, rows: np.ndarray) -> None:
-        self.pairs, self.size, self.rows = pairs, size, rows
+    def __init__(self, pairs: Pairs, how: Preprocessing, rows: np.ndarray) -> None:
+        self.pairs, self.how, self.rows = pairs, how, rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -787,7 +961,7 @@ class _ImageSet(torch.utils.data.Dataset):
     def __getitem__(self, k: int) -> tuple[int, Tensor | str]:
         row = int(self.rows[k])
         try:
-            return row, image_tensor(self.pairs.image(row), self.size)
+            return row, image_tensor(self.pairs.image(row), self.how)
         except DataError as error:
             return row, str(error)
 

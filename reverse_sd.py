@@ -206,6 +206,9 @@ class Regressor(nn.Module):
         return self.heads(self.backbone(*inputs))
 
 
+BACKBONES = {"unet": "unet-encoder", "vit": "vit", "swin": "swin", "clip": "clip-vision"}  # kinds of weights
+
+
 class UNetFeatures(nn.Module):
     """The white-box backbone: the encoder half of Stable Diffusion's U-Net, its middle block pooled over
     all places.
@@ -223,6 +226,11 @@ class UNetFeatures(nn.Module):
         timesteps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
         middle = self.unet.encode(latents, timesteps, context)  # (B, D, h/8, w/8)
         return middle.amax(dim=(2, 3))  # (B, D)
+
+
+def as_backbone(name: str, model: nn.Module) -> nn.Module:
+    """A model of kind BACKBONES[name] as a module from inputs to features (B, width)."""
+    return UNetFeatures(model) if name == "unet" else model
 
 
 # ============================================================================================================
@@ -258,8 +266,10 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
         ) from error
     tensors = weights.read_tensors(folder / "model.safetensors")
     with torch.device("meta"):
-        unet = weights.build("unet-encoder", config["model"])
-        regressor = Regressor(UNetFeatures(unet), unet.width, len(vocabulary), config["heads"])
+        model = weights.build(BACKBONES[config["backbone"]], config["model"])
+        frozen = config.get("train_blocks") == 0  # then its features are the regressor's input
+        backbone = nn.Identity() if frozen else as_backbone(config["backbone"], model)
+        regressor = Regressor(backbone, model.width, len(vocabulary), config["heads"])
     weights.load_strict(regressor, tensors)
     return Run(folder, config, regressor.to(device).eval(), vocabulary)
 
@@ -292,14 +302,19 @@ def read_images(
     import data
     import weights
 
-    source = run.config["weights"]
-    vae = weights.load("vae", source, device=device)
-    text = weights.load("clip-text", source, device=device)
-    ids = weights.load_tokenizer(source)(list(captions))
-    pixels = torch.stack([data.image_tensor(image, run.config["image_size"]) for image in images])
+    name, source = run.config["backbone"], run.config["weights"]
+    how = data.Preprocessing(**run.config["preprocessing"])
+    inputs = (torch.stack([data.image_tensor(image, how) for image in images]).to(device),)
     with torch.no_grad():
-        latents = vae.encode(pixels.to(device)) * vae.config.scale_factor
-        return predict(run.regressor, [(latents, text(ids.to(device)))])
+        if name == "unet":
+            vae = weights.load("vae", source, device=device)
+            text = weights.load("clip-text", source, device=device)
+            ids = weights.load_tokenizer(source)(list(captions))
+            inputs = (vae.encode(*inputs) * vae.config.scale_factor, text(ids.to(device)))
+        if run.config.get("train_blocks") == 0:
+            backbone = as_backbone(name, weights.load(BACKBONES[name], source, device=device))
+            inputs = (backbone(*inputs),)
+        return predict(run.regressor, [inputs])
 
 
 def main(argv: list[str] | None = None) -> int:

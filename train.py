@@ -2,7 +2,9 @@
 
     python train.py --backbone unet                                      the embedded default, mini scenes
     python train.py --backbone unet --data FOLDER                        one's own image-prompt pairs
-    python train.py --backbone unet --data DIFFUSIONDB --weights sd-1    the paper's row (a GPU is wanted)
+    python train.py --backbone vit                                       a black box: ViT, Swin or CLIP
+    python train.py --backbone unet --data DIFFUSIONDB --weights sd-1    the paper's rows (a GPU is wanted)
+    python train.py --backbone clip --data DIFFUSIONDB --weights clip-h-14 --train-blocks 0
     python train.py --resume runs/unet-mini-seed0                        go on where a run stopped
     torchrun --nproc-per-node 2 train.py --backbone unet ...             the same on several processes
 
@@ -22,6 +24,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -42,16 +45,26 @@ from tqdm import tqdm
 import data
 import weights
 from reverse_sd import (
+    BACKBONES,
     EMBEDDING_WIDTH,
     Regressor,
-    UNetFeatures,
     Vocabulary,
+    as_backbone,
     cosine_loss,
     joint_loss,
     vocabulary_loss,
 )
 
 log = logging.getLogger("train")
+
+MINIATURES = {"unet": "sd-mini", "vit": "vit-mini", "swin": "swin-mini", "clip": "clip-mini"}
+# The beginning of a parameter's name that tells the backbone's blocks, from input to output.
+BLOCKS = {
+    "unet": r"unet\.(input_blocks\.\d+|middle_block)\.",
+    "vit": r"blocks\.\d+\.",
+    "swin": r"layers\.\d+\.blocks\.\d+\.",
+    "clip": r"vision_model\.encoder\.layers\.\d+\.",
+}
 
 # ============================================================================================================
 # Configuration: one dataclass, from which the flags are made
@@ -66,31 +79,47 @@ def option(default: typing.Any, help: str, choices: tuple = ()) -> typing.Any:
 class TrainConfig:
     """Everything that decides a run's result. None = chosen from `weights`, see `DEFAULTS`."""
 
-    backbone: str = option("unet", "image encoder", ("unet",))
+    backbone: str = option(
+        "unet", "image encoder: the diffusion model's own, or one that knows nothing of it", tuple(BACKBONES)
+    )
     data: str = option(
         "mini",
         "'mini' (drawn at first use) or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt beside "
         "each image, or PNGs with a front end's text",
     )
-    weights: str = option("sd-mini", "pretrained: a name of `python -m weights list`, a file or a folder")
+    weights: str | None = option(
+        None,
+        "pretrained: a name of `python -m weights list`, a file or a folder "
+        "(default: the backbone's miniature, as sd-mini)",
+    )
     captions: str = option(
-        "",
-        "file of captions for the U-Net's cross-attention (JSONL, CSV, JSON or TXT); "
-        "without it every caption is the empty text",
+        "empty",
+        "what the U-Net reads of an image by cross-attention: empty = the empty text; prompt = the true one, "
+        "an upper bound that no method may use; or a file of captions (.jsonl, .csv, .json, .txt)",
+    )
+    train_blocks: int | None = option(
+        None,
+        "train only the last so many blocks of the backbone; 0 = none: its features are computed once and "
+        "cached, and the heads train on them (default: all)",
+    )
+    layer_decay: float = option(
+        1.0, "learning rate of each block, as a multiple of that of the block above it; 1 = the same for all"
     )
     heads: int = option(3, "vocabulary head of figure 3; 0 = none", (0, 1, 2, 3))
     words: int = option(1000, "vocabulary size m")
     mlc_weight: float = option(0.1, "lambda of equation (4)")
-    epochs: int | None = option(None, "passes over the training pairs (paper: 3; sd-mini: 6)")
+    epochs: int | None = option(None, "passes over the training pairs (paper: 3; miniatures: 6)")
     batch_size: int | None = option(
-        None, "samples of a step, all processes together (paper: 64; sd-mini: 32)"
+        None, "samples of a step, all processes together (paper: 64; miniatures: 32)"
     )
     accumulate: int = option(1, "parts in which each process computes its share of a batch, to save memory")
     optimizer: str = option("adam", "adam: the paper's; adamw: the authors' code's", ("adam", "adamw"))
     lr: float | None = option(None, "peak learning rate of the cosine schedule (paper: 1e-4; sd-mini: 1e-3)")
     weight_decay: float = option(0.0, "of adamw, or the L2 penalty of adam")
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 = do not clip")
-    image_size: int | None = option(None, "images are cropped to this side in pixels (sd-mini: 64, else 256)")
+    image_size: int | None = option(
+        None, "the U-Net's images are cropped to this side in pixels (sd-mini: 64, else 256)"
+    )
     seed: int = option(0, "of the split, the heads' initial weights and the order of samples")
     val_size: int | None = option(None, "validation pairs (30,000 or an eighth, whichever is less)")
     test_size: int | None = option(None, "test pairs (30,000 or an eighth, whichever is less)")
@@ -104,15 +133,20 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile the regressor")
     activation_checkpointing: bool = option(False, "compute activations twice, to save memory")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints")
-    workers: int = option(0, "processes that read images while latents are cached")
+    workers: int = option(0, "processes that read images")
     device: str = option("auto", "auto, cpu, cuda")
 
 
 # Paper: three epochs of batches of 64 (section 4.2). 1e-4 with cosine decay is the authors' code's. The
 # miniature starts from random weights on 6,000 pairs, where both would leave it half trained.
+_MINI = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
 DEFAULTS = {
-    "sd-mini": {"epochs": 6, "batch_size": 32, "lr": 1e-3, "image_size": 64},
-    "": {"epochs": 3, "batch_size": 64, "lr": 1e-4, "image_size": 256},
+    "sd-mini": _MINI | {"image_size": 64},
+    "vit-mini": _MINI | {"lr": 5e-4},
+    "swin-mini": _MINI,
+    "swinv2-mini": _MINI,
+    "clip-mini": _MINI | {"lr": 5e-4},
+    "": {"epochs": 3, "batch_size": 64, "lr": 1e-4},
 }
 # Flags that may change when a run is resumed: they do not decide its result.
 RESUMABLE = {"workers", "device", "compile", "checkpoint_every", "activation_checkpointing"}
@@ -120,7 +154,12 @@ RESUMABLE = {"workers", "device", "compile", "checkpoint_every", "activation_che
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what was left to `DEFAULTS`."""
+    config = dataclasses.replace(config, weights=config.weights or MINIATURES[config.backbone])
     defaults = DEFAULTS.get(config.weights, DEFAULTS[""])
+    if config.backbone == "unet":
+        defaults = {"image_size": 256} | defaults
+    elif config.image_size:
+        raise data.DataError(f"--image-size: the {config.backbone} reads images as its weights want them")
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **unset)
 
@@ -175,6 +214,16 @@ class Shared(typing.NamedTuple):
         return self.rows[self.index[i]]
 
 
+class Images:
+    """The picture of each pair as the backbone reads it, read anew each time."""
+
+    def __init__(self, pairs: data.Pairs, how: data.Preprocessing):
+        self.pairs, self.how = pairs, how
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return data.image_tensor(self.pairs.image(i), self.how).numpy()
+
+
 @dataclass
 class Prepared:
     """What training and evaluation read, row by row over the cleaned pairs; `splits` holds rows."""
@@ -182,26 +231,71 @@ class Prepared:
     pairs: data.Pairs
     splits: dict[str, np.ndarray]
     targets: Shared  # (n, 384) float32, unit rows
-    latents: np.ndarray  # (n, 4, h, w) float16, scaled as the U-Net reads them
-    contexts: Shared  # (n, 77, D) float16 caption states
+    inputs: tuple[np.ndarray | Shared | Images, ...]  # what the backbone's forward takes, see `prepare`
+    preprocessing: data.Preprocessing
     fingerprint: str  # of the prompts and their split
 
 
 def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
-    """Read, clean and split the pairs; compute what is cached once: targets, latents and caption states.
+    """Read, clean and split the pairs; compute what is cached once: targets and the backbone's inputs.
 
-    Everything cached is kept under weights.cache_dir() and reused whatever the heads or the seed. Pairs
-    whose image cannot be read are left out of every split.
+    These are, for the U-Net, latents (n, 4, h, w) and caption states (n, 77, D), both float16; for the black
+    boxes the images; for a backbone of which no block trains its features (n, width) float32. Everything
+    cached is kept under weights.cache_dir() and reused whatever the heads or the seed. Pairs whose image
+    cannot be read are left out of every split.
     """
     cache = weights.cache_dir()
     path = Path(config.data)
-    if config.image_size % 8:
-        raise data.DataError(f"--image-size {config.image_size}: must be a multiple of 8, the latents' grid")
     # Read first, so that weights which cannot be had stop the run before anything long. The encoders
     # themselves are loaded only if their cache lacks rows.
-    source = config.weights
-    vae_config, text_config = weights.config("vae", source), weights.config("clip-text", source)
+    weights.config(BACKBONES[config.backbone], config.weights)
+    how = preprocessing(config)
     minilm = functools.cache(lambda: weights.load("minilm", device=device))
+    if config.data == "mini":
+        from mini import scenes
+
+        path = cache / f"mini-scenes-{scenes.VERSION}"
+        scenes.build(path)
+    pairs = data.read_pairs(path)
+    pairs = pairs.subset(cleaned(pairs.prompts, config.clean))
+    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size)
+    shape, key = (EMBEDDING_WIDTH,), {"model": weights.fingerprint("minilm")}
+    targets = Shared(
+        *data.cached_texts(
+            cache, "targets", pairs.prompts, key, shape, np.float32, lambda p: minilm().encode(p), 1024
+        )
+    )
+    if config.backbone == "unet":
+        inputs, readable = unet_inputs(config, pairs, how, device)
+    else:
+        inputs, readable = image_inputs(config, pairs, how, device)
+    splits = {name: rows[readable[rows]] for name, rows in splits.items()}
+    for name, rows in splits.items():
+        if not len(rows):
+            raise data.DataError(f"{path}: no readable image is left for {name}; give more pairs")
+    log.info("pairs: %s", ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items()))
+    digest = hashlib.sha256("\n".join(pairs.prompts).encode())
+    for rows in splits.values():
+        digest.update(rows.tobytes())
+    return Prepared(pairs, splits, targets, inputs, how, digest.hexdigest())
+
+
+def preprocessing(config: TrainConfig) -> data.Preprocessing:
+    """How the run's images are prepared: for a black box as its checkpoint was trained."""
+    if config.backbone != "unet":
+        return data.Preprocessing(**weights.preprocessing(BACKBONES[config.backbone], config.weights))
+    if config.image_size % 8:
+        raise data.DataError(f"--image-size {config.image_size}: must be a multiple of 8, the latents' grid")
+    return data.Preprocessing.square(config.image_size)
+
+
+def unet_inputs(
+    config: TrainConfig, pairs: data.Pairs, how: data.Preprocessing, device: str
+) -> tuple[tuple, np.ndarray]:
+    """Latents and caption states of all pairs, or the frozen U-Net's features; and which images are
+    readable."""
+    cache, source = weights.cache_dir(), config.weights
+    vae_config, text_config = weights.config("vae", source), weights.config("clip-text", source)
     vae = functools.cache(lambda: weights.load("vae", source, device=device))
     text = functools.cache(lambda: weights.load("clip-text", source, device=device))
     tokenizer = functools.cache(lambda: weights.load_tokenizer(source))
@@ -214,46 +308,71 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     def states_of(captions: list[str]) -> Tensor:
         return text()(tokenizer()(captions).to(device))
 
-    if config.data == "mini":
-        from mini import scenes
-
-        path = cache / f"mini-scenes-{scenes.VERSION}"
-        scenes.build(path)
-    pairs = data.read_pairs(path)
-    pairs = pairs.subset(cleaned(pairs.prompts, config.clean))
-    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size)
-    if config.captions:
-        captions = data.read_captions(Path(config.captions), pairs)
-    else:
-        log.info("captions: none given, the U-Net's cross-attention reads the empty text")
-        captions = [""] * len(pairs)
-
-    shape, key = (EMBEDDING_WIDTH,), {"model": weights.fingerprint("minilm")}
-    targets = Shared(
-        *data.cached_texts(
-            cache, "targets", pairs.prompts, key, shape, np.float32, lambda p: minilm().encode(p), 1024
-        )
-    )
-    side, key = config.image_size // 8, {"model": weights.fingerprint("vae", source)}
-    shape = (vae_config.embed_dim, side, side)
+    vae_key, text_key = weights.fingerprint("vae", source), weights.fingerprint("clip-text", source)
+    captions = captions_of(config, pairs)
+    shape = (vae_config.embed_dim, how.size[0] // 8, how.size[1] // 8)
     latents, readable = data.cached_images(
-        cache, "latents", pairs, key, config.image_size, shape, np.float16, latents_of, 32, config.workers
+        cache, "latents", pairs, {"model": vae_key}, how, shape, np.float16, latents_of, 32, config.workers
     )
-    shape, key = (77, text_config.hidden_size), {"model": weights.fingerprint("clip-text", source)}
+    shape, key = (77, text_config.hidden_size), {"model": text_key}
     contexts = Shared(*data.cached_texts(cache, "captions", captions, key, shape, np.float16, states_of, 32))
     if tokenizer.cache_info().currsize and tokenizer().truncated:
         log.warning(
             "captions: %d were cut after 75 tokens, all that the text tower reads", tokenizer().truncated
         )
-    splits = {name: rows[readable[rows]] for name, rows in splits.items()}
-    for name, rows in splits.items():
-        if not len(rows):
-            raise data.DataError(f"{path}: no readable image is left for {name}; give more pairs")
-    log.info("pairs: %s", ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items()))
-    digest = hashlib.sha256("\n".join(pairs.prompts).encode())
-    for rows in splits.values():
-        digest.update(rows.tobytes())
-    return Prepared(pairs, splits, targets, latents, contexts, digest.hexdigest())
+    if config.train_blocks != 0:
+        return (latents, contexts), readable
+
+    unet = functools.cache(lambda: load_backbone(config).to(device).eval())
+
+    @torch.no_grad()
+    def features_of(rows: np.ndarray) -> Tensor:
+        tensors = (torch.from_numpy(x[rows].astype(np.float32)).to(device) for x in (latents, contexts))
+        return unet()(*tensors)
+
+    said = hashlib.sha256("\n".join(captions).encode()).hexdigest()
+    key = {"model": weights.fingerprint("unet-encoder", source), "vae": vae_key, "text": text_key,
+           "captions": said, "preprocessing": dataclasses.asdict(how)}
+    features = data.cached_rows(
+        cache, "unet-features", pairs, key, (backbone_width(config),), np.float32, features_of, 32
+    )
+    return (features,), readable
+
+
+def captions_of(config: TrainConfig, pairs: data.Pairs) -> list[str]:
+    """What is said of each image to the U-Net, by the `captions` of TrainConfig."""
+    if config.captions == "prompt":
+        log.warning("captions: the U-Net reads the true prompts: an upper bound, not a result")
+        return pairs.prompts
+    if config.captions == "empty":
+        log.info("captions: none, the U-Net's cross-attention reads the empty text")
+        return [""] * len(pairs)
+    return data.read_captions(Path(config.captions), pairs)
+
+
+def image_inputs(
+    config: TrainConfig, pairs: data.Pairs, how: data.Preprocessing, device: str
+) -> tuple[tuple, np.ndarray]:
+    """The images of all pairs, or the frozen backbone's features; and which images are readable."""
+    cache = weights.cache_dir()
+    if config.train_blocks != 0:
+        _, readable = data.cached_images(
+            cache, "readable", pairs, {}, how, (1,), np.uint8,
+            lambda images: torch.zeros(len(images), 1, dtype=torch.uint8), 256, config.workers,
+        )
+        return (Images(pairs, how),), readable
+    backbone = functools.cache(lambda: load_backbone(config).to(device).eval())
+
+    @torch.no_grad()
+    def features_of(images: Tensor) -> Tensor:
+        return backbone()(images.to(device))
+
+    key = {"model": weights.fingerprint(BACKBONES[config.backbone], config.weights)}
+    features, readable = data.cached_images(
+        cache, f"{config.backbone}-features", pairs, key, how, (backbone_width(config),), np.float32,
+        features_of, 32, config.workers,
+    )
+    return (features,), readable
 
 
 def cleaned(prompts: list[str], how: str) -> np.ndarray:
@@ -273,7 +392,7 @@ def cleaned(prompts: list[str], how: str) -> np.ndarray:
 
 
 class Samples(Dataset):
-    """Rows of the caches as tensors: latents, caption states, target, vocabulary targets, row number."""
+    """Rows as tensors: the backbone's inputs, target, vocabulary targets, row number."""
 
     def __init__(self, prepared: Prepared, rows: np.ndarray, vocabulary: Vocabulary):
         self.prepared, self.rows, self.vocabulary = prepared, rows, vocabulary
@@ -281,21 +400,16 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    def __getitem__(self, i: int) -> tuple[Tensor | int, ...]:
         p, row = self.prepared, int(self.rows[i])
-        return (
-            torch.from_numpy(p.latents[row].astype(np.float32)),
-            torch.from_numpy(p.contexts[row].astype(np.float32)),
-            torch.from_numpy(p.targets[row].astype(np.float32)),
-            self.vocabulary.targets([p.pairs.prompts[row]])[0],
-            row,
-        )
+        numbers = (torch.from_numpy(x[row].astype(np.float32)) for x in (*p.inputs, p.targets))
+        return *numbers, self.vocabulary.targets([p.pairs.prompts[row]])[0], row
 
 
-def input_batches(samples: Samples, device: str, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+def input_batches(samples: Samples, device: str, batch_size: int = 256) -> Iterator[tuple[Tensor, ...]]:
     """The backbone's inputs in order, for `reverse_sd.predict`."""
-    for latents, context, *_ in DataLoader(samples, batch_size, generator=torch.Generator()):
-        yield latents.to(device), context.to(device)
+    for *inputs, _, _, _ in DataLoader(samples, batch_size, generator=torch.Generator()):
+        yield tuple(tensor.to(device) for tensor in inputs)
 
 
 # ============================================================================================================
@@ -435,12 +549,62 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.nda
     return [order[start : start + batch_size] for start in range(0, n, batch_size)]
 
 
+def load_backbone(config: TrainConfig) -> nn.Module:
+    """The pretrained backbone: its inputs -> features (B, width)."""
+    model = weights.load(BACKBONES[config.backbone], config.weights)
+    model.checkpointing = config.activation_checkpointing
+    return as_backbone(config.backbone, model)
+
+
+def backbone_width(config: TrainConfig) -> int:
+    """The width of the backbone's features, without loading it."""
+    kind = BACKBONES[config.backbone]
+    with torch.device("meta"):
+        return weights.build(kind, weights.config(kind, config.weights)).width
+
+
 def build_regressor(config: TrainConfig, n_words: int) -> Regressor:
-    """The pretrained backbone with new heads, whose initial weights depend on the seed."""
-    unet = weights.load("unet-encoder", config.weights)
-    unet.checkpointing = config.activation_checkpointing
+    """The pretrained backbone with new heads, whose initial weights depend on the seed.
+
+    With train_blocks = 0 its features are the input, and the regressor holds the heads alone.
+    """
+    backbone = nn.Identity() if config.train_blocks == 0 else load_backbone(config)
     torch.manual_seed(config.seed)
-    return Regressor(UNetFeatures(unet), unet.width, n_words, config.heads)
+    return Regressor(backbone, backbone_width(config), n_words, config.heads)
+
+
+def layers(names: list[str], blocks: str) -> list[int]:
+    """How deep each parameter of a regressor lies: 0 before the first block, 1 in it, ...; one more than the
+    last block for what comes after it, heads included. What lies between two blocks goes with the second.
+
+    `names` in the order of use, `blocks` from BLOCKS.
+    """
+    seen: list[str] = []
+    depths = []
+    for name in names:
+        match = re.match(rf"backbone\.{blocks}", name)
+        if match and match[0] not in seen:
+            seen.append(match[0])
+        if match:
+            depths.append(1 + seen.index(match[0]))
+        else:
+            depths.append(len(seen) + 1 if seen or name.startswith("heads.") else 0)
+    return depths
+
+
+def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, dict[str, nn.Parameter]]:
+    """The parameters that train, by name, under the factor of their learning rate; the others are frozen."""
+    named = dict(regressor.named_parameters())
+    depths = layers(list(named), BLOCKS[config.backbone])
+    top = max(depths)
+    first = 0 if config.train_blocks is None else top - config.train_blocks
+    groups: dict[float, dict[str, nn.Parameter]] = {}
+    for depth, (name, parameter) in zip(depths, named.items(), strict=True):
+        if depth >= first:
+            groups.setdefault(config.layer_decay ** (top - depth), {})[name] = parameter
+        else:
+            parameter.requires_grad_(False)
+    return groups
 
 
 class Trainer:
@@ -451,10 +615,11 @@ class Trainer:
     ):
         self.config, self.folder, self.process, self.prepared = config, folder, process, prepared
         self.regressor = build_regressor(config, len(vocabulary)).to(process.device)
-        self.names = [name for name, _ in self.regressor.named_parameters()]
+        groups = parameter_groups(self.regressor, config)
+        self.names = [name for group in groups.values() for name in group]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
         self.optimizer = kind(
-            self.regressor.parameters(),
+            [{"params": list(group.values()), "scale": scale} for scale, group in groups.items()],
             lr=config.lr,
             betas=(0.9, 0.999),
             eps=1e-8,
@@ -474,6 +639,8 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self.train_samples) / config.batch_size)
         self.total = self.steps_per_epoch * config.epochs
         self.step, self.best, self.stopping = 0, -math.inf, False
+        # Only images are worth processes of their own; all else is a row of a cache.
+        self.workers = config.workers if isinstance(prepared.inputs[0], Images) else 0
         self.checkpoint = Checkpoint(folder / "last")
 
     # -- one optimizer step ------------------------------------------------
@@ -487,16 +654,16 @@ class Trainer:
         """
         lr = learning_rate(self.config, self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(3, device=self.process.device)  # 1 - cosine, vocabulary, joint
         parts = list(zip(*(t.chunk(self.config.accumulate) for t in batch), strict=True))
-        for k, (latents, context, target, words, weight) in enumerate(parts):
+        for k, (*inputs, target, words, weight) in enumerate(parts):
             last = k == len(parts) - 1
             sync = contextlib.nullcontext() if last or self.process.world == 1 else self.model.no_sync()
             with sync:
                 with self.autocast():
-                    prediction = self.model(latents, context)
+                    prediction = self.model(*inputs)
                 cosine = cosine_loss(prediction.embedding.float(), target)  # (1)
                 vocabulary = torch.zeros_like(cosine)
                 if prediction.logits is not None:
@@ -529,7 +696,9 @@ class Trainer:
         ]
         rank, world = self.process.rank, self.process.world
         shares = [share(batch, rank, world) for batch in batches]
-        return DataLoader(self.train_samples, batch_sampler=shares, generator=torch.Generator())
+        return DataLoader(
+            self.train_samples, batch_sampler=shares, num_workers=self.workers, generator=torch.Generator()
+        )
 
     # -- validation ------------------------------------------------
 
@@ -541,11 +710,11 @@ class Trainer:
         subset = torch.utils.data.Subset(
             self.val_samples, range(self.process.rank, len(self.val_samples), self.process.world)
         )
-        for latents, context, target, *_ in DataLoader(subset, 256, generator=torch.Generator()):
+        for *inputs, target, _, _ in DataLoader(
+            subset, 256, num_workers=self.workers, generator=torch.Generator()
+        ):
             with self.autocast():
-                embedding = self.regressor(
-                    latents.to(self.process.device), context.to(self.process.device)
-                ).embedding
+                embedding = self.regressor(*(x.to(self.process.device) for x in inputs)).embedding
             cosine = 1 - cosine_loss(embedding.float(), target.to(self.process.device))
             total += torch.tensor([cosine.double().sum().item(), len(cosine)], dtype=torch.float64)
         self.regressor.train()
@@ -729,10 +898,12 @@ def run(given: dict[str, typing.Any], out: Path | None, resume: Path | None) -> 
         if process.first and not resume:
             folder.mkdir(parents=True, exist_ok=True)
             data.atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
-            model = dataclasses.asdict(weights.config("unet-encoder", config.weights))
+            model = weights.config(BACKBONES[config.backbone], config.weights)
+            derived = {"model": model, "preprocessing": prepared.preprocessing}
+            stated = {name: dataclasses.asdict(value) for name, value in derived.items()}
             data.atomic_write(
                 folder / "config.json",
-                json.dumps(dataclasses.asdict(config) | {"model": model}, indent=1) + "\n",
+                json.dumps(dataclasses.asdict(config) | stated, indent=1) + "\n",
             )
         if process.world > 1:
             dist.barrier()

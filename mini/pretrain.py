@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import weights
-from data import atomic_write, image_tensor, read_pairs
+from data import Preprocessing, atomic_write, image_tensor, read_pairs
 from mini import scenes
 from models import clip, vae
 
@@ -111,7 +111,7 @@ def train_tokenizer(parts: int) -> None:
 def load_images(folder: Path) -> Tensor:
     """All pictures of a folder of parts as uint8 (n, 3, 64, 64)."""
     pairs = read_pairs(folder)
-    tensors = (image_tensor(pairs.image(i), 64) for i in range(len(pairs)))
+    tensors = (image_tensor(pairs.image(i), Preprocessing.square(64)) for i in range(len(pairs)))
     return torch.stack([((x + 1) * 127.5).round().to(torch.uint8) for x in tqdm(tensors, "read", len(pairs))])
 
 

@@ -1,6 +1,7 @@
-"""CLIP's text tower, as Stable Diffusion reads it.
+"""CLIP: the text tower, as Stable Diffusion reads it, and the visual tower with its projection.
 
-Home dialect: the `text_encoder` folder of the published Stable Diffusion models, `text_model.` included.
+Home dialect: Hugging Face's. The text tower is the `text_encoder` folder of the published Stable Diffusion
+models, `text_model.` included; the visual tower is CLIPVisionModelWithProjection, `vision_model.` included.
 Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
 """
 
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.layers import Namespace, attention, quick_gelu
 
@@ -44,6 +46,53 @@ CONFIGS: dict[str, CLIPTextConfig] = {
     "sd-mini": CLIPTextConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes, under the names of the published `config.json`. `hidden_act` is "quick_gelu" or "gelu".
+
+    `image_size` and `patch_size` are in pixels: a side where square, else (height, width).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]
+    num_channels: int
+    projection_dim: int
+    hidden_act: str
+    layer_norm_eps: float
+
+
+VISION_CONFIGS: dict[str, CLIPVisionConfig] = {
+    # openai/clip-vit-base-patch32, the visual half
+    "clip-b-32": CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        image_size=224, patch_size=32, num_channels=3, projection_dim=512,
+        hidden_act="quick_gelu", layer_norm_eps=1e-5,
+    ),
+    # openai/clip-vit-large-patch14, the visual half
+    "clip-l-14": CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        image_size=224, patch_size=14, num_channels=3, projection_dim=768,
+        hidden_act="quick_gelu", layer_norm_eps=1e-5,
+    ),
+    # laion/CLIP-ViT-H-14-laion2B-s32B-b79K, the visual half
+    "clip-h-14": CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+        image_size=224, patch_size=14, num_channels=3, projection_dim=1024,
+        hidden_act="gelu", layer_norm_eps=1e-5,
+    ),
+    # Ours
+    "clip-mini": CLIPVisionConfig(
+        hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3,
+        image_size=64, patch_size=8, num_channels=3, projection_dim=128,
+        hidden_act="quick_gelu", layer_norm_eps=1e-5,
     ),
 }
 
@@ -120,3 +169,58 @@ class CLIPText(nn.Module):
         for layer in text.encoder.layers:
             x = layer(x, causal=True)
         return text.final_layer_norm(x)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+class CLIPVision(nn.Module):
+    """Images to CLIP's image embeddings. With `checkpointing`, training computes each layer twice and keeps
+    only what passes between them."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.config, self.width, self.checkpointing = config, config.projection_dim, False
+        width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        act, eps, patch = config.hidden_act, config.layer_norm_eps, _pair(config.patch_size)
+        _activation(act)  # a misspelt name must fail here, not at the first batch
+        self.image_size = _pair(config.image_size)
+        tokens = 1 + (self.image_size[0] // patch[0]) * (self.image_size[1] // patch[1])
+        layers = (EncoderLayer(width, inner, heads, act, eps) for _ in range(config.num_hidden_layers))
+        self.vision_model = Namespace(
+            embeddings=Namespace(
+                patch_embedding=nn.Conv2d(
+                    config.num_channels, width, kernel_size=patch, stride=patch, padding=0, bias=False
+                ),
+                position_embedding=nn.Embedding(tokens, width),
+            ),
+            pre_layrnorm=nn.LayerNorm(width, eps=eps),  # misspelt in the published files
+            encoder=Namespace(layers=nn.ModuleList(layers)),
+            post_layernorm=nn.LayerNorm(width, eps=eps),
+        )
+        embeddings = self.vision_model.embeddings
+        embeddings.class_embedding = nn.Parameter(torch.empty(width))
+        for table in (embeddings.class_embedding, embeddings.position_embedding.weight):
+            nn.init.normal_(table, std=width**-0.5)  # OpenAI's; torch's 1 would drown the patches
+        self.visual_projection = nn.Linear(width, config.projection_dim, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), normalised with CLIP's mean and deviation -> embeddings (B, P), not of unit
+        length. Raises ValueError for images of another size than the model's.
+        """
+        if images.shape[-2:] != self.image_size:
+            given, wanted = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
+            raise ValueError(f"images are {given}, this CLIP takes {wanted} (height x width)")
+        vision = self.vision_model
+        patches = vision.embeddings.patch_embedding(images).flatten(2).transpose(1, 2)   # (B, N - 1, D)
+        first = vision.embeddings.class_embedding.expand(len(images), 1, -1)             # (B, 1, D)
+        x = torch.cat([first, patches], dim=1) + vision.embeddings.position_embedding.weight
+        x = vision.pre_layrnorm(x)                                                       # (B, N, D)
+        for layer in vision.encoder.layers:
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, False, use_reentrant=False)
+            else:
+                x = layer(x, causal=False)
+        return self.visual_projection(vision.post_layernorm(x[:, 0]))                    # (B, P)

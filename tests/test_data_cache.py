@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import data
-from data import DataError, atomic_write, cached_images, cached_texts, read_pairs
+from data import DataError, Preprocessing, atomic_write, cached_images, cached_texts, read_pairs
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +58,17 @@ def texts_cache(cache, texts, encode, key="model a", batch_size=2, dtype=np.floa
 
 def images_cache(cache, pairs, encode, key="vae", size=16, workers=0):
     return cached_images(
-        cache, "latents", pairs, key, size, (3,), "float16", encode, 4, workers, progress=False
+        cache,
+        "latents",
+        pairs,
+        key,
+        Preprocessing.square(size),
+        (3,),
+        "float16",
+        encode,
+        4,
+        workers,
+        progress=False,
     )
 
 
@@ -244,8 +254,9 @@ def test_the_image_key_covers_archives_members_and_size(tmp_path, pairs):
     images_cache(cache, pairs.subset([0, 1, 2]), Means())
     images_cache(cache, pairs.subset([0, 2, 1]), Means())
     images_cache(cache, pairs, Means(), key="another vae")
+    how = Preprocessing.square(8)
     cached_images(
-        cache, "latents", pairs, "vae", 8, (3,), "float16", lambda x: x.mean((2, 3)), 4, progress=False
+        cache, "latents", pairs, "vae", how, (3,), "float16", lambda x: x.mean((2, 3)), 4, progress=False
     )
     assert len(list(cache.iterdir())) == 5
     os.utime(pairs.archives[0], ns=(1, 1))

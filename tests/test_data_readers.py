@@ -20,7 +20,15 @@ import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin
 
 import data
-from data import DataError, embedded_prompt, image_tensor, load_image, read_captions, read_pairs
+from data import (
+    DataError,
+    Preprocessing,
+    embedded_prompt,
+    image_tensor,
+    load_image,
+    read_captions,
+    read_pairs,
+)
 
 PORTRAITS = Path(__file__).parents[2] / "shared" / "data" / "portraits"
 
@@ -217,10 +225,10 @@ def test_more_archives_than_are_held_open_from_threads_and_workers(tmp_path, mon
     copied = copy.deepcopy(pairs)
     assert np.array_equal(np.asarray(copied.image(13)), np.asarray(pairs.image(13)))
     # after the parent opened archives, forked workers must not share its file offsets
-    images = data._ImageSet(pairs, 8, np.arange(27))
+    images = data._ImageSet(pairs, Preprocessing.square(8), np.arange(27))
     loader = torch.utils.data.DataLoader(images, 4, num_workers=2, collate_fn=list)
     for row, tensor in (item for batch in loader for item in batch):
-        assert torch.equal(tensor, image_tensor(pairs.image(row), 8))
+        assert torch.equal(tensor, image_tensor(pairs.image(row), Preprocessing.square(8)))
 
 
 def test_subset_keeps_columns_together(tmp_path):
@@ -591,7 +599,7 @@ def test_image_tensor_is_torchvisions_resize_and_centre_crop(side):
     pixels = np.random.default_rng(1).integers(0, 256, (side[1], side[0], 3), np.uint8)
     image = Image.fromarray(pixels)
     for size in (16, 64):
-        ours = image_tensor(image, size)
+        ours = image_tensor(image, Preprocessing.square(size))
         theirs = TF.center_crop(
             TF.resize(image, size, TF.InterpolationMode.BICUBIC, antialias=True), [size, size]
         )
@@ -600,10 +608,10 @@ def test_image_tensor_is_torchvisions_resize_and_centre_crop(side):
 
 
 def test_image_tensor_range_modes_and_strips():
-    assert image_tensor(Image.new("RGB", (9, 9), "black"), 4).eq(-1).all()
-    assert image_tensor(Image.new("L", (9, 9), 255), 4).eq(1).all()
+    assert image_tensor(Image.new("RGB", (9, 9), "black"), Preprocessing.square(4)).eq(-1).all()
+    assert image_tensor(Image.new("L", (9, 9), 255), Preprocessing.square(4)).eq(1).all()
     start = time.perf_counter()
-    assert image_tensor(Image.new("RGB", (1, 20_000)), 512).shape == (3, 512, 512)
+    assert image_tensor(Image.new("RGB", (1, 20_000)), Preprocessing.square(512)).shape == (3, 512, 512)
     assert time.perf_counter() - start < 2
 
 
@@ -675,7 +683,7 @@ def test_real_portraits():
     )
     for i in range(0, 1332, 111):
         assert pairs.image(i).size == (256, 256)
-        assert image_tensor(pairs.image(i), 64).std() > 0.1
+        assert image_tensor(pairs.image(i), Preprocessing.square(64)).std() > 0.1
     report = data.clean(pairs.prompts)[1]
     assert report == {"read": 1332, "empty": 0, "non_english": 0, "near_duplicate": 1321, "kept": 11}
     assert {k: len(v) for k, v in data.split(pairs.prompts, 0).items()} == {

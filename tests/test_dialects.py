@@ -11,6 +11,8 @@ from torch import Tensor
 import weights
 from models import clip, unet, vae
 from weights import dialects, sizes
+from weights.kinds import KINDS
+from weights.kinds.clip_text import OPEN_CLIP_CUT
 
 # n ResBlocks a level, levels, levels with a transformer; diffusers' defaults are Stable Diffusion's.
 UNETS = {
@@ -122,9 +124,9 @@ def test_clip_round_trip(dialect: str):
 
 
 def test_open_clip_that_was_cut_before_keeps_its_last_layer():
-    ours = small_clip(layers=dialects.OPEN_CLIP_CUT)
+    ours = small_clip(layers=OPEN_CLIP_CUT)
     assert_equal(weights.to_home("clip-text", weights.from_home("clip-text", ours, "open_clip")), ours)
-    assert clip.CONFIGS["sd-2"].num_hidden_layers == dialects.OPEN_CLIP_CUT
+    assert clip.CONFIGS["sd-2"].num_hidden_layers == OPEN_CLIP_CUT
 
 
 def test_open_clip_stacks_q_k_and_v_in_that_order():
@@ -141,7 +143,7 @@ def test_dropped_on_purpose():
     extras = {name: torch.zeros(1) for name in (
         "text_model.embeddings.position_ids", "text_projection.weight", "logit_scale", "vision_model.a.b")}
     assert_equal(weights.to_home("clip-text", ours | extras), ours)
-    bert = {"encoder.layer.0.x": torch.zeros(1), "embeddings.y": torch.zeros(2)}
+    bert = {"encoder.layer.0.attention.self.x": torch.zeros(1), "embeddings.y": torch.zeros(2)}
     extras = {"pooler.dense.weight": torch.zeros(1), "embeddings.position_ids": torch.zeros(1)}
     assert_equal(weights.to_home("minilm", bert | extras), bert)
     assert_equal(weights.to_home("minilm", {f"bert.{k}": v for k, v in (bert | extras).items()}), bert)
@@ -183,9 +185,9 @@ def test_a_stranger_is_refused():
 @pytest.mark.parametrize("kind", ["unet", "vae", "clip-text"])
 def test_every_row_of_every_table_is_used_by_some_model(kind: str):
     """A misspelt row would never be missed otherwise."""
-    ours = meta(sizes.build, kind, sizes.CONFIGS[kind]["sd-1"])
+    ours = meta(sizes.build, kind, KINDS[kind].configs["sd-1"])
     beginnings = {".".join(name.split(".")[:n]) for name in ours for n in range(1, name.count(".") + 2)}
-    for dialect in dialects.DIALECTS[kind]:
+    for dialect in KINDS[kind].dialects:
         for theirs, row in dialect.table.items():
             filled = [
                 row.format(**values) for values in (dialect.numbers(ours) if dialect.numbers else [{}])
@@ -199,5 +201,5 @@ def test_every_row_of_every_table_is_used_by_some_model(kind: str):
 @pytest.mark.parametrize("kind, name", [("unet", "sd-1"), ("unet", "sd-2"), ("unet-encoder", "sd-2"),
                                         ("vae", "sd-1"), ("clip-text", "sd-1"), ("clip-text", "sd-2")])
 def test_sizes_of_the_published_models_are_read_from_shapes_alone(kind: str, name: str):
-    config = sizes.CONFIGS[kind][name]
-    assert sizes.from_shapes(kind, meta(sizes.build, kind, config), "file") == config
+    config = KINDS[kind].configs[name]
+    assert sizes.sizes_of(kind, None, meta(sizes.build, kind, config), "file") == config

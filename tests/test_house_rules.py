@@ -17,6 +17,7 @@ COMPOSITION = OURS | TENSORS
 ALLOWED = {
     "models/layers.py": {"torch"},
     "models/*.py": {"torch", "models"},
+    "weights/kinds/*.py": {"torch", "tokenizers", "models", "weights"},
     "weights/*.py": {"torch", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "models", "weights"},
     "reverse_sd.py": {"torch", "numpy"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
@@ -39,7 +40,7 @@ ALLOWED = {
 }
 FILES = [
     path
-    for pattern in ("*.py", "models/*.py", "weights/*.py", "mini/*.py")
+    for pattern in ("*.py", "models/*.py", "weights/*.py", "weights/kinds/*.py", "mini/*.py")
     for path in sorted(ROOT.glob(pattern))
 ]
 

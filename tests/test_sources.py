@@ -16,7 +16,7 @@ from conftest import ROOT, environment
 from safetensors.torch import save_file
 
 import weights
-from weights import registry, sources
+from weights import registry, sizes, sources
 from weights.__main__ import main
 from weights.registry import Entry, File, Wheel
 
@@ -129,7 +129,7 @@ def test_index_of_shards(tmp_path: Path, file: Path):
 
     def read(content: str) -> dict:
         index.write_text(content)
-        return sources.read_folder(folder)
+        return sources.stored_in(folder)
 
     whole = {"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}
     assert set(read(json.dumps(whole))) == {"a", "b"}
@@ -147,7 +147,9 @@ def test_index_of_shards(tmp_path: Path, file: Path):
 
 
 def test_broken_config(tmp_path: Path, file: Path):
-    for content, says in {"{": "no JSON", "[]": "a JSON object", "{}": "size is missing"}.items():
+    with pytest.raises(weights.WeightsError, match="size is missing"):
+        sizes.sizes_of("vae", {"act_fn": "silu"}, {}, "config.json")
+    for content, says in {"{": "no JSON", "[]": "a JSON object"}.items():
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(weights.WeightsError, match=says):
             weights.load("vae", tmp_path)

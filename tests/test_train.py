@@ -398,9 +398,19 @@ def test_captions_from_a_file_reach_the_cross_attention(few_scenes: Path, cache:
     text = weights.load("clip-text", "sd-mini")
     with torch.no_grad():
         expected = text(weights.load_tokenizer("sd-mini")(["a picture of 3", ""]))
-    np.testing.assert_allclose(prepared.contexts[3], expected[0].numpy(), atol=2e-3)
-    np.testing.assert_allclose(prepared.contexts[len(pairs) - 1], expected[1].numpy(), atol=2e-3)
-    assert len(prepared.contexts.rows) == 8
+    np.testing.assert_allclose(prepared.inputs[1][3], expected[0].numpy(), atol=2e-3)
+    np.testing.assert_allclose(prepared.inputs[1][len(pairs) - 1], expected[1].numpy(), atol=2e-3)
+    assert len(prepared.inputs[1].rows) == 8
+
+
+def test_true_prompts_can_be_read_as_an_upper_bound(few_scenes: Path, cache: Path, caplog):
+    prompts = train.resolve(train.TrainConfig(data=str(few_scenes), captions="prompt"))
+    prepared = train.prepare(prompts)
+    with torch.no_grad():
+        ids = weights.load_tokenizer("sd-mini")(prepared.pairs.prompts[:1])
+        expected = weights.load("clip-text", "sd-mini")(ids)[0]
+    np.testing.assert_allclose(prepared.inputs[1][0], expected.numpy(), atol=2e-3)
+    assert "upper bound" in caplog.text
 
 
 # -- configuration ----------------------------------------

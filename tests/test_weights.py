@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import weights
 from models import clip, vae
-from weights import dialects, sizes
+from weights.kinds import KINDS
 
 ATOL = 1e-10
 # 768 and 8 heads: what a single file of Stable Diffusion 1, which has no config, is taken to have.
@@ -111,7 +111,7 @@ def single(tmp_path_factory, unet: nn.Module, autoencoder: nn.Module, text: nn.M
     """A single file in LDM's names, with what such files drag along."""
     models = {"unet": unet, "vae": autoencoder, "clip-text": text}
     tensors = {
-        dialects.SINGLE_FILE[kind][0] + name: tensor.contiguous()
+        KINDS[kind].single_file[0] + name: tensor.contiguous()
         for kind, model in models.items()
         for name, tensor in weights.to_home(kind, model.state_dict()).items()
     }
@@ -444,9 +444,9 @@ def test_wrong_kinds_are_refused(pipeline: Path, single: Path):
 
 
 def test_build_takes_what_json_gave_back():
-    config = json.loads(json.dumps(vars(sizes.CONFIGS["unet"]["sd-mini"])))
+    config = json.loads(json.dumps(vars(KINDS["unet"].configs["sd-mini"])))
     with torch.device("meta"):
-        assert weights.build("unet-encoder", config).config == sizes.CONFIGS["unet"]["sd-mini"]
+        assert weights.build("unet-encoder", config).config == KINDS["unet"].configs["sd-mini"]
     with pytest.raises(weights.WeightsError, match="a unet has the sizes"):
         weights.build("unet", {"width": 3})
 
@@ -584,7 +584,7 @@ def test_full_size_stable_diffusion_1_from_folder_and_single_file(tmp_path: Path
                         ("vae", partial(AutoencoderKL, **vae_config))):
         model = model().half().eval()
         save(model, tmp_path / kind)
-        prefix = dialects.SINGLE_FILE[kind][0]
+        prefix = KINDS[kind].single_file[0]
         single |= {prefix + k: v.contiguous() for k, v in weights.to_home(kind, model.state_dict()).items()}
         del model
     save_file(single, file := tmp_path / "v1.safetensors")

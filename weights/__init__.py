@@ -1,22 +1,27 @@
 """Which checkpoint is what: the registry, fetching, second dialects, strict loading.
 
     registry.py   checkpoints known by name, with hashes and licences
-    dialects.py   the names that other files use, as tables
-    sizes.py      config.json and shapes -> our configurations
+    kinds/        a file for each architecture: the names that other files use, as tables; its sizes
+    dialects.py   from such names to ours and back
+    sizes.py      a kind and its sizes -> a model; a source -> its sizes
+    tensors.py    reading .safetensors
     strict.py     every tensor accounted for, or an error
     sources.py    files: found, fetched, checked, read; `load`
+    preprocessing.py  what a checkpoint wants done to a picture
     identity.py   what a source is, without loading it
     tokenizer.py  CLIP's tokenizer
 """
 
 from weights.dialects import from_home, to_home
 from weights.identity import config, fingerprint
+from weights.preprocessing import preprocessing
 from weights.sizes import build
-from weights.sources import cache_dir, load, read_tensors, resolve
+from weights.sources import cache_dir, load, resolve
 from weights.strict import WeightsError, load_strict
+from weights.tensors import read_tensors
 from weights.tokenizer import ClipTokenizer, load_tokenizer
 
 __all__ = [
     "ClipTokenizer", "WeightsError", "build", "cache_dir", "config", "fingerprint", "from_home", "load",
-    "load_strict", "load_tokenizer", "read_tensors", "resolve", "to_home",
+    "load_strict", "load_tokenizer", "preprocessing", "read_tensors", "resolve", "to_home",
 ]

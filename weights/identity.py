@@ -3,20 +3,21 @@
 import hashlib
 import os
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from weights import sizes
+from weights.kinds import KINDS
 from weights.registry import DEFAULTS, ENTRIES, Entry
 from weights.sources import holds, read
 from weights.tokenizer import load_tokenizer
 
 
-def config(kind: str, source: str | os.PathLike | None = None) -> sizes.Config:
+def config(kind: str, source: str | os.PathLike | None = None) -> Any:
     """The sizes of the `kind` in `source` (see `load`). Raises WeightsError as `load` does."""
     source = DEFAULTS[kind] if source is None else source
     entry = _untrained(kind, source)
-    return sizes.CONFIGS[kind][entry.name] if entry else read(kind, source).config
+    return KINDS[kind].configs[entry.name] if entry else read(kind, source).config
 
 
 def fingerprint(kind: str, source: str | os.PathLike | None = None) -> str:
@@ -28,9 +29,13 @@ def fingerprint(kind: str, source: str | os.PathLike | None = None) -> str:
     if _untrained(kind, source):
         digest.update(f"seed 0, torch {torch.__version__}".encode())
         return digest.hexdigest()
-    for name, tensor in sorted(read(kind, source).tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    found = read(kind, source)
+    each = []
+    for name, tensor in found.values(found.tensors):
+        one = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        one.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        each.append(one.hexdigest())
+    digest.update("".join(sorted(each)).encode())
     return digest.hexdigest()
 
 

@@ -49,6 +49,9 @@ _DIFFUSERS_FILES = tuple(File(path) for path in (
     "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
 ))
 
+_TIMM_FILES = (File("config.json"), File("model.safetensors"))
+_MINI = Path(__file__).resolve().parent.parent / "mini"
+
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
     Entry(
         name="minilm",
@@ -92,19 +95,73 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
         repo="openai/clip-vit-large-patch14",
         files=(File("vocab.json"), File("merges.txt")),
     ),
+    *(Entry(name, ("vit",), about, "Dosovitskiy et al., 2021; timm", "Apache-2.0", repo, _TIMM_FILES)
+      for name, about, repo in (
+        ("vit-b-16", "Vision Transformer B/16 of ImageNet, 224 px; 86M parameters",
+         "timm/vit_base_patch16_224.augreg_in21k_ft_in1k"),
+        ("vit-l-16", "Vision Transformer L/16 of ImageNet, 224 px; 303M parameters",
+         "timm/vit_large_patch16_224.augreg_in21k_ft_in1k"),
+    )),
+    *(Entry(name, ("swin",), about, "Liu et al., 2021 and 2022; Microsoft; timm", "MIT", repo, _TIMM_FILES)
+      for name, about, repo in (
+        ("swin-t", "Swin Transformer T of ImageNet, 224 px; 28M parameters",
+         "timm/swin_tiny_patch4_window7_224.ms_in1k"),
+        ("swin-b", "Swin Transformer B of ImageNet, 224 px; 87M parameters",
+         "timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k"),
+        ("swin-l", "Swin Transformer L of ImageNet, 224 px, as the paper names it; 195M parameters",
+         "timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k"),
+        ("swinv2-l", "Swin Transformer V2 L, 256 px, as the authors' code uses it; 195M parameters",
+         "timm/swinv2_large_window12to16_192to256.ms_in22k_ft_in1k"),
+    )),
+    Entry(
+        name="clip-b-32",
+        kinds=("clip-vision",),
+        about="CLIP ViT-B/32, the image half, 224 px; 88M parameters",
+        origin="Radford et al., CLIP, 2021; OpenAI; timm's copy, as the hub's own holds no safetensors",
+        licence="MIT",
+        repo="timm/vit_base_patch32_clip_224.openai",
+        files=(File("open_clip_config.json"), File("open_clip_model.safetensors")),
+    ),
+    Entry(
+        name="clip-l-14",
+        kinds=("clip-vision",),
+        about="CLIP ViT-L/14, the image half, 224 px; 304M parameters",
+        origin="Radford et al., CLIP, 2021; OpenAI",
+        licence="MIT",
+        repo="openai/clip-vit-large-patch14",
+        files=(File("config.json"), File("preprocessor_config.json"), File("model.safetensors")),
+    ),
+    Entry(
+        name="clip-h-14",
+        kinds=("clip-vision",),
+        about="CLIP ViT-H/14, the image half, 224 px: the paper's CLIP-Huge; 633M parameters",
+        origin="LAION, OpenCLIP, 2022",
+        licence="MIT",
+        repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        files=(File("open_clip_config.json"), File("open_clip_model.safetensors")),
+    ),
     Entry(
         name="sd-mini",
         kinds=_STABLE_DIFFUSION,
         about="the miniature Stable Diffusion of this repository, for 64 px pictures on a CPU",
         origin="mini/pretrain.py",
         licence="MIT",
-        folder=Path(__file__).resolve().parent.parent / "mini" / "sd-mini",
+        folder=_MINI / "sd-mini",
     ),
+    *(Entry(name, (kind,), f"{about} of this repository, for 64 px pictures on a CPU", "mini/pretrain.py",
+            "MIT", folder=_MINI / name)
+      for name, kind, about in (
+        ("vit-mini", "vit", "the miniature Vision Transformer"),
+        ("swin-mini", "swin", "the miniature Swin Transformer"),
+        ("swinv2-mini", "swin", "the miniature Swin Transformer V2"),
+        ("clip-mini", "clip-vision", "the image half of the miniature CLIP"),
+    )),
 )}
 
 # What weights.load takes where no source is given.
 DEFAULTS: dict[str, str] = {
     "minilm": "minilm", "clip-text": "sd-1", "vae": "sd-1", "unet": "sd-1", "unet-encoder": "sd-1",
+    "vit": "vit-b-16", "swin": "swin-l", "clip-vision": "clip-h-14",
 }
 # Where a diffusers folder keeps each kind.
 FOLDERS: dict[str, str] = {

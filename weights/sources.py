@@ -7,26 +7,29 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from weights import dialects, sizes
+from weights.kinds import KINDS
+from weights.kinds.common import Row
+from weights.kinds.sd import ignored_in_single_file
 from weights.registry import DEFAULTS, ENTRIES, FOLDERS, Entry, File
-from weights.strict import WeightsError, load_strict
+from weights.strict import WeightsError, listed, load_strict
+from weights.tensors import PICKLES, Stored, refuse_pickle, stored, values
 
 log = logging.getLogger("weights")
 
-PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
-STEMS = ("diffusion_pytorch_model", "model")  # of a folder's weights: diffusers', transformers'
+# Of a folder's weights: diffusers', transformers' and timm's, open_clip's
+STEMS = ("diffusion_pytorch_model", "model", "open_clip_model", "open_clip_pytorch_model")
 HUB_TIMEOUT = 5.0  # seconds for the hub to answer before another source is tried
 MARKER = "verified.json"
 DECODER_HALF = {r"(output_blocks|out)\..*": "the decoder half of the U-Net, which the encoder does without"}
@@ -73,7 +76,9 @@ def load(
     with torch.device("meta"):
         model = sizes.build(kind, found.config).to(dtype)
     ignore = DECODER_HALF if kind == "unet-encoder" else {}
-    load_strict(model, found.tensors, ignore=ignore, source=found.where, spell=found.spell)
+    load_strict(
+        model, found.tensors, ignore=ignore, source=found.where, spell=found.spell, values=found.values
+    )
     if kind == "minilm":
         model.tokenizer = _sentence_tokenizer(found.folder)
     return model.to(device).eval()
@@ -101,20 +106,32 @@ def initialised(kind: str, entry: Entry) -> nn.Module:
     log.warning("%s: the %s is NOT TRAINED: initialised with seed 0", entry.name, kind)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        return sizes.build(kind, sizes.CONFIGS[kind][entry.name])
+        return sizes.build(kind, KINDS[kind].configs[entry.name])
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a source says of one model: tensors under our names (mapped from the file, not read yet) and
-    sizes."""
+    """What a source says of one model: its sizes, and its tensors under our names, on meta.
+
+    `values` reads those whose names it is given, one by one; `spell` turns our names into the file's.
+    """
 
     where: str
     folder: Path
     dialect: str
-    config: sizes.Config
+    config: Any
     tensors: Mapping[str, Tensor]
+    stored: Mapping[str, Stored]
+    rows: Mapping[str, Row]
     spell: Callable[[str], str]
+
+    def values(self, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """(our name, tensor) of everything that becomes one of `wanted`, in the order of the file."""
+        needed = {
+            theirs: entry for theirs, entry in self.stored.items()
+            if any(name in wanted for name in dialects.our_names(self.rows, theirs))
+        }
+        return dialects.homeward(self.rows, values(needed))
 
 
 def read(kind: str, source: str | os.PathLike) -> Checkpoint:
@@ -122,30 +139,36 @@ def read(kind: str, source: str | os.PathLike) -> Checkpoint:
     path = resolve(source, kind)
     folder = part_folder(kind, path) if path.is_dir() else path.parent
     where = str(folder if path.is_dir() else path)
-    config = _config(kind, folder, own=path.is_dir())
-    raw = read_folder(folder) if path.is_dir() else read_tensors(path)
+    raw = stored_in(folder) if path.is_dir() else stored(path)
     single = any(name.startswith(tuple(_all_prefixes())) for name in raw)
     prefix = _part_prefix(kind, raw, where) if single else ""
-    tensors = _part(raw, prefix, where) if single else raw
+    entries = _part(raw, prefix, where) if single else raw
+    beside = None if single else _config(kind, folder, own=path.is_dir())
+    described = read_json(beside) if beside else None
+    if described:
+        sizes.refuse_other_kinds(kind, described, str(beside))
     try:
-        dialect = dialects.dialect_of(kind, tensors)
-        home = dialects.to_home(kind, tensors, dialect.name)
+        dialect = dialects.dialect_of(kind, entries)
+        home = dialects.to_home(kind, {name: entry.meta() for name, entry in entries.items()}, dialect.name)
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}") from error
-    if single or config is None:
-        config = sizes.from_shapes(kind, home, where)
+    config = sizes.sizes_of(kind, described, home, str(beside or where))
     if kind == "vae" and single and "scale_factor" in raw:
-        config = replace(config, scale_factor=float(raw["scale_factor"]))
-    spell = dialects.speller(dialect, tensors)
-    return Checkpoint(where, folder, dialect.name, config, home, lambda name: prefix + spell(name))
+        scale = dict(values({"scale_factor": raw["scale_factor"]}))
+        config = replace(config, scale_factor=float(scale["scale_factor"]))
+    spell = dialects.speller(dialect, entries)
+    return Checkpoint(
+        where, folder, dialect.name, config, home, entries, dialects.spelling(dialect, entries),
+        lambda name: prefix + spell(name),
+    )
 
 
 def _all_prefixes() -> list[str]:
-    return [prefix for prefixes in dialects.SINGLE_FILE.values() for prefix in prefixes]
+    return [prefix for kind in KINDS.values() for prefix in kind.single_file]
 
 
-def _part_prefix(kind: str, raw: Mapping[str, Tensor], where: str) -> str:
-    candidates = dialects.SINGLE_FILE.get(kind, ())
+def _part_prefix(kind: str, raw: Iterable[str], where: str) -> str:
+    candidates = KINDS[kind].single_file
     for prefix in candidates:
         if any(name.startswith(prefix) for name in raw):
             return prefix
@@ -155,28 +178,25 @@ def _part_prefix(kind: str, raw: Mapping[str, Tensor], where: str) -> str:
     )
 
 
-def _part(raw: Mapping[str, Tensor], prefix: str, where: str) -> dict[str, Tensor]:
-    """The tensors beneath one prefix of a single file; all others must belong to another part or be known."""
+def _part(raw: Mapping[str, Stored], prefix: str, where: str) -> dict[str, Stored]:
+    """What lies beneath one prefix of a single file; all else must belong to another part or be known."""
     others = tuple(_all_prefixes())
-    odd = [name for name in raw if not name.startswith(others) and not dialects.ignored_in_single_file(name)]
+    odd = [name for name in raw if not name.startswith(others) and not ignored_in_single_file(name)]
     if odd:
         raise WeightsError(
-            f"{where}: {len(odd)} tensors belong to no part of Stable Diffusion 1 or 2: {sizes.listed(odd)}"
+            f"{where}: {len(odd)} tensors belong to no part of Stable Diffusion 1 or 2: {listed(odd)}"
         )
-    return {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): entry for name, entry in raw.items() if name.startswith(prefix)}
 
 
-def _config(kind: str, folder: Path, own: bool) -> sizes.Config | None:
-    """The sizes of config.json in the folder, if there is one. Beside a lone file (`own` False) it must
-    fit."""
+def _config(kind: str, folder: Path, own: bool) -> Path | None:
+    """The file in the folder that states the sizes, if there is one. Beside a lone file (`own` False) it
+    counts only if it is of that kind."""
     path = folder / "config.json"
-    if not path.is_file():
-        return None
-    config = read_json(path)
-    called = config.get("_class_name") or config.get("model_type")
-    if not own and called not in sizes.CLASSES[kind]:
-        return None
-    return sizes.from_config(kind, config, str(path))
+    if path.is_file() and (KINDS[kind].owns(read_json(path)) or own):
+        return path
+    path = folder / "open_clip_config.json"
+    return path if kind == "clip-vision" and path.is_file() else None
 
 
 def tokenizer_files(root: Path) -> list[Path]:
@@ -210,46 +230,24 @@ def read_tokenizer(path: Path) -> Tokenizer:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file, by name; on the CPU, mapped from the file and so read when first
-    used.
-
-    Do not change the file while they are in use. Raises WeightsError for a pickled, missing, truncated or
-    otherwise damaged file.
-    """
-    path = Path(path)
-    _refuse_pickle(path)
-    try:
-        if path.stat().st_size == 0:
-            raise WeightsError(f"{path} is empty (0 bytes); fetch it again")
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise WeightsError(
-            f"{path}: truncated or not a safetensors file ({error}); fetch it again"
-        ) from error
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
-
-
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder: one file or shards with their index, full precision rather than a half one."""
+def stored_in(folder: Path) -> dict[str, Stored]:
+    """What a folder holds: one file or shards with their index, full precision rather than a half one."""
     path = weights_file(folder)
     if path is None:
         pickled = next((p for p in sorted(folder.iterdir()) if p.suffix in PICKLES), None)
         if pickled:
-            _refuse_pickle(pickled)
+            refuse_pickle(pickled)
         raise WeightsError(
             f"{folder} holds no weights ({' or '.join(f'{stem}.safetensors' for stem in STEMS)})"
         )
     if path.suffix != ".json":
-        return read_tensors(path)
+        return stored(path)
     weight_map = _weight_map(path)
-    shards = {file.name: read_tensors(file) for file in _shards(folder)}
+    shards = {file.name: stored(file) for file in _shards(folder)}
     lost = [name for name, shard in weight_map.items() if name not in shards[shard]]
     if lost:
-        raise WeightsError(f"{path}: {len(lost)} tensors are not in the shard it names: {sizes.listed(lost)}")
-    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+        raise WeightsError(f"{path}: {len(lost)} tensors are not in the shard it names: {listed(lost)}")
+    return {name: entry for shard in shards.values() for name, entry in shard.items()}
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -303,14 +301,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: a JSON object was expected, not a {type(value).__name__}")
     return value
-
-
-def _refuse_pickle(path: Path) -> None:
-    if path.suffix in PICKLES:
-        raise WeightsError(
-            f"{path} is pickled, and reading such a file can run any program hidden in it; get the "
-            f".safetensors file of the same weights, or convert it where you trust it"
-        )
 
 
 def part_folder(kind: str, root: Path) -> Path:
@@ -630,13 +620,14 @@ def kinds_in(path: Path) -> list[str]:
         found = [kind for kind in ("vae", "unet", "clip-text") if (path / FOLDERS[kind]).is_dir()]
         if found:
             return found
-    raw = read_folder(path) if path.is_dir() else read_tensors(path)
-    parts = ("vae", "unet", "clip-text")
-    found = [kind for kind in parts if any(name.startswith(dialects.SINGLE_FILE[kind]) for name in raw)]
-    found = found or [kind for kind in (*parts, "minilm") if dialects.speaks(kind, raw)]
+    raw = stored_in(path) if path.is_dir() else stored(path)
+    kinds = {name: kind for name, kind in KINDS.items() if name != "unet-encoder"}
+    found = [name for name, kind in kinds.items()
+             if kind.single_file and any(key.startswith(kind.single_file) for key in raw)]
+    found = found or [name for name in kinds if dialects.speaks(name, raw)]
     if not found:
         raise WeightsError(
-            f"{path}: no kind of model known here; its tensors are {sizes.listed(list(raw)[:3])} ..."
+            f"{path}: no kind of model known here; its tensors are {listed(list(raw)[:3])} ..."
         )
     return found
 

@@ -1,7 +1,7 @@
 """Loading that fails loudly: every tensor accounted for, or one error that lists everything wrong."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ def load_strict(
     *,
     source: str = "weights",
     spell: Callable[[str], str] = str,
+    values: Callable[[Container[str]], Iterable[tuple[str, Tensor]]] | None = None,
 ) -> None:
     """Give `model` the tensors whose names begin with `prefix`, all or nothing.
 
     model    usually built on the meta device; it decides shapes and dtypes; tensors are converted one by one
-    tensors  name -> tensor; they are copied, never aliased (a file may be mapped behind them)
+    tensors  name -> tensor; they are copied, never aliased. On meta, with `values`: that is asked, once all
+             fits, for the tensors of the names that the model wants, and gives them one by one, to keep
     ignore   regex of a whole name (without prefix) -> the reason why such a tensor may be left over
     fresh    regexes of names that the file must *not* hold (a new head): they keep what the model was built
              with
@@ -60,14 +62,16 @@ def load_strict(
     ]
     _refuse(source, wrong)
 
-    loaded: dict[str, Tensor] = {}
+    loaded = {name: slot for name, slot in wanted.items() if name in is_fresh}
+    asked = wanted.keys() - is_fresh
     bad = []
-    for name, slot in wanted.items():
-        if name in is_fresh:
-            loaded[name] = slot
+    for name, value in values(asked) if values else ((name, given[name]) for name in wanted if name in asked):
+        if name not in asked:
             continue
-        device = "cpu" if slot.is_meta else slot.device
-        loaded[name] = given[name].detach().to(device, slot.dtype, copy=True).contiguous()
+        device = "cpu" if wanted[name].is_meta else wanted[name].device
+        value = value.detach().to(device, wanted[name].dtype, copy=values is None).contiguous()
+        # A part of a stack must not keep the whole of it, nor share it.
+        loaded[name] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
         if not _finite(loaded[name]):
             bad.append(spell(name))
     _refuse(source, {"not finite (NaN or infinity)": bad})
@@ -77,6 +81,8 @@ def load_strict(
 def _finite(tensor: Tensor) -> bool:
     """No NaN, no infinity; without a mask of the tensor's size."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):  # quick; sound values may still overflow it
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))

@@ -9,10 +9,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from weights import dialects
+from weights.kinds import KINDS
 from weights.registry import ENTRIES
-from weights.sources import ensure, read_json, read_tensors, read_tokenizer, resolve, tokenizer_files
+from weights.sources import ensure, read_json, read_tokenizer, resolve, tokenizer_files
 from weights.strict import WeightsError
+from weights.tensors import stored
 
 LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -59,8 +60,8 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
     path = resolve("sd-1" if source is None else source, "tokenizer")
     if path.is_dir():
         return _from_folder(path)
-    names = read_tensors(path)
-    second = any(name.startswith(dialects.SINGLE_FILE["clip-text"][1]) for name in names)
+    names = stored(path)
+    second = any(name.startswith(KINDS["clip-text"].single_file[1]) for name in names)
     return _from_folder(ensure(ENTRIES["clip-tokenizer"]), pad="!" if second else END)
 
 

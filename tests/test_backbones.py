@@ -1,0 +1,113 @@
+"""The black boxes through the same loop: whole, frozen, the last blocks, decaying learning rates."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import reverse_sd
+import train
+import weights
+from mini import scenes
+
+SMALL = ["--epochs", "2", "--batch-size", "12", "--val-size", "8", "--test-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.build(folder, parts=1, per_part=52, progress=False)
+    return folder
+
+
+def train_here(few_scenes: Path, out: Path, *flags: str) -> Path:
+    torch.set_num_threads(1)
+    assert train.main(["--data", str(few_scenes), "--out", str(out), *SMALL, *flags]) == 0
+    return out
+
+
+def assert_reads_images_as_evaluated(run: Path, few_scenes: Path) -> None:
+    rows = json.loads((run / "predictions" / "rows.json").read_text())["test"]
+    pairs = data.read_pairs(few_scenes)
+    image = pairs.image(pairs.prompts.index(rows[0]["prompt"]))
+    embedding, _ = reverse_sd.read_images(reverse_sd.load_run(run), [image], [""], "cpu")
+    evaluated = np.load(run / "predictions" / "test.npy")[0]
+    assert float(embedding[0] @ evaluated) > 0.999
+
+
+@pytest.mark.parametrize("backbone", ["vit", "swin", "clip"])
+def test_black_boxes_train(backbone: str, few_scenes: Path, cache: Path, tmp_path: Path):
+    run = train_here(few_scenes, tmp_path / "run", "--backbone", backbone)
+    assert json.loads((run / "result.json").read_text())["n_train"] == 36
+    before = weights.load(reverse_sd.BACKBONES[backbone], train.MINIATURES[backbone]).state_dict()
+    after = load_file(run / "model.safetensors")
+    trained = {name.removeprefix("backbone.") for name in after if not name.startswith("heads.")}
+    assert trained == before.keys()
+    assert not any(torch.equal(after[f"backbone.{name}"], value) for name, value in before.items()
+                   if name.endswith("weight"))
+    assert_reads_images_as_evaluated(run, few_scenes)
+
+
+@pytest.mark.parametrize("backbone", ["unet", "clip"])
+def test_frozen_backbones_train_their_heads_on_cached_features(
+    backbone: str, few_scenes: Path, cache: Path, tmp_path: Path
+):
+    run = train_here(few_scenes, tmp_path / "run", "--backbone", backbone, "--train-blocks", "0")
+    assert all(name.startswith("heads.") for name in load_file(run / "model.safetensors"))
+    assert len(list(cache.glob(f"{backbone}-features-*"))) == 1
+    assert_reads_images_as_evaluated(run, few_scenes)
+
+
+def test_only_the_last_blocks_train(few_scenes: Path, cache: Path, tmp_path: Path):
+    run = train_here(few_scenes, tmp_path / "run", "--backbone", "vit", "--train-blocks", "2")
+    before = weights.load("vit", "vit-mini").state_dict()
+    after = load_file(run / "model.safetensors")
+    changed = {name for name, value in before.items() if not torch.equal(after[f"backbone.{name}"], value)}
+    assert changed == {name for name in before if name.startswith(("blocks.4.", "blocks.5.", "norm."))}
+
+
+@pytest.mark.parametrize("backbone, blocks", [("unet", 9), ("vit", 6), ("swin", 8), ("clip", 6)])
+def test_layers_are_counted_from_the_input(backbone: str, blocks: int):
+    config = train.resolve(train.TrainConfig(backbone=backbone))
+    regressor = train.build_regressor(config, n_words=5)
+    names = [name for name, _ in regressor.named_parameters()]
+    depths = dict(zip(names, train.layers(names, train.BLOCKS[backbone]), strict=True))
+    assert set(depths.values()) == set(range(blocks + 2))
+    assert list(depths.values()) == sorted(depths.values())
+    assert {depth for name, depth in depths.items() if name.startswith("heads.")} == {blocks + 1}
+
+
+def test_each_block_learns_at_a_fraction_of_the_rate_above_it():
+    config = train.resolve(train.TrainConfig(backbone="swin", layer_decay=0.5))
+    groups = train.parameter_groups(train.build_regressor(config, n_words=5), config)
+    scale = {name: factor for factor, group in groups.items() for name in group}
+    assert scale["heads.embedding.weight"] == scale["backbone.norm.weight"] == 1
+    assert scale["backbone.layers.2.blocks.3.mlp.fc1.weight"] == 0.5
+    assert scale["backbone.layers.1.downsample.reduction.weight"] == scale[
+        "backbone.layers.1.blocks.0.norm1.weight"] == 0.5**6
+    assert scale["backbone.patch_embed.proj.weight"] == 0.5**9
+
+
+def test_a_black_box_decides_its_own_image_size(few_scenes: Path, cache: Path, capsys):
+    assert train.main(["--data", str(few_scenes), "--backbone", "vit", "--image-size", "32"]) == 2
+    assert "as its weights want them" in capsys.readouterr().err
+
+
+def test_a_broken_image_is_left_out(few_scenes: Path, cache: Path, tmp_path: Path):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    pairs = data.read_pairs(few_scenes)
+    for i in range(12):
+        pairs.image(i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(pairs.prompts[i])
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
+    config = train.TrainConfig(backbone="vit", data=str(folder), clean="off", val_size=2, test_size=2)
+    prepared = train.prepare(train.resolve(config))
+    rows = np.concatenate(list(prepared.splits.values()))
+    assert len(rows) == 11
+    assert {prepared.pairs.where(int(row)).rpartition("/")[2] for row in rows} == {
+        f"{i}.png" for i in range(12) if i != 3}

@@ -1,0 +1,387 @@
+"""Pictures prepared as each checkpoint's own processor does it, to the grey level, on any device."""
+
+import io
+import json
+from dataclasses import asdict
+
+import numpy as np
+import open_clip
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from timm.models import get_pretrained_cfg
+from transformers import AutoImageProcessor
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+import data
+from data import Preprocessing, image_tensor, load_image, pixels_tensor
+from weights import WeightsError
+from weights.preprocessing import CLIP, HALVES, IMAGENET, defaults, from_files, preprocessing
+
+ONE_LEVEL = 1.01
+SHAPES = [(120, 160), (161, 119), (64, 64), (37, 53), (5, 7), (97, 260), (260, 97), (90, 89), (1, 3)]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
+
+
+def picture(height, width, how):
+    generator = np.random.default_rng(height * 1000 + width)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    if how == "noise":
+        pixels = generator.integers(0, 256, (height, width, 3))
+    elif how == "black and white":
+        pixels = generator.integers(0, 2, (height, width, 1)).repeat(3, 2) * 255
+    elif how == "smooth":
+        pixels = 255 * np.stack([x, y, (np.sin(9 * x) * np.cos(7 * y) + 1) / 2], -1)
+    else:  # like a photograph: soft shading, hard edges, some noise
+        pixels = 255 * np.stack([x, 1 - y, x * y], -1) + generator.normal(0, 6, (height, width, 3))
+        for _ in range(12):
+            a, b, r = generator.random(3)
+            pixels[(x - a) ** 2 + (y - b) ** 2 < (r / 5) ** 2] = generator.integers(0, 256, 3)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+KINDS = ["noise", "black and white", "smooth", "photo"]
+PICTURES = [picture(*shape, KINDS[k % 4]) for k, shape in enumerate(SHAPES * 4)]
+
+
+def apart(ours, theirs, std):
+    """The largest difference in grey levels."""
+    assert ours.shape == theirs.shape and ours.dtype == torch.float32 and ours.is_contiguous()
+    return ((ours - theirs).abs() * torch.tensor(std)[:, None, None] * 255).max().item()
+
+
+def preparing(fields):
+    """Through JSON, as a run's folder keeps it."""
+    how = Preprocessing(**json.loads(json.dumps(fields)))
+    assert asdict(how) == fields and Preprocessing(**asdict(how)) == how
+    return how
+
+
+def told(folder, kind, size, dialect="hf", **files):
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return preparing(from_files(folder, dialect, kind, size))
+
+
+# Hugging Face -----------------------------------------------------------------------------------------------
+
+CLIP_HF = {"image_mean": CLIP["mean"], "image_std": CLIP["std"]}
+HALVES_HF = {"image_mean": HALVES["mean"], "image_std": HALVES["std"]}
+IMAGENET_HF = {"image_mean": IMAGENET["mean"], "image_std": IMAGENET["std"]}
+RESCALED = {"do_rescale": True, "rescale_factor": 1 / 255}
+# kind, the size that the model reads, and a file as it was published or as an option allows
+HUGGING_FACE = {
+    "clip, 2022": ("clip-vision", 56, {"crop_size": 56, "do_center_crop": True, "do_normalize": True,
+                                       "do_resize": True, "feature_extractor_type": "CLIPFeatureExtractor",
+                                       "resample": 3, "size": 56, **CLIP_HF}),
+    "clip, 2023": ("clip-vision", 56, {"crop_size": {"height": 56, "width": 56}, "do_center_crop": True,
+                                       "do_convert_rgb": True, "do_normalize": True, "do_resize": True,
+                                       "image_processor_type": "CLIPImageProcessor", "resample": 3,
+                                       "size": {"shortest_edge": 56}, **RESCALED, **CLIP_HF}),
+    "clip, odd crop": ("clip-vision", 51, {"image_processor_type": "CLIPImageProcessorFast",
+                                           "size": {"shortest_edge": 64}, "crop_size": 51}),
+    "clip, not square": ("clip-vision", (40, 57), {"image_processor_type": "CLIPImageProcessor", "size": 64,
+                                                   "crop_size": {"height": 40, "width": 57}}),
+    "clip, larger crop": ("clip-vision", 61, {"image_processor_type": "CLIPImageProcessor", "size": 56,
+                                              "crop_size": 61}),
+    "clip, defaults": ("clip-vision", 224, {"image_processor_type": "CLIPImageProcessor"}),
+    "clip, no crop": ("clip-vision", 56, {"image_processor_type": "CLIPImageProcessor", "size": {
+        "height": 56, "width": 56}, "do_center_crop": False}),
+    "vit, 2021": ("vit", 64, {"do_normalize": True, "do_resize": True, "resample": 2, "size": 64,
+                              "feature_extractor_type": "ViTFeatureExtractor", **HALVES_HF}),
+    "vit, 2023": ("vit", 64, {"do_normalize": True, "do_resize": True, "resample": 2, **RESCALED, **HALVES_HF,
+                              "image_processor_type": "ViTImageProcessor",
+                              "size": {"height": 64, "width": 64}}),
+    "vit, not square": ("vit", (48, 80), {"image_processor_type": "ViTImageProcessorFast",
+                                          "size": {"height": 48, "width": 80}}),
+    "vit, lanczos": ("vit", 64, {"image_processor_type": "ViTImageProcessor", "size": 64, "resample": 1}),
+    "vit, squash and crop": ("vit", 56, {"image_processor_type": "ViTImageProcessor", "size": 64,
+                                         "do_center_crop": True, "crop_size": 56}),
+    "vit, defaults": ("vit", 224, {"image_processor_type": "ViTImageProcessor"}),
+    "deit": ("vit", 224, {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+                          "feature_extractor_type": "DeiTFeatureExtractor", "resample": 3, "size": 256,
+                          **IMAGENET_HF}),
+    "swin": ("swin", 64, {"do_normalize": True, "do_resize": True, "resample": 3, "size": 64,
+                          "feature_extractor_type": "ViTFeatureExtractor", **IMAGENET_HF}),
+    "blip": ("blip", 96, {"do_normalize": True, "do_resize": True, "resample": 3, **RESCALED, **CLIP_HF,
+                          "image_processor_type": "BlipImageProcessor", "size_divisor": 32,
+                          "processor_class": "BlipProcessor", "size": {"height": 96, "width": 96}}),
+    "blip, defaults": ("blip", 384, {"image_processor_type": "BlipImageProcessor"}),
+    "not normalised": ("vit", 64, {"image_processor_type": "ViTImageProcessor", "size": 64,
+                                   "do_normalize": False}),
+    "not rescaled": ("vit", 64, {"image_processor_type": "ViTImageProcessor", "size": 64, "do_rescale": False,
+                                 "image_mean": [100.0, 120, 140], "image_std": [50.0, 60, 70]}),
+    "rescaled otherwise": ("vit", 64, {"image_processor_type": "ViTImageProcessor", "size": 64,
+                                       "rescale_factor": 1 / 127.5, "image_mean": [1.0, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_faces_processors(name, tmp_path):
+    kind, size, config = HUGGING_FACE[name]
+    how = told(tmp_path, kind, size, preprocessor_config=config)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)
+    assert theirs.backend == "torchvision"
+    for image in PICTURES[:12] if max(how.size) > 100 else PICTURES:
+        assert apart(image_tensor(image, how), theirs(image).pixel_values[0], how.std) <= ONE_LEVEL
+
+
+@pytest.mark.parametrize("kind", ["clip-vision", "vit", "swin", "blip"])
+def test_the_processors_of_pillow(kind, tmp_path):
+    """These resize with Pillow, to which torch's int16 weights are near; Pillow 13 takes the rows of a tall
+    picture first, which torch never does."""
+    colours = {"vit": HALVES_HF, "swin": IMAGENET_HF}.get(kind, CLIP_HF)
+    config = {"size": 64, **colours, "resample": 2 if kind == "vit" else 3, "crop_size": 64}
+    config |= {"do_center_crop": kind == "clip-vision"}
+    classes = {"clip-vision": CLIPImageProcessorPil, "blip": BlipImageProcessorPil}
+    theirs = classes.get(kind, ViTImageProcessorPil)(**config)
+    how = told(tmp_path, kind, 64, preprocessor_config=config)
+    for k, image in enumerate(PICTURES):
+        if image.height <= image.width:
+            expected = torch.from_numpy(theirs(image)["pixel_values"][0])
+            bound = 2 * ONE_LEVEL if k % 4 < 2 else ONE_LEVEL  # noise overshoots
+            assert apart(image_tensor(image, how), expected, how.std) <= bound
+
+
+def test_processor_config_and_a_nearer_dialect(tmp_path):
+    config = {"image_processor": {"image_processor_type": "CLIPImageProcessor", "size": 56, "crop_size": 56}}
+    assert told(tmp_path, "clip-vision", 56, processor_config=config).resize == 56
+    near = {"size": {"height": 56, "width": 56}, "do_center_crop": False}
+    assert told(tmp_path, "clip-vision", 56, preprocessor_config=near).resize is None
+    told_by = {"open_clip_config": {"preprocess_cfg": {"mean": [0.1] * 3}}}
+    assert told(tmp_path, "clip-vision", 56, **told_by).mean == CLIP["mean"]
+    assert told(tmp_path, "clip-vision", 56, "open_clip").mean == (0.1,) * 3
+
+
+# timm, open_clip --------------------------------------------------------------------------------------------
+
+TIMM = {
+    "vit": {"input_size": (3, 64, 64), "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic",
+            **HALVES},
+    "vit, 384": {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "center", **HALVES},
+    "swin": {"input_size": (3, 64, 64), "crop_pct": 0.9, "interpolation": "bicubic", **IMAGENET},
+    "odd": {"input_size": (3, 57, 57), "crop_pct": 0.77, "interpolation": "bilinear"},
+    "silent": {"input_size": (3, 64, 64)},
+    "lanczos": {"input_size": (3, 64, 64), "interpolation": "lanczos"},
+    "wide": {"input_size": (3, 48, 80), "crop_pct": 0.9, **HALVES},
+    "tall": {"input_size": (3, 83, 41), "crop_pct": 0.95, **HALVES},
+    "squash": {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "squash", **HALVES},
+    "squash, crop": {"input_size": (3, 64, 48), "crop_pct": 0.8, "crop_mode": "squash", **HALVES},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_transform(name, tmp_path):
+    config = TIMM[name]
+    file = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": config}
+    how = told(tmp_path, "vit", config["input_size"][1:], "timm", config=file)
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
+    for image in PICTURES:
+        assert apart(image_tensor(image, how), theirs(image), how.std) <= ONE_LEVEL
+    flat = told(tmp_path, "vit", how.size, "timm", config={"architecture": "vit_tiny_patch16_224", **config})
+    assert flat == how
+
+
+@pytest.mark.parametrize("name", [
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k",
+    "vit_base_patch32_224.augreg_in21k", "swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_large_patch4_window12_384.ms_in22k_ft_in1k", "swinv2_tiny_window8_256.ms_in1k",
+    "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k",
+])
+def test_timms_usual_values(name, tmp_path):
+    published, kind = get_pretrained_cfg(name).to_dict(), name[:4].strip("_")
+    config = {key: published[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean",
+                                              "std")}
+    how = told(tmp_path, kind, config["input_size"][1:], "timm", config={"pretrained_cfg": config})
+    assert preparing(defaults(kind, "timm", how.size)) == how
+
+
+@pytest.mark.parametrize("size", [56, (40, 72), (83, 41)])
+@pytest.mark.parametrize("mode", ["shortest", "squash", None])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random", None])
+def test_open_clips_transform(size, mode, interpolation, tmp_path):
+    config = {"mean": CLIP["mean"], "std": HALVES["std"]}
+    config |= {"resize_mode": mode} if mode else {}
+    config |= {"interpolation": interpolation} if interpolation else {}
+    how = told(tmp_path, "clip-vision", size, "open_clip", open_clip_config={"preprocess_cfg": config})
+    theirs = open_clip.image_transform(size, False, **config)
+    for image in PICTURES[:18]:
+        assert apart(image_tensor(image, how), theirs(image), how.std) <= ONE_LEVEL
+
+
+# without files ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, dialect, published", [
+    ("vit", "hf", HUGGING_FACE["vit, 2021"]), ("vit", "transformers-5", HUGGING_FACE["vit, 2023"]),
+    ("swin", "hf-model", HUGGING_FACE["swin"]), ("clip-vision", "transformers-5", HUGGING_FACE["clip, 2022"]),
+    ("blip", "hf", HUGGING_FACE["blip"]),
+])
+def test_hugging_faces_usual_values(kind, dialect, published, tmp_path):
+    how = told(tmp_path, kind, published[1], preprocessor_config=published[2])
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert told(tmp_path, kind, published[1], dialect) == how
+
+
+def test_usual_values_of_the_others(tmp_path):
+    assert defaults("swin", "microsoft", 224) == defaults("swin", "timm", (224, 224))
+    told_by = {"open_clip_config": {"model_cfg": {"vision_cfg": {"image_size": 224}}}}
+    assert told(tmp_path, "clip-vision", 224, "open_clip", **told_by) == preparing(
+        defaults("clip-vision", "open_clip", 224))
+
+
+REFUSED = [
+    ("preprocessor_config", {"image_processor_type": "NoSuchProcessor"}, "a NoSuchProcessor are not known"),
+    ("preprocessor_config", {"size": 64, "resample": 0}, "resample 0"),
+    ("preprocessor_config", {"size": {"shortest_edge": 64}}, "without a crop"),
+    ("preprocessor_config", {"size": {"shortest_edge": 64, "longest_edge": 80}}, "size .* is neither"),
+    ("preprocessor_config", {"size": 32}, "pictures of 32 x 32, and the model reads 64 x 64"),
+    ("preprocessor_config", {"size": 64, "do_pad": True}, "do_pad is not done"),
+    ("preprocessor_config", {"size": 64, "image_mean": [0.5]}, "three numbers"),
+    ("preprocessor_config", {"do_resize": False, "do_center_crop": True, "crop_size": 64}, "without a res"),
+    ("config", {"pretrained_cfg": {"crop_mode": "border"}}, "crop_mode 'border'"),
+    ("config", {"pretrained_cfg": {"interpolation": "box"}}, "interpolation 'box'"),
+    ("config", {"pretrained_cfg": {"input_size": [3, 32, 32]}}, "3 x 32 x 32, and the model reads 3 x 64"),
+    ("config", {"pretrained_cfg": {"input_size": [1, 64, 64]}}, "1 x 64 x 64"),
+    ("open_clip_config", {"preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode 'longest'"),
+    ("open_clip_config", {"preprocess_cfg": {"interpolation": "lanczos"}}, "interpolation 'lanczos'"),
+]
+
+
+@pytest.mark.parametrize("file, config, words", REFUSED)
+def test_what_is_not_done_is_refused_in_one_line(file, config, words, tmp_path):
+    (tmp_path / f"{file}.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=words) as caught:
+        from_files(tmp_path, "hf", "vit", 64)
+    assert "\n" not in str(caught.value) and f"{file}.json" in str(caught.value)
+
+
+def test_no_resize_reads_pictures_of_the_right_size(tmp_path):
+    config = {"do_resize": False, "image_processor_type": "ViTImageProcessor"}
+    how = told(tmp_path, "vit", 64, preprocessor_config=config)
+    image = picture(64, 64, "noise")
+    expected = AutoImageProcessor.from_pretrained(tmp_path)(image).pixel_values[0]
+    assert apart(image_tensor(image, how), expected, how.std) < 0.01
+
+
+def test_a_kind_without_pictures():
+    with pytest.raises(WeightsError, match="a minilm reads no pictures"):
+        preprocessing("minilm", "minilm")
+
+
+GOOD = asdict(Preprocessing.square(8))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"size": (8,)}, {"size": (0, 8)}, {"resize": 0}, {"resize": (8, 8, 8)}, {"filter": "box"},
+    {"std": (1, 1, 0)}, {"mean": (0.5,)}, {"rules": "floor"}, {"squash": True},
+])
+def test_a_preprocessing_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="no such preprocessing"):
+        Preprocessing(**GOOD | wrong)
+
+
+# from tensors -----------------------------------------------------------------------------------------------
+
+TENSORS = [
+    Preprocessing(size, resize, filter, CLIP["mean"], CLIP["std"], rules, isinstance(resize, tuple))
+    for size, resize in (((64, 64), 71), ((40, 57), None), ((61, 61), 56), ((30, 40), (50, 47)))
+    for filter in ("bicubic", "bilinear", "lanczos")
+    for rules in ("torchvision", "transformers")
+] + [Preprocessing((48, 80), (50, 83), "bicubic", **HALVES)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("how", TENSORS, ids=str)
+def test_tensors_give_the_same(how, device):
+    for image in PICTURES[:18]:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        batch = torch.stack([pixels, pixels.flip(2), 255 - pixels]).to(device)
+        ours = pixels_tensor(batch, how)
+        assert ours.device == batch.device and ours.shape == (3, 3, *how.size)
+        for row, given in zip(ours.cpu(), batch.cpu(), strict=True):
+            expected = image_tensor(Image.fromarray(given.permute(1, 2, 0).numpy()), how)
+            assert apart(row, expected, how.std) <= ONE_LEVEL
+
+
+@pytest.mark.parametrize("rules", ["torchvision", "transformers"])
+@pytest.mark.parametrize("shape", [(20, 400), (400, 20), (3, 200)])
+def test_a_strip_is_resized_as_if_whole(rules, shape, monkeypatch):
+    how = Preprocessing((32, 32), 36, "bicubic", **HALVES, rules=rules)
+    image = picture(*shape, "noise")
+    ours = image_tensor(image, how)
+    monkeypatch.setattr(data, "STRIP", 1000)
+    assert apart(ours, image_tensor(image, how), how.std) <= ONE_LEVEL
+
+
+def test_the_longest_strips_take_no_gigabytes():
+    how = Preprocessing.square(512)
+    for shape in ((1, 20_000), (20_000, 1)):
+        assert pixels_tensor(torch.full((1, 3, *shape), 255, dtype=torch.uint8), how).eq(1).all()
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8),
+                                   torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
+                                   torch.zeros(1, 3, 0, 8, dtype=torch.uint8)])
+def test_only_pictures_are_taken(wrong):
+    with pytest.raises(ValueError, match="pictures are uint8"):
+        pixels_tensor(wrong, Preprocessing.square(8))
+
+
+# what a user expects ----------------------------------------------------------------------------------------
+
+
+def levels(image, form="PNG", size=8, **options):
+    """The picture saved, loaded and prepared, as grey levels (3, size, size)."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    tensor = image_tensor(load_image(buffer.getvalue()), Preprocessing.square(size))
+    return ((tensor + 1) * 127.5).round()
+
+
+def test_transparent_parts_are_white():
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([200, 100, 50, 10, 20, 30])
+    palette.paste(0, (0, 0, 4, 8))
+    assert levels(palette)[:, 0, 0].tolist() == [200, 100, 50]
+    clear = levels(palette, transparency=0)
+    assert clear[:, 0, 0].tolist() == [255] * 3 and clear[:, 0, 4].tolist() == [10, 20, 30]
+    assert levels(palette, "GIF", transparency=0)[:, 0, 0].tolist() == [255] * 3
+    some = levels(palette, transparency=bytes([0, 255]))
+    assert some[:, 0, 0].tolist() == [255] * 3 and some[:, 0, 4].tolist() == [10, 20, 30]
+    assert levels(Image.new("LA", (8, 8), (0, 0))).eq(255).all()
+    assert levels(Image.new("LA", (8, 8), (40, 255))).eq(40).all()
+    assert levels(Image.new("RGBA", (8, 8), (255, 0, 0, 51)))[:, 0, 0].tolist() == [255, 204, 204]
+    assert levels(Image.new("L", (8, 8), 7), transparency=7).eq(255).all()
+
+
+def test_grey_is_grey_however_deep():
+    assert levels(Image.new("1", (8, 8), 1)).eq(255).all() and levels(Image.new("1", (8, 8), 0)).eq(0).all()
+    assert levels(Image.new("L", (8, 8), 77)).eq(77).all()
+    deep = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
+    assert levels(deep).eq(128).all() and levels(deep, "TIFF").eq(128).all()
+    assert levels(deep, transparency=128 * 257).eq(255).all()
+
+
+def test_cmyk_has_its_colours():
+    red = levels(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF")[:, 0, 0]
+    assert red.tolist() == [255, 0, 0]
+    red = levels(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)[:, 0, 0]
+    assert red[0] > 245 and red[1:].max() < 10
+
+
+@pytest.mark.parametrize("turn, orientation", [
+    (None, 1), ("FLIP_LEFT_RIGHT", 2), ("ROTATE_180", 3), ("FLIP_TOP_BOTTOM", 4),
+    ("TRANSPOSE", 5), ("ROTATE_90", 6), ("TRANSVERSE", 7), ("ROTATE_270", 8),
+])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_a_turned_camera_gives_an_upright_picture(turn, orientation, form):
+    upright = picture(30, 20, "photo")
+    stored = upright if turn is None else upright.transpose(Image.Transpose[turn])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert torch.equal(levels(stored, form, 16, exif=exif), levels(upright, form, 16))

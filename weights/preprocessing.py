@@ -1,0 +1,263 @@
+"""How a checkpoint's pictures are prepared: resize, crop, mean and deviation, from the files beside it.
+
+All functions give the fields of `data.Preprocessing` as a dict; this package does not import data.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weights import identity
+from weights.kinds import KINDS
+from weights.registry import ENTRIES
+from weights.sources import read, read_json
+from weights.strict import WeightsError
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+MINIATURES = ("vit-mini", "swin-mini", "swinv2-mini", "clip-mini", "blip-mini")
+RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+# transformers' processors: what each does where its file is silent. One number as size: the shorter side
+# for CLIP's, a square for the others.
+STYLES: dict[str, dict[str, Any]] = {
+    "CLIP": {"resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, **CLIP},
+    "ViT": {"resample": 2, "size": 224, "do_center_crop": False, "crop_size": None, **HALVES},
+    "DeiT": {"resample": 3, "size": 256, "do_center_crop": True, "crop_size": 224, **HALVES},
+    "Blip": {"resample": 3, "size": 384, "do_center_crop": False, "crop_size": None, **CLIP},
+}
+STYLE_OF = {"vit": "ViT", "swin": "ViT", "clip-vision": "CLIP", "blip": "Blip"}
+
+
+def preprocessing(kind: str, source: str | os.PathLike) -> dict[str, Any]:
+    """How pictures are prepared for the `kind` ("vit", "swin", "clip-vision", "blip") in `source`.
+
+    From the processor's file beside the weights; where there is none, as the checkpoints of that dialect were
+    published (`defaults`). Raises WeightsError, one line, for what data.Preprocessing cannot do, and where
+    the file makes pictures of another size than the model reads.
+    """
+    if kind not in STYLE_OF:
+        raise WeightsError(f"a {kind} reads no pictures; {', '.join(STYLE_OF)} do")
+    entry = ENTRIES.get(str(source))
+    if entry and entry.name in MINIATURES:
+        return _shorter_side(_image_size(identity.config(kind, source)), 1.0, "bicubic", HALVES)
+    found = read(kind, source)
+    beside = found.folder / "config.json"
+    if Path(found.where).is_file() and beside.is_file() and not KINDS[kind].owns(read_json(beside)):
+        return defaults(kind, found.dialect, _image_size(found.config))
+    return from_files(found.folder, found.dialect, kind, _image_size(found.config))
+
+
+def from_files(folder: Path, dialect: str, kind: str, image_size: int | tuple[int, int]) -> dict[str, Any]:
+    """The same from a folder, the dialect of its weights, and the size that the model reads.
+
+    preprocessor_config.json or processor_config.json (Hugging Face), open_clip_config.json, timm's
+    config.json; where several lie there, first the one of the weights' own dialect.
+    """
+    size = _pair(image_size, "the model's image_size")
+    readers = {"hf": _from_hugging_face, "open_clip": _from_open_clip, "timm": _from_timm}
+    own = _family(dialect) if _family(dialect) in readers else "hf"
+    for name in (own, *(name for name in readers if name != own)):
+        if (found := readers[name](folder, kind, size)) is not None:
+            return found
+    return defaults(kind, dialect, size)
+
+
+def defaults(kind: str, dialect: str, image_size: int | tuple[int, int]) -> dict[str, Any]:
+    """As the checkpoints of that dialect were published.
+
+    timm's ViT (AugReg) and Swin, Microsoft's Swin: 0.9 of the shorter side, all of it from 384 pixels on
+    (timm's pretrained_cfg of all of them). Hugging Face's ViT, Swin and BLIP: the whole picture squashed.
+    CLIP: the whole of the shorter side.
+    """
+    size = _pair(image_size, "the model's image_size")
+    if kind == "clip-vision":
+        return _shorter_side(size, 1.0, "bicubic", CLIP, _rules(dialect))
+    if kind == "blip":
+        return _squashed(size, "bicubic", CLIP)
+    colours = HALVES if kind == "vit" else IMAGENET
+    if _family(dialect) in ("timm", "microsoft"):
+        return _shorter_side(size, 0.9 if max(size) < 384 else 1.0, "bicubic", colours)
+    return _squashed(size, "bilinear" if kind == "vit" else "bicubic", colours)
+
+
+def _rules(dialect: str) -> str:
+    return "torchvision" if _family(dialect) in ("timm", "microsoft", "open_clip") else "transformers"
+
+
+def _family(dialect: str) -> str:
+    """That of "microsoft-wrapped" is "microsoft", and so on."""
+    return dialect.split("-")[0]
+
+
+def _fields(
+    size: tuple[int, int], resize: Any, filter: str, colours: Mapping[str, Any], rules: str, squash: bool
+) -> dict[str, Any]:
+    mean, std = tuple(colours["mean"]), tuple(colours["std"])
+    return {"size": size, "resize": resize, "filter": filter, "mean": mean, "std": std, "rules": rules,
+            "squash": squash}
+
+
+def _squashed(
+    size: tuple[int, int], filter: str, colours: Mapping[str, Any], rules: str = "transformers"
+) -> dict[str, Any]:
+    return _fields(size, None, filter, colours, rules, False)
+
+
+def _shorter_side(
+    size: tuple[int, int], crop: float, filter: str, colours: Mapping[str, Any], rules: str = "torchvision"
+) -> dict[str, Any]:
+    """The picture covers 1/crop of `size`, which is cut from its centre."""
+    box = tuple(math.floor(side / crop) for side in size)
+    return _fields(size, box[0] if size[0] == size[1] else box, filter, colours, rules, False)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hugging Face
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _from_hugging_face(folder: Path, kind: str, size: tuple[int, int]) -> dict[str, Any] | None:
+    where = folder / "preprocessor_config.json"
+    whole = folder / "processor_config.json"  # of a text and image processor, since transformers 5
+    config = read_json(where) if where.is_file() else None
+    if config is None and whole.is_file():
+        where, config = whole, read_json(whole).get("image_processor")
+    if not isinstance(config, dict):
+        return None
+    found = _processor(config, kind, size, str(where))
+    if found["size"] != size:
+        raise WeightsError(f"{where}: makes pictures of {_by(found['size'])}, and the model reads "
+                           f"{_by(size)}; correct its size, or remove it for what is usual")
+    return found
+
+
+def _processor(config: Mapping[str, Any], kind: str, size: tuple[int, int], where: str) -> dict[str, Any]:
+    """What transformers' processor of these settings does."""
+    called = config.get("image_processor_type") or config.get("feature_extractor_type") or STYLE_OF[kind]
+    name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(called))
+    if name not in STYLES:
+        raise WeightsError(f"{where}: pictures for a {called} are not known here, only for "
+                           f"{', '.join(STYLES)}ImageProcessor")
+    style = STYLES[name]
+
+    def said(key: str, default: Any) -> Any:
+        return default if config.get(key) is None else config[key]
+
+    known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    odd = [key for key, value in config.items() if key.startswith("do_") and value and key not in known]
+    if odd:
+        raise WeightsError(f"{where}: {', '.join(odd)} is not done here; set it to false")
+
+    resample = said("resample", style["resample"])
+    if resample not in RESAMPLE:
+        raise WeightsError(f"{where}: resample {resample!r} is none of {RESAMPLE}")
+    factor = float(said("rescale_factor", 1 / 255)) if said("do_rescale", True) else 1.0
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if said("do_normalize", True):
+        mean, std = (_three(said(f"image_{key}", style[key]), where) for key in ("mean", "std"))
+    # (x * factor - mean) / std for grey levels x, written for x / 255
+    scale = 1.0 if math.isclose(255 * factor, 1.0) else 255 * factor
+    colours = {"mean": tuple(m / scale for m in mean), "std": tuple(s / scale for s in std)}
+
+    to, crop = said("size", style["size"]), None
+    if said("do_center_crop", style["do_center_crop"]):
+        crop = _pair(said("crop_size", style["crop_size"]), f"{where}: crop_size")
+    if isinstance(to, int) and name == "CLIP":
+        to = {"shortest_edge": to}
+    shorter = to.get("shortest_edge") if isinstance(to, Mapping) and set(to) == {"shortest_edge"} else None
+    if not said("do_resize", True):
+        if crop:
+            raise WeightsError(f"{where}: a crop without a resize is not done here; set do_resize to true")
+        to = list(size)  # pictures must come in the size that the model reads
+    elif shorter is not None:
+        if not crop or not isinstance(shorter, int):
+            raise WeightsError(f"{where}: size {to!r} without a crop leaves pictures of many sizes")
+        return _fields(crop, shorter, RESAMPLE[resample], colours, "transformers", False)
+    box = _pair(to, f"{where}: size")
+    squash = crop is not None and crop != box
+    return _fields(crop or box, box if squash else None, RESAMPLE[resample], colours, "transformers", squash)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# open_clip, timm
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _from_open_clip(folder: Path, kind: str, size: tuple[int, int]) -> dict[str, Any] | None:
+    """open_clip_config.json; it, too, takes the size from the model."""
+    where = folder / "open_clip_config.json"
+    if not where.is_file():
+        return None
+    config = read_json(where).get("preprocess_cfg") or {}
+    colours = {key: _three(config.get(key) or CLIP[key], str(where)) for key in ("mean", "std")}
+    filter = config.get("interpolation") or "bicubic"
+    filter = "bicubic" if filter == "random" else _filter(filter, ("bicubic", "bilinear"), where)
+    mode = config.get("resize_mode") or "shortest"
+    if mode == "squash":
+        return _squashed(size, filter, colours, "torchvision")
+    if mode != "shortest":
+        raise WeightsError(f'{where}: resize_mode {mode!r} is not done here; "shortest" and "squash" are')
+    # open_clip's resize for a size that is not square is bicubic, whatever the file says
+    return _shorter_side(size, 1.0, filter if size[0] == size[1] else "bicubic", colours)
+
+
+def _from_timm(folder: Path, kind: str, size: tuple[int, int]) -> dict[str, Any] | None:
+    where = folder / "config.json"
+    config = read_json(where) if where.is_file() else {}
+    config = config.get("pretrained_cfg") or (config if "architecture" in config else None)
+    if config is None:
+        return None
+    colours = {key: _three(config.get(key) or IMAGENET[key], str(where)) for key in ("mean", "std")}
+    filter = _filter(config.get("interpolation") or "bicubic", tuple(RESAMPLE.values()), where)
+    crop, mode = config.get("crop_pct") or 0.875, config.get("crop_mode") or "center"
+    channels, *shape = config.get("input_size") or (3, *size)
+    if channels != 3 or tuple(shape) != size:
+        raise WeightsError(f"{where}: makes pictures of {channels} x {_by(shape)}, and the model reads "
+                           f"3 x {_by(size)}; correct its input_size")
+    if mode == "center":
+        return _shorter_side(size, crop, filter, colours)
+    if mode != "squash":
+        raise WeightsError(f'{where}: crop_mode {mode!r} is not done here; "center" and "squash" are')
+    box = tuple(math.floor(side / crop) for side in size)
+    return _fields(size, None if box == size else box, filter, colours, "torchvision", box != size)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# values
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    """The size that the model of this configuration reads."""
+    return _pair(getattr(config, "img_size", None) or config.image_size, "the model's image_size")
+
+
+def _pair(value: Any, what: str) -> tuple[int, int]:
+    if isinstance(value, int):
+        value = (value, value)
+    if isinstance(value, Mapping) and set(value) == {"height", "width"}:
+        value = (value["height"], value["width"])
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(v, int) for v in value):
+        raise WeightsError(f"{what} {value!r} is neither one side nor height and width")
+    return tuple(value)
+
+
+def _three(value: Any, where: str) -> tuple[float, float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise WeightsError(f"{where}: the mean and the deviation {value!r} are not three numbers")
+    return tuple(float(v) for v in value)
+
+
+def _filter(name: str, known: tuple[str, ...], where: Path) -> str:
+    if name not in known:
+        raise WeightsError(f"{where}: the interpolation {name!r} is not done here; {', '.join(known)} are")
+    return name
+
+
+def _by(size: Any) -> str:
+    return " x ".join(str(side) for side in size)
