@@ -9,6 +9,7 @@
     sources.py    files: found, fetched, checked, read; `load`
     preprocessing.py  what a checkpoint wants done to a picture
     identity.py   what a source is, without loading it
+    golden.py     activations to test a port against
     tokenizer.py  CLIP's tokenizer
 """
 

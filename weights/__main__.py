@@ -5,7 +5,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from weights import sources
+import torch
+
+from weights import golden, sources
+from weights.kinds import KINDS
 from weights.registry import ENTRIES, Entry
 from weights.strict import WeightsError
 
@@ -23,6 +26,8 @@ examples
   python -m weights fetch minilm
   python -m weights fetch minilm --from /media/stick/all-MiniLM-L6-v2
   python -m weights verify ~/models/v1-5-pruned-emaonly.safetensors
+  python -m weights golden vit golden/vit --source vit-mini
+  python -m weights compare golden/vit my-port/
 """
 
 
@@ -74,6 +79,27 @@ def _verify(args: argparse.Namespace) -> None:
         print(line)
 
 
+def _golden(args: argparse.Namespace) -> None:
+    dtype = torch.float64 if args.float64 else torch.float32
+    names = golden.golden(args.kind, args.dir, args.source, batch=args.batch, seed=args.seed, dtype=dtype)
+    print(f"{args.dir}: inputs, {len(names)} activations from {names[0]} to {names[-1]}, outputs, weights")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    seen = list(golden.compare(args.dir, args.other, args.tolerance))
+    wrong = [difference for difference in seen if difference.problem]
+    if not wrong:
+        worst = max(seen, key=lambda difference: difference.share)
+        print(f"all {len(seen)} tensors agree; worst: {worst.name}, by {worst.share:.1e} of its largest")
+        return 0
+    before = seen[: seen.index(wrong[0])]
+    print(f"{wrong[0].name} is the first that differs: {wrong[0].problem}")
+    if before:
+        print(f"  {len(before)} before it agree, the last of them {before[-1].name}")
+    print(f"  {len(wrong)} of {len(seen)} tensors differ")
+    return 1
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m weights",
@@ -106,6 +132,33 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("source", metavar="SOURCE", help="a name, a file or a folder")
     command.set_defaults(run=_verify)
+    command = commands.add_parser(
+        "golden",
+        help="write inputs, activations and outputs of a model, to test a port against",
+        description="Write random inputs, the output of every layer by its name, the model's outputs and its "
+        "weights (under our names) as safetensors, with index.json that lists them in the order of "
+        "running. See PORTING.md.",
+    )
+    command.add_argument("kind", metavar="KIND", choices=list(KINDS), help=", ".join(KINDS))
+    command.add_argument("dir", metavar="DIR", help="a new folder")
+    command.add_argument("--source", help="a name, a file or a folder (default: the kind's own)")
+    command.add_argument("--batch", type=int, default=2, help="inputs at once (default 2)")
+    command.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
+    command.add_argument("--float64", action="store_true", help="compute in double precision")
+    command.set_defaults(run=_golden)
+    command = commands.add_parser(
+        "compare",
+        help="tell the first activation of a port that differs from the golden ones",
+        description="Compare what a port wrote with golden files, layer by layer in the order of running. "
+        "Exit status 1 if anything differs.",
+    )
+    command.add_argument("dir", metavar="DIR", help="a folder that `golden` wrote")
+    command.add_argument("other", metavar="OTHER", help="the port's folder, .safetensors or .npz")
+    command.add_argument(
+        "--tolerance", type=float, default=1e-4,
+        help="largest difference as a share of the largest value (default 1e-4; 1e-10 suits float64)",
+    )
+    command.set_defaults(run=_compare)
     return top
 
 
@@ -115,11 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
