@@ -165,7 +165,8 @@ class CosineWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
         # The keys have no bias.
-        bias = None if self.q_bias is None else torch.cat([self.q_bias, 0 * self.q_bias, self.v_bias])
+        parts = None if self.q_bias is None else [self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]
+        bias = None if parts is None else torch.cat(parts)
         q, k, v = split_heads(F.linear(x, self.qkv.weight, bias), self.heads)    # (B · windows, H, N, D/H)
         sharpness = self.logit_scale.clamp(max=math.log(100)).exp()              # (H, 1, 1)
         q, k = F.normalize(q, dim=-1, eps=1e-12) * sharpness, F.normalize(k, dim=-1, eps=1e-12)

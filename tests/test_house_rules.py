@@ -18,7 +18,16 @@ ALLOWED = {
     "models/layers.py": {"torch"},
     "models/*.py": {"torch", "models"},
     "weights/kinds/*.py": {"torch", "tokenizers", "models", "weights"},
-    "weights/*.py": {"torch", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "models", "weights"},
+    "weights/*.py": {
+        "torch",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "huggingface_hub",
+        "tqdm",
+        "models",
+        "weights",
+    },
     "reverse_sd.py": {"torch", "numpy"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
     "mini/pretrain.py": {

@@ -1,6 +1,7 @@
 """models/clip.py's visual tower against transformers and open_clip: numbers; names and sizes in files."""
 
 import json
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -245,9 +246,9 @@ def test_defaults_and_the_older_second_table_count_as_in_transformers() -> None:
             "hidden_size": 96, "num_attention_heads": 3, "hidden_act": "gelu", "patch_size": 56,
         },
     }
-    for extra in ({}, {"vision_config_dict": None},
+    for extra in ({}, {"vision_config_dict": None}, {"vision_config": {"hidden_size": 96}},
                   {"vision_config_dict": {"hidden_size": 48, "num_attention_heads": 4, "patch_size": 56}}):
-        expected = transformers.CLIPConfig.from_dict(whole | extra)
+        expected = transformers.CLIPConfig.from_dict(deepcopy(whole | extra))  # it writes into its argument
         options = expected.vision_config.to_dict() | {"projection_dim": 24}
         config = CLIPVisionConfig(**{name: options[name] for name in asdict(TINY)})
         with torch.device("meta"):

@@ -135,9 +135,8 @@ def test_features_and_gradients_as_in_timm(name: str, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("name", IN_HF)
-@pytest.mark.parametrize("head", [False, True])
-def test_features_and_gradients_as_in_transformers(head: bool, name: str, version: int) -> None:
+@pytest.mark.parametrize("name, head", [*((name, False) for name in IN_HF), ("plain", True)])
+def test_features_and_gradients_as_in_transformers(name: str, head: bool, version: int) -> None:
     config = of_version(IN_HF[name], version)
     theirs, given = randomise(of_hf(config, head)), pictures(config)
     ours = filled(config, theirs)
@@ -153,7 +152,8 @@ def test_version_2_as_in_transformers_where_the_grid_is_smaller_than_the_window(
 
 
 def test_the_scale_of_the_cosines_is_bounded_and_the_mask_is_not_infinite() -> None:
-    config = of_version(TINY, 2)
+    # In heads of width 1 every cosine is 1 or -1: a masked 100 meets unmasked -100s.
+    config = of_version(replace(TINY, num_heads=(8, 16, 32)), 2)
     theirs, given = randomise(of_timm(config)), pictures(config)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -163,13 +163,13 @@ def test_the_scale_of_the_cosines_is_bounded_and_the_mask_is_not_infinite() -> N
     assert_parity(ours, theirs, home, lambda: ours(given), lambda: timm_features(theirs, given))
 
 
-def test_keys_without_direction_divide_by_no_zero() -> None:
+def test_short_queries_and_keys_have_a_direction() -> None:
     config = of_version(replace(TINY, qkv_bias=False), 2)
     theirs, given = randomise(of_timm(config)), pictures(config)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name.endswith("qkv.weight"):
-                parameter.mul_(1e-12)
+                parameter[: 2 * parameter.shape[1]].mul_(1e-12)
     ours = filled(config, theirs)
     assert torch.allclose(ours(given), timm_features(theirs, given), rtol=0, atol=1e-10)
 
@@ -271,8 +271,7 @@ def test_a_folder_that_timm_saved(name: str, version: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("name", IN_HF)
+@pytest.mark.parametrize("name, head", [*((name, True) for name in IN_HF), ("plain", False)])
 def test_a_folder_that_transformers_saved(name: str, head: bool, version: int, tmp_path: Path) -> None:
     config = of_version(IN_HF[name], version)
     theirs = of_hf(config, head)
@@ -351,11 +350,11 @@ def test_a_table_of_offsets_tells_the_window_of_a_picture_that_is_not_square() -
 
 
 def test_every_width_of_the_mlp_is_found() -> None:
-    for inner in range(8, 40):
-        config = replace(TINY, depths=(1, 1), num_heads=(1, 1), mlp_ratio=(inner + 0.5) / 8)
-        tensors = parameters(Swin(config))
-        found = sizes(None, tensors)
-        assert_same_shapes(Swin(found), tensors)
+    for inner in range(1, 50):
+        config = replace(TINY, embed_dim=49, depths=(1,), num_heads=(1,), mlp_ratio=(inner + 0.5) / 49)
+        with torch.device("meta"):
+            tensors = parameters(Swin(config))
+            assert_same_shapes(Swin(sizes(None, tensors)), tensors)
 
 
 T1, T2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"

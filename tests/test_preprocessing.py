@@ -10,8 +10,9 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
-from timm.models import get_pretrained_cfg
-from transformers import AutoImageProcessor
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg, save_for_hf
+from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -266,6 +267,33 @@ def test_no_resize_reads_pictures_of_the_right_size(tmp_path):
     image = picture(64, 64, "noise")
     expected = AutoImageProcessor.from_pretrained(tmp_path)(image).pixel_values[0]
     assert apart(image_tensor(image, how), expected, how.std) < 0.01
+
+
+def test_folders_and_lone_files_as_they_are_saved(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 32), depth=1)
+    save_for_hf(model, tmp_path / "timm", safe_serialization=True)
+    how = Preprocessing((48, 32), (53, 35), "bicubic", **HALVES)
+    assert preparing(preprocessing("vit", tmp_path / "timm")) == how
+    (tmp_path / "timm" / "preprocessor_config.json").write_text('{"size": 7}')  # of something else there
+    (tmp_path / "timm" / "config.json").write_text('{"model_type": "bert"}')
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1)
+    save_file(model.state_dict(), tmp_path / "timm" / "one.safetensors")
+    assert preprocessing("vit", tmp_path / "timm" / "one.safetensors") == defaults("vit", "timm", 48)
+
+    config = CLIPVisionConfig(hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                              image_size=64, patch_size=16, projection_dim=8)
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip")
+    usual = preprocessing("clip-vision", tmp_path / "clip")
+    assert usual == defaults("clip-vision", "hf", 64)
+    CLIPImageProcessorPil(size=70, crop_size=64).save_pretrained(tmp_path / "clip")
+    assert preprocessing("clip-vision", tmp_path / "clip") == usual | {"resize": 70}
+    file = tmp_path / "clip" / "model.safetensors"
+    assert preprocessing("clip-vision", file) == usual | {"resize": 70}
+
+
+def test_the_miniatures_read_what_the_autoencoder_does():
+    for kind, name in (("vit", "vit-mini"), ("swin", "swinv2-mini"), ("clip-vision", "clip-mini")):
+        assert preparing(preprocessing(kind, name)) == Preprocessing.square(64)
 
 
 def test_a_kind_without_pictures():

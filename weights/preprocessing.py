@@ -12,7 +12,7 @@ from typing import Any
 
 from weights import identity
 from weights.kinds import KINDS
-from weights.registry import ENTRIES
+from weights.registry import DEFAULTS, ENTRIES
 from weights.sources import read, read_json
 from weights.strict import WeightsError
 
@@ -33,7 +33,7 @@ STYLES: dict[str, dict[str, Any]] = {
 STYLE_OF = {"vit": "ViT", "swin": "ViT", "clip-vision": "CLIP", "blip": "Blip"}
 
 
-def preprocessing(kind: str, source: str | os.PathLike) -> dict[str, Any]:
+def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[str, Any]:
     """How pictures are prepared for the `kind` ("vit", "swin", "clip-vision", "blip") in `source`.
 
     From the processor's file beside the weights; where there is none, as the checkpoints of that dialect were
@@ -42,6 +42,7 @@ def preprocessing(kind: str, source: str | os.PathLike) -> dict[str, Any]:
     """
     if kind not in STYLE_OF:
         raise WeightsError(f"a {kind} reads no pictures; {', '.join(STYLE_OF)} do")
+    source = DEFAULTS[kind] if source is None else source
     entry = ENTRIES.get(str(source))
     if entry and entry.name in MINIATURES:
         return _shorter_side(_image_size(identity.config(kind, source)), 1.0, "bicubic", HALVES)
