@@ -136,6 +136,7 @@ class Checkpoint:
 
 def read(kind: str, source: str | os.PathLike) -> Checkpoint:
     """Find and parse the `kind` in `source`. Raises WeightsError if it is not there or unknown."""
+    sizes.known(kind)
     path = resolve(source, kind)
     folder = part_folder(kind, path) if path.is_dir() else path.parent
     where = str(folder if path.is_dir() else path)
@@ -192,11 +193,12 @@ def _part(raw: Mapping[str, Stored], prefix: str, where: str) -> dict[str, Store
 def _config(kind: str, folder: Path, own: bool) -> Path | None:
     """The file in the folder that states the sizes, if there is one. Beside a lone file (`own` False) it
     counts only if it is of that kind."""
-    path = folder / "config.json"
-    if path.is_file() and (KINDS[kind].owns(read_json(path)) or own):
+    path, other = folder / "config.json", folder / "open_clip_config.json"
+    if path.is_file() and KINDS[kind].owns(read_json(path)):
         return path
-    path = folder / "open_clip_config.json"
-    return path if kind == "clip-vision" and path.is_file() else None
+    if kind == "clip-vision" and other.is_file():  # timm's folders of CLIP hold a config.json for timm too
+        return other
+    return path if own and path.is_file() else None
 
 
 def tokenizer_files(root: Path) -> list[Path]:
