@@ -799,6 +799,9 @@ def _taps(old: int, new: int, low: int, high: int, how: Preprocessing) -> tuple[
 # ============================================================================================================
 
 
+CAPTION_FILES = (".txt", ".json", ".jsonl", ".csv")
+
+
 def read_captions(path: str | Path, pairs: Pairs) -> list[str]:
     """A caption for each pair, "" (and one warning with the count) where the file has none.
 
@@ -808,7 +811,7 @@ def read_captions(path: str | Path, pairs: Pairs) -> list[str]:
     Raises DataError if nothing fits.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".json", ".jsonl", ".csv"):
+    if path.suffix not in CAPTION_FILES:
         raise DataError(f"{path}: captions come as .jsonl, .csv, .json or .txt; save them so")
     given: dict[str, Any] = {}
     if path.suffix in (".txt", ".json"):
@@ -947,6 +950,29 @@ def cached_rows(cache: Path, name: str, pairs: Pairs, key: Any, shape: Sequence[
             store.put(rows, encode(rows))
             bar.update(len(rows))
     return store.rows
+
+
+CAPTION_BYTES = 1024
+
+
+def cached_captions(cache: Path, pairs: Pairs, key: Any, how: Preprocessing,
+                    caption: Callable[[Tensor], list[str]], batch_size: int, workers: int = 0,
+                    progress: bool = True) -> list[str]:
+    """A caption of each image, made once; "" where the image cannot be read.
+
+    caption takes up to batch_size images, (b, 3, *how.size) float32. The cache holds each caption as UTF-8 in
+    CAPTION_BYTES bytes filled up with zeros; a longer one is cut. Else as `cached_images`.
+    """
+    def encode(images: Tensor) -> Tensor:
+        rows = torch.zeros(len(images), CAPTION_BYTES, dtype=torch.uint8)
+        for row, text in zip(rows, caption(images), strict=True):
+            raw = text.encode("utf-8")[:CAPTION_BYTES]
+            row[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
+        return rows
+
+    rows, _ = cached_images(cache, "made-captions", pairs, key, how, (CAPTION_BYTES,), np.uint8, encode,
+                            batch_size, workers, progress)
+    return [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in np.asarray(rows)]
 
 
 class _ImageSet(torch.utils.data.Dataset):

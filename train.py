@@ -92,10 +92,11 @@ class TrainConfig:
         "pretrained: a name of `python -m weights list`, a file or a folder "
         "(default: the backbone's miniature, as sd-mini)",
     )
-    captions: str = option(
-        "empty",
+    captions: str | None = option(
+        None,
         "what the U-Net reads of an image by cross-attention: empty = the empty text; prompt = the true one, "
-        "an upper bound that no method may use; or a file of captions (.jsonl, .csv, .json, .txt)",
+        "an upper bound that no method may use; a BLIP to write them (blip-base, a folder), as in the paper; "
+        "or a file of captions (.jsonl, .csv, .json, .txt) (sd-mini: empty, else blip-base)",
     )
     train_blocks: int | None = option(
         None,
@@ -141,7 +142,7 @@ class TrainConfig:
 # miniature starts from random weights on 6,000 pairs, where both would leave it half trained.
 _MINI = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
 DEFAULTS = {
-    "sd-mini": _MINI | {"image_size": 64},
+    "sd-mini": _MINI | {"image_size": 64, "captions": "empty"},
     "vit-mini": _MINI | {"lr": 5e-4},
     "swin-mini": _MINI,
     "swinv2-mini": _MINI,
@@ -157,7 +158,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(config, weights=config.weights or MINIATURES[config.backbone])
     defaults = DEFAULTS.get(config.weights, DEFAULTS[""])
     if config.backbone == "unet":
-        defaults = {"image_size": 256} | defaults
+        defaults = {"image_size": 256, "captions": "blip-base"} | defaults
     elif config.image_size:
         raise data.DataError(f"--image-size: the {config.backbone} reads images as its weights want them")
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
@@ -309,7 +310,7 @@ def unet_inputs(
         return text()(tokenizer()(captions).to(device))
 
     vae_key, text_key = weights.fingerprint("vae", source), weights.fingerprint("clip-text", source)
-    captions = captions_of(config, pairs)
+    captions = captions_of(config, pairs, device)
     shape = (vae_config.embed_dim, how.size[0] // 8, how.size[1] // 8)
     latents, readable = data.cached_images(
         cache, "latents", pairs, {"model": vae_key}, how, shape, np.float16, latents_of, 32, config.workers
@@ -339,7 +340,7 @@ def unet_inputs(
     return (features,), readable
 
 
-def captions_of(config: TrainConfig, pairs: data.Pairs) -> list[str]:
+def captions_of(config: TrainConfig, pairs: data.Pairs, device: str) -> list[str]:
     """What is said of each image to the U-Net, by the `captions` of TrainConfig."""
     if config.captions == "prompt":
         log.warning("captions: the U-Net reads the true prompts: an upper bound, not a result")
@@ -347,7 +348,16 @@ def captions_of(config: TrainConfig, pairs: data.Pairs) -> list[str]:
     if config.captions == "empty":
         log.info("captions: none, the U-Net's cross-attention reads the empty text")
         return [""] * len(pairs)
-    return data.read_captions(Path(config.captions), pairs)
+    if Path(config.captions).suffix in data.CAPTION_FILES:
+        return data.read_captions(Path(config.captions), pairs)
+    how = data.Preprocessing(**weights.preprocessing("blip", config.captions))
+    blip = functools.cache(lambda: weights.load("blip", config.captions, device=device))
+
+    def caption(images: Tensor) -> list[str]:
+        return blip().generate(images.to(device))
+
+    key = {"model": weights.fingerprint("blip", config.captions), "generate": "defaults"}
+    return data.cached_captions(weights.cache_dir(), pairs, key, how, caption, 16, config.workers)
 
 
 def image_inputs(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, environment
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import eval
@@ -22,6 +22,7 @@ import reverse_sd
 import train
 import weights
 from mini import scenes
+from models import blip
 
 SMALL = [
     "--epochs",
@@ -403,6 +404,47 @@ def test_captions_from_a_file_reach_the_cross_attention(few_scenes: Path, cache:
     assert len(prepared.inputs[1].rows) == 8
 
 
+def tiny_blip(folder: Path) -> Path:
+    """A captioner's folder as published, with random weights."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "red", "blue", "star", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 14, "max_position_embeddings": 24, "bos_token_id": 12, "sep_token_id": 3}
+    config = {"model_type": "blip", "vision_config": sizes | {"image_size": 32, "patch_size": 16},
+              "text_config": sizes | text}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(3)
+    parsed = blip.BLIPConfig(**blip.CONFIGS["blip-mini"].__dict__ | {
+        "vision_hidden_size": 32, "vision_intermediate_size": 64, "vision_num_hidden_layers": 1,
+        "vision_image_size": 32, "vision_patch_size": 16, "text_hidden_size": 32,
+        "text_intermediate_size": 64, "text_num_hidden_layers": 1, "text_vocab_size": 14,
+        "text_max_position_embeddings": 24, "text_pad_token_id": 0, "text_bos_token_id": 12})
+    model = blip.BLIP(parsed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def test_blip_captions_are_made_once_and_read(few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch):
+    config = train.TrainConfig(data=str(few_scenes), captions=str(tiny_blip(tmp_path)))
+    prepared = train.prepare(train.resolve(config))
+    how = data.Preprocessing(**weights.preprocessing("blip", tmp_path))
+    assert how.size == (32, 32) and how.resize is None
+    model = weights.load("blip", tmp_path)
+    rows = range(0, len(prepared.pairs), 9)
+    images = torch.stack([data.image_tensor(prepared.pairs.image(i), how) for i in rows])
+    said = model.generate(images)
+    assert len(set(said)) > 1
+    with torch.no_grad():
+        expected = weights.load("clip-text", "sd-mini")(weights.load_tokenizer("sd-mini")(said))
+    for i, states in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(prepared.inputs[1][i], states.numpy(), atol=2e-3)
+    monkeypatch.setattr(blip.BLIP, "generate", lambda *_: pytest.fail("captions were made again"))
+    again = train.prepare(train.resolve(config))
+    np.testing.assert_array_equal(again.inputs[1].rows, prepared.inputs[1].rows)
+
+
 def test_true_prompts_can_be_read_as_an_upper_bound(few_scenes: Path, cache: Path, caplog):
     prompts = train.resolve(train.TrainConfig(data=str(few_scenes), captions="prompt"))
     prepared = train.prepare(prompts)
@@ -428,6 +470,7 @@ def test_defaults_are_the_papers_row_but_for_the_miniature():
     paper = train.resolve(train.TrainConfig(weights="sd-1"))
     assert (paper.epochs, paper.batch_size, paper.lr, paper.optimizer) == (3, 64, 1e-4, "adam")
     assert (paper.heads, paper.words, paper.mlc_weight, paper.image_size) == (3, 1000, 0.1, 256)
+    assert paper.captions == "blip-base"
     assert train.resolve(train.TrainConfig()).image_size == 64
 
 

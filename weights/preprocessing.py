@@ -235,7 +235,9 @@ def _from_timm(folder: Path, kind: str, size: tuple[int, int]) -> dict[str, Any]
 
 def _image_size(config: Any) -> tuple[int, int]:
     """The size that the model of this configuration reads."""
-    return _pair(getattr(config, "img_size", None) or config.image_size, "the model's image_size")
+    size = next(getattr(config, name) for name in ("img_size", "image_size", "vision_image_size")
+                if hasattr(config, name))
+    return _pair(size, "the model's image_size")
 
 
 def _pair(value: Any, what: str) -> tuple[int, int]:

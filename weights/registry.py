@@ -26,7 +26,8 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint known by name. It comes from the hub's `repo`, or lies in `folder` of this checkout."""
+    """A checkpoint known by name. It comes from the hub's `repo` (at `revision`, else its newest state), or
+    lies in `folder` of this checkout."""
 
     name: str
     kinds: tuple[str, ...]
@@ -37,6 +38,7 @@ class Entry:
     files: tuple[File, ...] = ()
     wheel: Wheel | None = None
     folder: Path | None = None
+    revision: str | None = None
 
 
 _STABLE_DIFFUSION = ("vae", "unet", "unet-encoder", "clip-text")
@@ -50,6 +52,9 @@ _DIFFUSERS_FILES = tuple(File(path) for path in (
 ))
 
 _TIMM_FILES = (File("config.json"), File("model.safetensors"))
+_BLIP_FILES = tuple(File(path) for path in (
+    "config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors",
+))
 _MINI = Path(__file__).resolve().parent.parent / "mini"
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
@@ -148,6 +153,25 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
         licence="MIT",
         folder=_MINI / "sd-mini",
     ),
+    Entry(
+        name="blip-base",
+        kinds=("blip",),
+        about="BLIP, the captioner the paper uses for its U-Net, ViT-B/16 at 384 px; 247M parameters",
+        origin="Li et al., BLIP, 2022; Salesforce",
+        licence="BSD-3-Clause",
+        repo="Salesforce/blip-image-captioning-base",
+        files=_BLIP_FILES,
+        revision="refs/pr/38",  # the hub's own conversion to safetensors
+    ),
+    Entry(
+        name="blip-large",
+        kinds=("blip",),
+        about="BLIP, the captioner with ViT-L/16 at 384 px; 470M parameters",
+        origin="Li et al., BLIP, 2022; Salesforce",
+        licence="BSD-3-Clause",
+        repo="Salesforce/blip-image-captioning-large",
+        files=_BLIP_FILES,
+    ),
     *(Entry(name, (kind,), f"{about} of this repository, for 64 px pictures on a CPU", "mini/pretrain.py",
             "MIT", folder=_MINI / name)
       for name, kind, about in (
@@ -161,7 +185,7 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
 # What weights.load takes where no source is given.
 DEFAULTS: dict[str, str] = {
     "minilm": "minilm", "clip-text": "sd-1", "vae": "sd-1", "unet": "sd-1", "unet-encoder": "sd-1",
-    "vit": "vit-b-16", "swin": "swin-l", "clip-vision": "clip-h-14",
+    "vit": "vit-b-16", "swin": "swin-l", "clip-vision": "clip-h-14", "blip": "blip-base",
 }
 # Where a diffusers folder keeps each kind.
 FOLDERS: dict[str, str] = {

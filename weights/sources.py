@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from weights import dialects, sizes
-from weights.kinds import KINDS
+from weights.kinds import KINDS, blip
 from weights.kinds.common import Row
 from weights.kinds.sd import ignored_in_single_file
 from weights.registry import DEFAULTS, ENTRIES, FOLDERS, Entry, File
@@ -81,6 +81,8 @@ def load(
     )
     if kind == "minilm":
         model.tokenizer = _sentence_tokenizer(found.folder)
+    if kind == "blip":
+        model.tokenizer = blip.load_tokenizer(found.folder)
     return model.to(device).eval()
 
 
@@ -566,7 +568,7 @@ def _blob(path: Path, hash: str | None) -> Offer:
 def _from_hub_cache(entry: Entry, file: File) -> Offer:
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(entry.repo, file.path)
+    path = try_to_load_from_cache(entry.repo, file.path, revision=entry.revision)
     if not isinstance(path, str):
         raise Unavailable(f"no {entry.repo} in it")
     return _blob(Path(path), None)
@@ -578,8 +580,11 @@ def _from_hub(entry: Entry, file: File) -> Offer:
     try:
         # Asking for the file's hash first fails at once where there is no network; the download itself would
         # try again and again for half a minute.
-        known = get_hf_file_metadata(hf_hub_url(entry.repo, file.path), timeout=HUB_TIMEOUT).etag
-        path = Path(hf_hub_download(entry.repo, file.path, etag_timeout=HUB_TIMEOUT))
+        url = hf_hub_url(entry.repo, file.path, revision=entry.revision)
+        known = get_hf_file_metadata(url, timeout=HUB_TIMEOUT).etag
+        path = Path(
+            hf_hub_download(entry.repo, file.path, revision=entry.revision, etag_timeout=HUB_TIMEOUT)
+        )
     except Exception as error:  # the client hands on the errors of whichever HTTP library it was built with
         raise Unavailable(f"not reachable ({_first_line(error)})") from error
     return _blob(path, known)

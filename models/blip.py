@@ -1,0 +1,349 @@
+"""BLIP's captioner: a ViT reads the image, a BERT with cross-attention in every layer writes the caption.
+
+Home dialect: Hugging Face's BlipForConditionalGeneration as published, without `cls.predictions.decoder`,
+which is the word embeddings once more. Li et al., BLIP: Bootstrapping Language-Image Pre-training, 2022.
+"""
+
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.layers import Namespace, attention
+
+KeysValues = tuple[Tensor, Tensor]  # of one layer, (B, N, D) each
+
+
+@dataclass(frozen=True)
+class BLIPConfig:
+    """Sizes: `vision_` or `text_`, and the names in that half of the published `config.json`.
+
+    A caption begins with text_bos_token_id, [DEC], and ends with text_sep_token_id, [SEP]; the file's
+    `eos_token_id` is used by neither BLIP nor transformers.
+    """
+
+    vision_hidden_size: int
+    vision_intermediate_size: int
+    vision_num_hidden_layers: int
+    vision_num_attention_heads: int
+    vision_image_size: int
+    vision_patch_size: int
+    vision_layer_norm_eps: float
+    text_vocab_size: int
+    text_hidden_size: int
+    text_intermediate_size: int
+    text_num_hidden_layers: int
+    text_num_attention_heads: int
+    text_max_position_embeddings: int
+    text_layer_norm_eps: float
+    text_bos_token_id: int
+    text_pad_token_id: int
+    text_sep_token_id: int
+
+
+# The decoder of both published captioners
+_TEXT = dict(
+    text_vocab_size=30524, text_hidden_size=768, text_intermediate_size=3072, text_num_hidden_layers=12,
+    text_num_attention_heads=12, text_max_position_embeddings=512, text_layer_norm_eps=1e-12,
+    text_bos_token_id=30522, text_pad_token_id=0, text_sep_token_id=102,
+)
+CONFIGS: dict[str, BLIPConfig] = {
+    # Salesforce/blip-image-captioning-base, config.json
+    "blip-base": BLIPConfig(
+        vision_hidden_size=768, vision_intermediate_size=3072, vision_num_hidden_layers=12,
+        vision_num_attention_heads=12, vision_image_size=384, vision_patch_size=16,
+        vision_layer_norm_eps=1e-5, **_TEXT,
+    ),
+    # Salesforce/blip-image-captioning-large, config.json
+    "blip-large": BLIPConfig(
+        vision_hidden_size=1024, vision_intermediate_size=4096, vision_num_hidden_layers=24,
+        vision_num_attention_heads=16, vision_image_size=384, vision_patch_size=16,
+        vision_layer_norm_eps=1e-5, **_TEXT,
+    ),
+    # Ours; begin, end and padding as in mini/sd-mini/tokenizer
+    "blip-mini": BLIPConfig(
+        vision_hidden_size=128, vision_intermediate_size=512, vision_num_hidden_layers=3,
+        vision_num_attention_heads=2, vision_image_size=64, vision_patch_size=8, vision_layer_norm_eps=1e-5,
+        text_vocab_size=1024, text_hidden_size=128, text_intermediate_size=512, text_num_hidden_layers=3,
+        text_num_attention_heads=2, text_max_position_embeddings=77, text_layer_norm_eps=1e-12,
+        text_bos_token_id=1022, text_pad_token_id=1023, text_sep_token_id=1023,
+    ),
+}
+
+
+class VisionEmbeddings(nn.Module):
+    """Images (B, 3, H, W) -> the class token and the patches, with their places, (B, 1 + h·w, D)."""
+
+    def __init__(self, width: int, image: int, patch: int):
+        super().__init__()
+        self.class_embedding = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2 + 1, width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)                 # (B, h·w, D)
+        first = self.class_embedding.expand(len(images), -1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer layer, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, inner: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.self_attn = Namespace(qkv=nn.Linear(width, 3 * width), projection=nn.Linear(width, width))
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.self_attn.qkv(self.layer_norm1(x)).chunk(3, dim=-1)
+        x = x + self.self_attn.projection(attention(q, k, v, self.heads))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="none"))
+
+
+def _attention_names(width: int, source: int, eps: float) -> Namespace:
+    """BERT's names of one attention: queries of width `width` that read states of width `source`."""
+    return Namespace(
+        self=Namespace(
+            query=nn.Linear(width, width), key=nn.Linear(source, width), value=nn.Linear(source, width)
+        ),
+        output=Namespace(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps)),
+    )
+
+
+class TextLayer(nn.Module):
+    """Post-norm transformer layer that reads the words so far and the image."""
+
+    def __init__(self, width: int, inner: int, heads: int, eps: float, source: int):
+        super().__init__()
+        self.heads = heads
+        self.attention = _attention_names(width, width, eps)
+        self.crossattention = _attention_names(width, source, eps)
+        self.intermediate = Namespace(dense=nn.Linear(width, inner))
+        self.output = Namespace(dense=nn.Linear(inner, width), LayerNorm=nn.LayerNorm(width, eps=eps))
+
+    def forward(self, x: Tensor, image: KeysValues, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+        """New words (B·beams, N, D) -> the same, and the keys and values of all words so far.
+
+        `image` holds keys and values of the B images, `past` of the words before: then N = 1.
+        """
+        read, write = self.attention.self, self.attention.output
+        k, v = read.key(x), read.value(x)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+        h = attention(read.query(x), k, v, self.heads, causal=past is None)
+        x = write.LayerNorm(x + write.dense(h))
+        read, write = self.crossattention.self, self.crossattention.output
+        q = read.query(x).reshape(len(image[0]), -1, x.shape[-1])  # beams are more queries
+        h = attention(q, *image, self.heads).reshape(x.shape)
+        x = write.LayerNorm(x + write.dense(h))
+        h = F.gelu(self.intermediate.dense(x), approximate="none")
+        return self.output.LayerNorm(x + self.output.dense(h)), (k, v)
+
+
+class Predictions(nn.Module):
+    """States (B, N, D) and the table of words (V, D) -> logits (B, N, V)."""
+
+    def __init__(self, width: int, vocabulary: int, eps: float):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.transform = Namespace(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        x = self.transform.LayerNorm(F.gelu(self.transform.dense(x), approximate="none"))
+        return F.linear(x, words, self.bias)
+
+
+class BLIP(nn.Module):
+    """Images to captions. `tokenizer` is a `tokenizers.Tokenizer`; only `generate` needs it."""
+
+    def __init__(self, config: BLIPConfig, tokenizer: Any = None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        source, eps = config.vision_hidden_size, config.vision_layer_norm_eps
+        sizes = source, config.vision_intermediate_size, config.vision_num_attention_heads, eps
+        layers = (VisionLayer(*sizes) for _ in range(config.vision_num_hidden_layers))
+        self.vision_model = Namespace(
+            embeddings=VisionEmbeddings(source, config.vision_image_size, config.vision_patch_size),
+            encoder=Namespace(layers=nn.ModuleList(layers)),
+            post_layernorm=nn.LayerNorm(source, eps=eps),
+        )
+        width, vocabulary, eps = config.text_hidden_size, config.text_vocab_size, config.text_layer_norm_eps
+        sizes = width, config.text_intermediate_size, config.text_num_attention_heads, eps, source
+        layers = (TextLayer(*sizes) for _ in range(config.text_num_hidden_layers))
+        words = nn.Embedding(vocabulary, width, padding_idx=config.text_pad_token_id)
+        nn.init.normal_(words.weight, std=0.02)  # shared with the head, for which torch's 1 is too large
+        self.text_decoder = Namespace(
+            bert=Namespace(
+                embeddings=Namespace(
+                    word_embeddings=words,
+                    position_embeddings=nn.Embedding(config.text_max_position_embeddings, width),
+                    LayerNorm=nn.LayerNorm(width, eps=eps),
+                ),
+                encoder=Namespace(layer=nn.ModuleList(layers)),
+            ),
+            cls=Namespace(predictions=Predictions(width, vocabulary, eps)),
+        )
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised by the caller -> states (B, 1 + h·w, D), the class token's first.
+
+        Raises ValueError for images of another size than the configuration's.
+        """
+        size = self.config.vision_image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images are (B, 3, {size}, {size}) for this model, not {tuple(images.shape)}")
+        x = self.vision_model.embeddings(images)
+        for layer in self.vision_model.encoder.layers:
+            x = layer(x)
+        return self.vision_model.post_layernorm(x)
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Images and their captions' ids (B, N) -> logits (B, N, V) of the token after each.
+
+        No word reads what follows it, so padding at the end needs no mask; leave it out of the loss.
+        """
+        x, _ = self._states(ids, self._image_keys_values(self.encode_image(images)), None)
+        return self._logits(x)
+
+    def _image_keys_values(self, states: Tensor) -> list[KeysValues]:
+        """What each layer's cross-attention reads of the images: computed once, whatever is written."""
+        read = [layer.crossattention.self for layer in self.text_decoder.bert.encoder.layer]
+        return [(names.key(states), names.value(states)) for names in read]
+
+    def _states(
+        self, ids: Tensor, image: list[KeysValues], past: list[KeysValues] | None
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """New ids (B·beams, N) behind those of the cache `past` -> their states, the grown cache."""
+        names, present = self.text_decoder.bert.embeddings, []
+        start = past[0][0].shape[1] if past else 0
+        end, most = start + ids.shape[1], self.config.text_max_position_embeddings
+        if end > most:
+            raise ValueError(f"{end} tokens are more than this model's {most} positions")
+        x = names.LayerNorm(names.word_embeddings(ids) + names.position_embeddings.weight[start:end])
+        for i, layer in enumerate(self.text_decoder.bert.encoder.layer):
+            x, keys_values = layer(x, image[i], past[i] if past else None)
+            present.append(keys_values)
+        return x, present
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.text_decoder.cls.predictions(x, self.text_decoder.bert.embeddings.word_embeddings.weight)
+
+    def generate(
+        self, images: Tensor, prompt: str = "a picture of ", num_beams: int = 3, min_length: int = 5,
+        max_length: int = 20, length_penalty: float = 1.0,
+    ) -> list[str]:
+        """Images (B, 3, H, W) -> what the model writes behind the prompt, as BLIP's own code gives it.
+
+        The defaults are BLIP's. Lengths as in `generate_ids`. Raises ValueError without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("BLIP has no tokenizer: set it, or load a folder that holds its vocabulary")
+        begin, end = self.config.text_bos_token_id, self.config.text_sep_token_id
+        words = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self.generate_ids(
+            images, torch.tensor([[begin, *words, end]]), num_beams, min_length, max_length, length_penalty
+        )
+        written = [takewhile(lambda token: token != end, row) for row in ids[:, 1 + len(words) :].tolist()]
+        return [self.tokenizer.decode(list(row), skip_special_tokens=True).strip() for row in written]
+
+    @torch.no_grad()
+    def generate_ids(
+        self, images: Tensor, prompt_ids: Tensor, num_beams: int = 3, min_length: int = 5,
+        max_length: int = 20, length_penalty: float = 1.0,
+    ) -> Tensor:
+        """Images and prompts (B or 1, n), [CLS] ... [SEP], as BERT's tokenizer gives them -> captions
+        [DEC] ... [SEP], (B, N), the shorter ones filled up; token for token what transformers generates.
+
+        [CLS] becomes [DEC] and the prompt's [SEP] is cut. Lengths count prompt, [DEC] and [SEP]. One beam
+        takes the likeliest token each time. With more, a caption's score is the sum of its new tokens'
+        log-probabilities over their number to the power of length_penalty (early_stopping=False). Raises
+        ValueError for padded prompts, and for those that leave no room below max_length.
+        """
+        prompt = prompt_ids[:, :-1].to(images.device).expand(len(images), -1).clone()
+        prompt[:, :1] = self.config.text_bos_token_id
+        start, most = prompt.shape[1], self.config.text_max_position_embeddings
+        if not 0 < start < max_length <= most:
+            raise ValueError(
+                f"max_length = {max_length} must be above the prompt's {start} tokens, and at most {most}"
+            )
+        if (prompt == self.config.text_pad_token_id).any():
+            raise ValueError("a prompt holds padding: give prompts of one length at a time")
+        image = self._image_keys_values(self.encode_image(images))
+        if num_beams == 1:
+            return self._greedy(image, prompt, min_length, max_length)
+        return self._beams(image, prompt, num_beams, min_length, max_length, length_penalty)
+
+    def _greedy(self, image: list[KeysValues], ids: Tensor, min_length: int, max_length: int) -> Tensor:
+        end, fill = self.config.text_sep_token_id, self.config.text_pad_token_id
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        new, past = ids, None
+        while ids.shape[1] < max_length and not ended.all():
+            x, past = self._states(new, image, past)
+            logits = self._logits(x[:, -1]).float()  # in float32, as transformers
+            if ids.shape[1] < min_length:
+                logits[:, end] = -torch.inf
+            new = logits.argmax(dim=-1).masked_fill(ended, fill)[:, None]                 # (B, 1)
+            ids = torch.cat([ids, new], dim=1)
+            ended = ended | (new[:, 0] == end)
+        return ids
+
+    def _beams(
+        self, image: list[KeysValues], prompt: Tensor, beams: int, min_length: int, max_length: int,
+        length_penalty: float,
+    ) -> Tensor:
+        """Beam search: each image's best `beams` unfinished captions go on, its best finished are kept."""
+        end = self.config.text_sep_token_id
+        fill = self.config.text_pad_token_id or end  # transformers takes a padding id of 0 for none
+        images, start = prompt.shape
+        first = torch.arange(images, device=prompt.device)[:, None]
+        running = prompt[:, None]                                 # (B, 1, N), later (B, beams, N)
+        scores = torch.zeros(images, 1, device=prompt.device)     # (B, 1), later (B, beams)
+        finished = prompt.new_full((images, beams, start), fill)
+        finished_scores = scores.new_full((images, beams), -torch.inf)  # best first, as are all scores here
+        hopeful = torch.ones(images, dtype=torch.bool, device=prompt.device)
+        new, past = prompt, None
+        for length in range(start + 1, max_length + 1):
+            x, past = self._states(new, image, past)
+            steps = self._logits(x[:, -1]).float().log_softmax(dim=-1)
+            steps = steps.unflatten(0, scores.shape)                                      # (B, beams, V)
+            if length <= min_length:
+                steps[:, :, end] = -torch.inf
+
+            # Each beam can end in one way: of twice as many candidates enough go on
+            best, place = (scores[:, :, None] + steps).flatten(1).topk(2 * beams)
+            parent, token = place // steps.shape[-1], place % steps.shape[-1]             # (B, 2·beams)
+            grown = torch.cat([_pick(running, parent), token[:, :, None]], dim=2)         # (B, 2·beams, N)
+            ends = (token == end) | (length == max_length)
+
+            # Only what ends among the best `beams`, and only where the search still hopes, counts as finished
+            normed = best / (length - start) ** length_penalty
+            normed = normed.masked_fill(~(ends & hopeful[:, None]), -torch.inf)[:, :beams]
+            finished_scores, kept = torch.cat([finished_scores, normed], dim=1).topk(beams)
+            finished = torch.cat([F.pad(finished, (0, 1), value=fill), grown[:, :beams]], dim=1)
+            finished = _pick(finished, kept)
+
+            rows = first * scores.shape[1]
+            scores, kept = best.masked_fill(ends, -torch.inf).topk(beams)
+            running, rows = _pick(grown, kept), (rows + parent.gather(1, kept)).flatten()
+            new, past = running[:, :, -1].reshape(-1, 1), [(k[rows], v[rows]) for k, v in past]
+
+            # The best that goes on is judged by its length now: once hopeless, an image stays so
+            hope = scores[:, 0] / (length - start) ** length_penalty > finished_scores[:, -1]
+            hopeful = hopeful & hope
+            if not hopeful.any():
+                break
+        captions = finished[:, 0]
+        ended = (captions[:, start:] == end).long()
+        longest = (ended.cumsum(dim=1) == ended).sum(dim=1).max()  # all before the first end, and it
+        return captions[:, : start + longest]
+
+
+def _pick(sequences: Tensor, places: Tensor) -> Tensor:
+    """The rows (B, k, N) of (B, beams, N) at `places` (B, k)."""
+    return sequences.take_along_dim(places[:, :, None], dim=1)
