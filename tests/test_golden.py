@@ -12,6 +12,7 @@ from conftest import ROOT, environment
 from safetensors.torch import load_file, save_file
 
 import weights
+from tests.test_train import tiny_blip
 from weights.__main__ import main
 from weights.golden import compare, golden
 
@@ -45,6 +46,18 @@ def test_golden_files_are_what_the_model_makes(kind: str, source: str, tmp_path:
         again = model.eval()(**files["inputs"])
         assert torch.allclose(again, files["outputs"]["output"], atol=1e-4)
     assert not [d.name for d in compare(tmp_path / "golden", tmp_path / "golden") if d.problem]
+
+
+def test_blip_and_minilm(tmp_path: Path, minilm_folder: Path):
+    (tmp_path / "blip").mkdir()
+    for kind, source in {"blip": tiny_blip(tmp_path / "blip"), "minilm": minilm_folder}.items():
+        names = golden(kind, tmp_path / f"golden-{kind}", source)
+        assert len(names) > 20
+        inputs = load_file(tmp_path / f"golden-{kind}" / "inputs.safetensors")
+        with torch.no_grad():
+            again = weights.load(kind, source)(**inputs)
+        output = load_file(tmp_path / f"golden-{kind}" / "outputs.safetensors")["output"]
+        assert torch.allclose(again, output, atol=1e-5)
 
 
 def test_the_numpy_port_passes(vit: Path, tmp_path: Path, capsys):

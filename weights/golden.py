@@ -40,6 +40,9 @@ def _inputs(kind: str, model: nn.Module, batch: int, draw: torch.Generator) -> d
             return {"images": normal(config.num_channels, config.image_size, config.image_size)}
         case "clip-text":
             return {"ids": below(config.vocab_size, config.max_position_embeddings)}
+        case "blip":
+            size = config.vision_image_size
+            return {"images": normal(3, size, size), "ids": below(config.text_vocab_size, 8)}
         case "minilm":
             mask = torch.arange(12) < torch.arange(12, 12 - batch, -1)[:, None]  # one word less a row
             return {"input_ids": below(config.vocab_size, 12), "attention_mask": mask.long()}
@@ -86,6 +89,7 @@ def golden(
 
     def note(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
+            output = output[0] if isinstance(output, tuple) else output  # BLIP's layers give their cache too
             if isinstance(output, Tensor):
                 times = sum(key.partition("#")[0] == name for key in activations)
                 activations[f"{name}#{times}" if times else name] = output.detach().clone().contiguous()
