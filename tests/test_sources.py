@@ -29,7 +29,7 @@ def sha256(data: bytes) -> str:
 def home(tmp_path: Path, monkeypatch) -> Path:
     """An empty cache, and no hub."""
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path / "home"))
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", no_network)
     return tmp_path / "home"
 
@@ -223,7 +223,7 @@ def in_hub_cache(monkeypatch, tmp_path: Path, files: dict[str, tuple[bytes, str]
         (tmp_path / "blobs" / digest).write_bytes(data)
         (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / digest)
     find = "huggingface_hub.try_to_load_from_cache"
-    monkeypatch.setattr(find, lambda repo, name: str(tmp_path / "snapshot" / name))
+    monkeypatch.setattr(find, lambda repo, name, revision: str(tmp_path / "snapshot" / name))
 
 
 def test_hub_cache_is_checked_by_the_hashes_that_name_its_blobs(home: Path, tmp_path: Path, monkeypatch):
