@@ -799,9 +799,6 @@ def _taps(old: int, new: int, low: int, high: int, how: Preprocessing) -> tuple[
 # ============================================================================================================
 
 
-CAPTION_FILES = (".txt", ".json", ".jsonl", ".csv")
-
-
 def read_captions(path: str | Path, pairs: Pairs) -> list[str]:
     """A caption for each pair, "" (and one warning with the count) where the file has none.
 
@@ -811,7 +808,7 @@ def read_captions(path: str | Path, pairs: Pairs) -> list[str]:
     Raises DataError if nothing fits.
     """
     path = Path(path)
-    if path.suffix not in CAPTION_FILES:
+    if path.suffix not in (".txt", ".json", ".jsonl", ".csv"):
         raise DataError(f"{path}: captions come as .jsonl, .csv, .json or .txt; save them so")
     given: dict[str, Any] = {}
     if path.suffix in (".txt", ".json"):

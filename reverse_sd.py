@@ -228,6 +228,12 @@ class UNetFeatures(nn.Module):
         return middle.amax(dim=(2, 3))  # (B, D)
 
 
+def captioner_of(captions: str) -> str | None:
+    """The BLIP that a run's `captions` names; None for "empty", "prompt" and a file of captions."""
+    given = captions in ("empty", "prompt") or Path(captions).suffix in (".txt", ".json", ".jsonl", ".csv")
+    return None if given else captions
+
+
 def as_backbone(name: str, model: nn.Module) -> nn.Module:
     """A model of kind BACKBONES[name] as a module from inputs to features (B, width)."""
     return UNetFeatures(model) if name == "unet" else model
@@ -296,9 +302,12 @@ def nearest(query: np.ndarray, rows: np.ndarray, n: int) -> list[tuple[int, floa
 
 
 def read_images(
-    run: Run, images: Sequence[Any], captions: Sequence[str], device: str
+    run: Run, images: Sequence[Any], captions: Sequence[str] | None, device: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predictions (see `predict`) of a run for PIL images, prepared as its training images were."""
+    """Predictions (see `predict`) of a run for PIL images, prepared as its training images were.
+
+    The U-Net reads the captions given; None = those of the captioner that the run used, else the empty text.
+    """
     import data
     import weights
 
@@ -309,7 +318,11 @@ def read_images(
         if name == "unet":
             vae = weights.load("vae", source, device=device)
             text = weights.load("clip-text", source, device=device)
-            ids = weights.load_tokenizer(source)(list(captions))
+            if captions is None and (captioner := captioner_of(run.config["captions"])):
+                reads = data.Preprocessing(**weights.preprocessing("blip", captioner))
+                pictures = torch.stack([data.image_tensor(image, reads) for image in images])
+                captions = weights.load("blip", captioner, device=device).generate(pictures.to(device))
+            ids = weights.load_tokenizer(source)(list(captions or [""] * len(images)))
             inputs = (vae.encode(*inputs) * vae.config.scale_factor, text(ids.to(device)))
         if run.config.get("train_blocks") == 0:
             backbone = as_backbone(name, weights.load(BACKBONES[name], source, device=device))
@@ -329,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--prompt", help="a prompt to compare the images with")
     parser.add_argument(
-        "--caption", default="", help="what a captioner says of the images, read by the U-Net (default: none)"
+        "--caption", help="what the U-Net reads of the images (default: what the run's captioner says)"
     )
     parser.add_argument("-n", type=int, default=5, help="how many prompts to list (default 5)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -365,7 +378,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"skipped: {error}", file=sys.stderr)
                 failed += 1
                 continue
-            embeddings, probabilities = read_images(run, [image], [args.caption], args.device)
+            embeddings, probabilities = read_images(
+                run, [image], None if args.caption is None else [args.caption], args.device
+            )
             print(path)
             for i, similarity in nearest(embeddings[0], train_targets, args.n):
                 print(f"  {similarity:.3f}  {train_prompts[i]}")

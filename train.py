@@ -50,6 +50,7 @@ from reverse_sd import (
     Regressor,
     Vocabulary,
     as_backbone,
+    captioner_of,
     cosine_loss,
     joint_loss,
     vocabulary_loss,
@@ -249,7 +250,10 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     path = Path(config.data)
     # Read first, so that weights which cannot be had stop the run before anything long. The encoders
     # themselves are loaded only if their cache lacks rows.
-    weights.config(BACKBONES[config.backbone], config.weights)
+    for kind in (BACKBONES[config.backbone], *(("vae", "clip-text") if config.backbone == "unet" else ())):
+        weights.config(kind, config.weights)
+    if config.backbone == "unet" and (captioner := captioner_of(config.captions)):
+        weights.config("blip", captioner)
     how = preprocessing(config)
     minilm = functools.cache(lambda: weights.load("minilm", device=device))
     if config.data == "mini":
@@ -348,15 +352,16 @@ def captions_of(config: TrainConfig, pairs: data.Pairs, device: str) -> list[str
     if config.captions == "empty":
         log.info("captions: none, the U-Net's cross-attention reads the empty text")
         return [""] * len(pairs)
-    if Path(config.captions).suffix in data.CAPTION_FILES:
+    captioner = captioner_of(config.captions)
+    if captioner is None:
         return data.read_captions(Path(config.captions), pairs)
-    how = data.Preprocessing(**weights.preprocessing("blip", config.captions))
-    blip = functools.cache(lambda: weights.load("blip", config.captions, device=device))
+    how = data.Preprocessing(**weights.preprocessing("blip", captioner))
+    blip = functools.cache(lambda: weights.load("blip", captioner, device=device))
 
     def caption(images: Tensor) -> list[str]:
         return blip().generate(images.to(device))
 
-    key = {"model": weights.fingerprint("blip", config.captions), "generate": "defaults"}
+    key = {"model": weights.fingerprint("blip", captioner), "generate": "defaults"}
     return data.cached_captions(weights.cache_dir(), pairs, key, how, caption, 16, config.workers)
 
 

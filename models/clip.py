@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from models.layers import Namespace, attention, quick_gelu
+from models.layers import Namespace, attention, quick_gelu, run
 
 
 @dataclass(frozen=True)
@@ -219,8 +218,5 @@ class CLIPVision(nn.Module):
         x = torch.cat([first, patches], dim=1) + vision.embeddings.position_embedding.weight
         x = vision.pre_layrnorm(x)                                                       # (B, N, D)
         for layer in vision.encoder.layers:
-            if self.checkpointing and self.training:
-                x = checkpoint(layer, x, False, use_reentrant=False)
-            else:
-                x = layer(x, causal=False)
+            x = run(layer, x, False, recompute=self.checkpointing and self.training)  # not causal
         return self.visual_projection(vision.post_layernorm(x[:, 0]))                    # (B, P)

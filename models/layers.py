@@ -6,10 +6,12 @@ height and width (H, W a picture's).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Namespace(nn.Module):
@@ -32,6 +34,11 @@ def attention(
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, D/heads)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=causal)
     return mixed.transpose(1, 2).flatten(2)                                      # (B, N, D)
+
+
+def run(block: nn.Module, *inputs: Any, recompute: bool) -> Any:
+    """block(*inputs). With `recompute` only the inputs are kept, and going back computes the block again."""
+    return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

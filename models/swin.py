@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from models.layers import Namespace
+from models.layers import Namespace, run
 
 
 @dataclass(frozen=True)
@@ -274,11 +273,10 @@ class Stage(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, x: Tensor, checkpointing: bool) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            inputs = (x, self.index, self.offsets, self.mask)
-            x = checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
+            x = run(block, x, self.index, self.offsets, self.mask, recompute=recompute)
         return x
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from models.layers import Namespace, attention, timestep_embedding
+from models.layers import Namespace, attention, run, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -251,16 +250,12 @@ class UNetEncoder(nn.Module):
         """Middle block's output, skips (finest first) and time embedding (B, 4 model_channels)."""
         sinusoids = timestep_embedding(timesteps, self.config.model_channels)
         emb = self.time_embed(sinusoids.to(self.time_embed[0].weight.dtype))
+        recompute = self.checkpointing and self.training
         h, skips = latents, []
         for stage in self.input_blocks:
-            h = self._run(stage, h, emb, context)
+            h = run(stage, h, emb, context, recompute=recompute)
             skips.append(h)
-        return self._run(self.middle_block, h, emb, context), skips, emb
-
-    def _run(self, stage: Stage, *inputs: Tensor | torch.Size | None) -> Tensor:
-        if self.checkpointing and self.training:
-            return checkpoint(stage, *inputs, use_reentrant=False)
-        return stage(*inputs)
+        return run(self.middle_block, h, emb, context, recompute=recompute), skips, emb
 
 
 class UNet(UNetEncoder):
@@ -295,5 +290,6 @@ class UNet(UNetEncoder):
         h, skips, emb = self._encode(latents, timesteps, context)
         for stage in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
-            h = self._run(stage, h, emb, context, skips[-1].shape[2:] if skips else None)
+            size = skips[-1].shape[2:] if skips else None
+            h = run(stage, h, emb, context, size, recompute=self.checkpointing and self.training)
         return self.out(h)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from models.layers import Namespace, attention
+from models.layers import Namespace, attention, run
 
 
 @dataclass(frozen=True)
@@ -120,10 +119,7 @@ class ViT(nn.Module):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D), N = 1 + h·w
         x = x + self.pos_embed
         for block in self.blocks:
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = run(block, x, recompute=self.checkpointing and self.training)
         if not config.fc_norm:
             x = self.norm(x)
         x = x[:, 0] if config.global_pool == "token" else x[:, int(config.class_token):].mean(dim=1)

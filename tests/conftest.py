@@ -5,13 +5,42 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import train
 import weights
+from mini import scenes
 
 ROOT = Path(__file__).parent.parent
 SHARED = (
     ROOT.parent / "shared" / "data"
 )  # real data for trying things out; tests that want it skip without it
+
+SMALL = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "12",
+    "--val-size",
+    "12",
+    "--test-size",
+    "12",
+    "--checkpoint-every",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.build(folder, parts=1, per_part=84, progress=False)
+    return folder
+
+
+def train_here(few_scenes: Path, out: Path, *flags: str) -> Path:
+    torch.set_num_threads(1)
+    assert train.main(["--data", str(few_scenes), "--out", str(out), *SMALL, *flags]) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -126,6 +126,17 @@ def assert_parity(
     assert not wrong, f"gradients differ: {wrong}"
 
 
+def pictures(channels: int, size: tuple[int, int], batch: int = 2) -> Tensor:
+    """Random images (B, C, H, W) in float64, always the same."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, channels, *size, generator=generator, dtype=torch.float64)
+
+
+def timm_features(model: nn.Module, images: Tensor) -> Tensor:
+    """What timm's classifier would read."""
+    return model.forward_head(model.forward_features(images), pre_logits=True)
+
+
 def assert_same_shapes(ours: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Our parameters and these tensors have the same names and shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in parameters(ours).items()}

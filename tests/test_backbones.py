@@ -6,35 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import train_here
+from safetensors.torch import load_file, save_file
 
 import data
 import reverse_sd
 import train
 import weights
-from mini import scenes
-
-SMALL = ["--epochs", "2", "--batch-size", "12", "--val-size", "8", "--test-size", "8"]
-
-
-@pytest.fixture(scope="module")
-def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes")
-    scenes.build(folder, parts=1, per_part=52, progress=False)
-    return folder
-
-
-def train_here(few_scenes: Path, out: Path, *flags: str) -> Path:
-    torch.set_num_threads(1)
-    assert train.main(["--data", str(few_scenes), "--out", str(out), *SMALL, *flags]) == 0
-    return out
 
 
 def assert_reads_images_as_evaluated(run: Path, few_scenes: Path) -> None:
     rows = json.loads((run / "predictions" / "rows.json").read_text())["test"]
     pairs = data.read_pairs(few_scenes)
     image = pairs.image(pairs.prompts.index(rows[0]["prompt"]))
-    embedding, _ = reverse_sd.read_images(reverse_sd.load_run(run), [image], [""], "cpu")
+    embedding, _ = reverse_sd.read_images(reverse_sd.load_run(run), [image], None, "cpu")
     evaluated = np.load(run / "predictions" / "test.npy")[0]
     assert float(embedding[0] @ evaluated) > 0.999
 
@@ -42,7 +27,7 @@ def assert_reads_images_as_evaluated(run: Path, few_scenes: Path) -> None:
 @pytest.mark.parametrize("backbone", ["vit", "swin", "clip"])
 def test_black_boxes_train(backbone: str, few_scenes: Path, cache: Path, tmp_path: Path):
     run = train_here(few_scenes, tmp_path / "run", "--backbone", backbone)
-    assert json.loads((run / "result.json").read_text())["n_train"] == 36
+    assert json.loads((run / "result.json").read_text())["n_train"] == 60
     before = weights.load(reverse_sd.BACKBONES[backbone], train.MINIATURES[backbone]).state_dict()
     after = load_file(run / "model.safetensors")
     trained = {name.removeprefix("backbone.") for name in after if not name.startswith("heads.")}
@@ -90,6 +75,25 @@ def test_each_block_learns_at_a_fraction_of_the_rate_above_it():
     assert scale["backbone.layers.1.downsample.reduction.weight"] == scale[
         "backbone.layers.1.blocks.0.norm1.weight"] == 0.5**6
     assert scale["backbone.patch_embed.proj.weight"] == 0.5**9
+
+
+def test_layer_decay_reaches_the_optimizer(few_scenes: Path, cache: Path, tmp_path: Path):
+    run = train_here(few_scenes, tmp_path / "run", "--backbone", "vit", "--layer-decay", "1e-10")
+    before, after = weights.load("vit", "vit-mini").state_dict(), load_file(run / "model.safetensors")
+    for name in ("patch_embed.proj.weight", "blocks.4.mlp.fc1.weight"):
+        assert torch.equal(after[f"backbone.{name}"], before[name])
+    assert not torch.equal(after["backbone.norm.weight"], before["norm.weight"])
+
+
+def test_weights_without_all_the_parts_stop_the_run_before_anything_long(
+    few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path / "cache"))
+    unet = tmp_path / "unet.safetensors"
+    save_file(weights.load("unet", "sd-mini").state_dict(), unet)
+    assert train.main(["--data", str(few_scenes), "--weights", str(unet), "--captions", "empty"]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_black_box_decides_its_own_image_size(few_scenes: Path, cache: Path, capsys):

@@ -15,7 +15,8 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from models.swin import CONFIGS, Swin, SwinConfig, stage_windows
-from tests.parity import assert_parity, assert_same_shapes, parameters, randomise
+from tests import parity
+from tests.parity import assert_parity, assert_same_shapes, parameters, randomise, timm_features
 from weights import WeightsError, from_home, load_strict, to_home
 from weights.kinds.swin import KIND
 
@@ -91,12 +92,7 @@ def filled(config: SwinConfig, theirs: nn.Module) -> Swin:
 
 
 def pictures(config: SwinConfig = TINY, batch: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(batch, config.in_chans, *config.img_size, generator=generator, dtype=torch.float64)
-
-
-def timm_features(model: nn.Module, images: Tensor) -> Tensor:
-    return model.forward_head(model.forward_features(images), pre_logits=True)
+    return parity.pictures(config.in_chans, config.img_size, batch)
 
 
 def sizes(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> SwinConfig:

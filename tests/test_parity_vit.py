@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from models.vit import CONFIGS, ViT, ViTConfig
+from tests import parity
 from tests.parity import (
     assert_parity,
     assert_same_shapes,
@@ -21,6 +22,7 @@ from tests.parity import (
     home_names,
     parameters,
     randomise,
+    timm_features,
 )
 from weights import WeightsError, from_home, to_home
 from weights.kinds.vit import KIND
@@ -77,12 +79,7 @@ def filled(config: ViTConfig, theirs: nn.Module) -> ViT:
 
 
 def pictures(config: ViTConfig = TINY, batch: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(batch, config.in_chans, *config.img_size, generator=generator, dtype=torch.float64)
-
-
-def timm_features(model: nn.Module, images: Tensor) -> Tensor:
-    return model.forward_head(model.forward_features(images), pre_logits=True)
+    return parity.pictures(config.in_chans, config.img_size, batch)
 
 
 def sizes(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> ViTConfig:

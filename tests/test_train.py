@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, environment
+from conftest import ROOT, SHARED, SMALL, environment, train_here
 from safetensors.torch import load_file, save_file
 
 import data
@@ -23,32 +23,6 @@ import train
 import weights
 from mini import scenes
 from models import blip
-
-SMALL = [
-    "--epochs",
-    "2",
-    "--batch-size",
-    "12",
-    "--val-size",
-    "12",
-    "--test-size",
-    "12",
-    "--checkpoint-every",
-    "2",
-]
-
-
-@pytest.fixture(scope="module")
-def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes")
-    scenes.build(folder, parts=1, per_part=84, progress=False)
-    return folder
-
-
-def train_here(few_scenes: Path, out: Path, *flags: str) -> Path:
-    torch.set_num_threads(1)
-    assert train.main(["--data", str(few_scenes), "--out", str(out), *SMALL, *flags]) == 0
-    return out
 
 
 def losses(run: Path) -> list[float]:

@@ -112,7 +112,9 @@ def golden(
     for part in ("inputs", "activations", "outputs"):
         index[part] = [{"name": name, "shape": list(value.shape), "dtype": str(value.dtype).split(".")[1]}
                        for name, value in tensors[part].items()]
-    (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")  # last: it makes the folder whole
+    partial = folder / "index.json.partial"
+    partial.write_text(json.dumps(index, indent=1) + "\n")
+    os.replace(partial, folder / "index.json")  # last: it makes the folder whole
     return list(activations)
 
 

@@ -20,7 +20,6 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
-MINIATURES = ("vit-mini", "swin-mini", "swinv2-mini", "clip-mini", "blip-mini")
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 # transformers' processors: what each does where its file is silent. One number as size: the shorter side
 # for CLIP's, a square for the others.
@@ -44,7 +43,7 @@ def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[st
         raise WeightsError(f"a {kind} reads no pictures; {', '.join(STYLE_OF)} do")
     source = DEFAULTS[kind] if source is None else source
     entry = ENTRIES.get(str(source))
-    if entry and entry.name in MINIATURES:
+    if entry and entry.folder:  # this repository's miniatures
         return _shorter_side(_image_size(identity.config(kind, source)), 1.0, "bicubic", HALVES)
     found = read(kind, source)
     beside = found.folder / "config.json"

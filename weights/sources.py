@@ -14,12 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from weights import dialects, sizes
-from weights.kinds import KINDS, blip
+from weights.kinds import KINDS
 from weights.kinds.common import Row
 from weights.kinds.sd import ignored_in_single_file
 from weights.registry import DEFAULTS, ENTRIES, FOLDERS, Entry, File
@@ -70,8 +69,8 @@ def load(
     sd-mini only, a part that is not in the repository yet is initialised instead, and a warning says so.
     """
     source = _source(kind, source)
-    if _untrained(kind, source):
-        return initialised(kind, ENTRIES[str(source)]).to(device, dtype).eval()
+    if entry := untrained(kind, source):
+        return initialised(kind, entry).to(device, dtype).eval()
     found = read(kind, source)
     with torch.device("meta"):
         model = sizes.build(kind, found.config).to(dtype)
@@ -79,10 +78,8 @@ def load(
     load_strict(
         model, found.tensors, ignore=ignore, source=found.where, spell=found.spell, values=found.values
     )
-    if kind == "minilm":
-        model.tokenizer = _sentence_tokenizer(found.folder)
-    if kind == "blip":
-        model.tokenizer = blip.load_tokenizer(found.folder)
+    if KINDS[kind].tokenizer:
+        model.tokenizer = KINDS[kind].tokenizer(found.folder)
     return model.to(device).eval()
 
 
@@ -97,10 +94,10 @@ def _source(kind: str, source: str | os.PathLike | None) -> str | os.PathLike:
     return source
 
 
-def _untrained(kind: str, source: str | os.PathLike) -> bool:
-    """Whether this is a part of this repository's own checkpoint that nobody has trained yet."""
+def untrained(kind: str, source: str | os.PathLike) -> Entry | None:
+    """The registry entry of `source` if it is this repository's own and nobody has trained that part yet."""
     entry = ENTRIES.get(str(source))
-    return bool(entry and entry.folder and not holds(kind, entry.folder))
+    return entry if entry and entry.folder and not holds(kind, entry.folder) else None
 
 
 def initialised(kind: str, entry: Entry) -> nn.Module:
@@ -212,21 +209,6 @@ def tokenizer_files(root: Path) -> list[Path]:
             if all((folder / name).is_file() for name in vocabulary):
                 return [folder / name for name in vocabulary + settings if (folder / name).is_file()]
     return []
-
-
-def _sentence_tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing: the sentence encoder needs it beside its weights")
-    return read_tokenizer(path)
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json. Raises WeightsError if it is damaged."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise WeightsError(f"{path}: no tokenizer can be read from it ({error}); fetch it again") from error
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from weights.kinds import KINDS
+from weights.kinds.common import read_tokenizer
 from weights.registry import ENTRIES
-from weights.sources import ensure, read_json, read_tokenizer, resolve, tokenizer_files
+from weights.sources import ensure, read_json, resolve, tokenizer_files
 from weights.strict import WeightsError
 from weights.tensors import stored
 

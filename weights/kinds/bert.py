@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from models.bert import CONFIGS, BertConfig, SentenceEncoder
-from weights.kinds.common import Dialect, Kind, Row, implemented
+from weights.kinds.common import Dialect, Kind, Row, implemented, read_tokenizer
 from weights.strict import WeightsError
 
 HF: dict[str, Row] = {
@@ -55,5 +55,5 @@ KIND = Kind(
         Dialect("hf", r"encoder\.layer\.\d+\.attention\.self\.", HF),
         Dialect("hf-prefixed", r"bert\.", PREFIXED),
     ),
-    {"bert"}, _sizes,
+    {"bert"}, _sizes, tokenizer=lambda folder: read_tokenizer(folder / "tokenizer.json"),
 )

@@ -11,7 +11,7 @@ from tokenizers.models import WordPiece
 from torch import Tensor
 
 from models.blip import BLIP, CONFIGS, BLIPConfig
-from weights.kinds.common import Dialect, Kind, Row, implemented, taken
+from weights.kinds.common import Dialect, Kind, Row, implemented, read_tokenizer, taken
 from weights.strict import WeightsError
 
 # Home, and what transformers 5 saves. The head's matrix is the word embeddings: the published files hold it
@@ -124,8 +124,6 @@ def _fit(sizes: BLIPConfig, tensors: Mapping[str, Tensor], where: str) -> None:
                                f"{sizes.text_vocab_size} words; config.json must state it")
 
 
-KIND = Kind(BLIP, BLIPConfig, CONFIGS, (Dialect("hf", r"text_decoder\.", HF),), {"blip"}, _sizes)
-
 # ----------------------------------------------------------------------------------------------------------
 # Tokenizer: that of bert-base-uncased, and behind its words two of BLIP's own
 # ----------------------------------------------------------------------------------------------------------
@@ -140,7 +138,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises WeightsError if the folder holds neither, or a damaged one.
     """
     if (folder / "tokenizer.json").is_file():
-        tokenizer = _read(folder / "tokenizer.json")
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
     elif (folder / "vocab.txt").is_file():
         tokenizer = _word_pieces(folder / "vocab.txt")
     else:
@@ -150,13 +148,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def _read(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise WeightsError(f"{path}: no tokenizer can be read from it ({error}); fetch it again") from error
 
 
 def _word_pieces(path: Path) -> Tokenizer:
@@ -174,3 +165,9 @@ def _word_pieces(path: Path) -> Tokenizer:
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"]))
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
+
+
+KIND = Kind(
+    BLIP, BLIPConfig, CONFIGS, (Dialect("hf", r"text_decoder\.", HF),), {"blip"}, _sizes,
+    tokenizer=load_tokenizer,
+)

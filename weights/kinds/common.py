@@ -18,8 +18,10 @@ A name without a row is left as it is, so that strict loading reports it.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from weights.strict import WeightsError, listed
@@ -78,6 +80,7 @@ class Kind:
     sizes        (config.json or None, tensors under our names, what errors call the source) -> our
                  configuration; only names and shapes of the tensors are looked at
     single_file  the prefixes under which a single file of Stable Diffusion holds it
+    tokenizer    reads from the folder of the weights the tokenizer that the model holds, if it holds one
     """
 
     model: type[nn.Module]
@@ -87,6 +90,7 @@ class Kind:
     classes: frozenset[str] | set[str]
     sizes: Callable[[Mapping[str, Any] | None, Mapping[str, Tensor], str], Any]
     single_file: tuple[str, ...] = ()
+    tokenizer: Callable[[Path], Tokenizer] | None = None
 
     def owns(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json says that it describes this kind."""
@@ -99,6 +103,16 @@ def name_in(config: Mapping[str, Any]) -> str | None:
     """What a config.json calls the model that it describes; None if it does not say."""
     keys = ("_class_name", "model_type", "architecture")
     return next((config[key] for key in keys if config.get(key)), None)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json. Raises WeightsError if it is missing or damaged."""
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: it is needed beside the weights")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise WeightsError(f"{path}: no tokenizer can be read from it ({error}); fetch it again") from error
 
 
 def taken(names: Iterable[str], pattern: str) -> set[int]:
