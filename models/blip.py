@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Namespace, attention
+from models.layers import Linear, Namespace, attention
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, (B, N, D) each
 
@@ -44,8 +44,9 @@ class BLIPConfig:
     text_sep_token_id: int
 
 
-# The decoder of both published captioners
-_TEXT = dict(
+# What both published captioners share
+_PUBLISHED = dict(
+    vision_image_size=384, vision_patch_size=16, vision_layer_norm_eps=1e-5,
     text_vocab_size=30524, text_hidden_size=768, text_intermediate_size=3072, text_num_hidden_layers=12,
     text_num_attention_heads=12, text_max_position_embeddings=512, text_layer_norm_eps=1e-12,
     text_bos_token_id=30522, text_pad_token_id=0, text_sep_token_id=102,
@@ -54,50 +55,34 @@ CONFIGS: dict[str, BLIPConfig] = {
     # Salesforce/blip-image-captioning-base, config.json
     "blip-base": BLIPConfig(
         vision_hidden_size=768, vision_intermediate_size=3072, vision_num_hidden_layers=12,
-        vision_num_attention_heads=12, vision_image_size=384, vision_patch_size=16,
-        vision_layer_norm_eps=1e-5, **_TEXT,
+        vision_num_attention_heads=12, **_PUBLISHED,
     ),
     # Salesforce/blip-image-captioning-large, config.json
     "blip-large": BLIPConfig(
         vision_hidden_size=1024, vision_intermediate_size=4096, vision_num_hidden_layers=24,
-        vision_num_attention_heads=16, vision_image_size=384, vision_patch_size=16,
-        vision_layer_norm_eps=1e-5, **_TEXT,
+        vision_num_attention_heads=16, **_PUBLISHED,
     ),
-    # Ours; begin, end and padding as in mini/sd-mini/tokenizer
+    # Ours; the words are those of mini/blip-mini/vocab.txt, with [DEC] and [ENC] behind them
     "blip-mini": BLIPConfig(
         vision_hidden_size=128, vision_intermediate_size=512, vision_num_hidden_layers=3,
         vision_num_attention_heads=2, vision_image_size=64, vision_patch_size=8, vision_layer_norm_eps=1e-5,
-        text_vocab_size=1024, text_hidden_size=128, text_intermediate_size=512, text_num_hidden_layers=3,
+        text_vocab_size=512, text_hidden_size=128, text_intermediate_size=512, text_num_hidden_layers=3,
         text_num_attention_heads=2, text_max_position_embeddings=77, text_layer_norm_eps=1e-12,
-        text_bos_token_id=1022, text_pad_token_id=1023, text_sep_token_id=1023,
+        text_bos_token_id=510, text_pad_token_id=0, text_sep_token_id=3,
     ),
 }
-
-
-class VisionEmbeddings(nn.Module):
-    """Images (B, 3, H, W) -> the class token and the patches, with their places, (B, 1 + h·w, D)."""
-
-    def __init__(self, width: int, image: int, patch: int):
-        super().__init__()
-        self.class_embedding = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-        self.position_embedding = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2 + 1, width))
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)                 # (B, h·w, D)
-        first = self.class_embedding.expand(len(images), -1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding
 
 
 class VisionLayer(nn.Module):
     """Pre-norm transformer layer, (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, width: int, inner: int, heads: int, eps: float):
+    def __init__(self, config: BLIPConfig):
         super().__init__()
-        self.heads = heads
-        self.self_attn = Namespace(qkv=nn.Linear(width, 3 * width), projection=nn.Linear(width, width))
+        width, inner = config.vision_hidden_size, config.vision_intermediate_size
+        self.heads, eps = config.vision_num_attention_heads, config.vision_layer_norm_eps
+        self.self_attn = Namespace(qkv=Linear(width, 3 * width), projection=Linear(width, width))
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
+        self.mlp = Namespace(fc1=Linear(width, inner), fc2=Linear(inner, width))
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,22 +95,23 @@ def _attention_names(width: int, source: int, eps: float) -> Namespace:
     """BERT's names of one attention: queries of width `width` that read states of width `source`."""
     return Namespace(
         self=Namespace(
-            query=nn.Linear(width, width), key=nn.Linear(source, width), value=nn.Linear(source, width)
+            query=Linear(width, width), key=Linear(source, width), value=Linear(source, width)
         ),
-        output=Namespace(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps)),
+        output=Namespace(dense=Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps)),
     )
 
 
 class TextLayer(nn.Module):
     """Post-norm transformer layer that reads the words so far and the image."""
 
-    def __init__(self, width: int, inner: int, heads: int, eps: float, source: int):
+    def __init__(self, config: BLIPConfig):
         super().__init__()
-        self.heads = heads
+        width, inner = config.text_hidden_size, config.text_intermediate_size
+        self.heads, eps = config.text_num_attention_heads, config.text_layer_norm_eps
         self.attention = _attention_names(width, width, eps)
-        self.crossattention = _attention_names(width, source, eps)
-        self.intermediate = Namespace(dense=nn.Linear(width, inner))
-        self.output = Namespace(dense=nn.Linear(inner, width), LayerNorm=nn.LayerNorm(width, eps=eps))
+        self.crossattention = _attention_names(width, config.vision_hidden_size, eps)
+        self.intermediate = Namespace(dense=Linear(width, inner))
+        self.output = Namespace(dense=Linear(inner, width), LayerNorm=nn.LayerNorm(width, eps=eps))
 
     def forward(self, x: Tensor, image: KeysValues, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         """New words (B·beams, N, D) -> the same, and the keys and values of all words so far.
@@ -146,59 +132,52 @@ class TextLayer(nn.Module):
         return self.output.LayerNorm(x + self.output.dense(h)), (k, v)
 
 
-class Predictions(nn.Module):
-    """States (B, N, D) and the table of words (V, D) -> logits (B, N, V)."""
-
-    def __init__(self, width: int, vocabulary: int, eps: float):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(vocabulary))
-        self.transform = Namespace(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps))
-
-    def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        x = self.transform.LayerNorm(F.gelu(self.transform.dense(x), approximate="none"))
-        return F.linear(x, words, self.bias)
-
-
 class BLIP(nn.Module):
     """Images to captions. `tokenizer` is a `tokenizers.Tokenizer`; only `generate` needs it."""
 
     def __init__(self, config: BLIPConfig, tokenizer: Any = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        source, eps = config.vision_hidden_size, config.vision_layer_norm_eps
-        sizes = source, config.vision_intermediate_size, config.vision_num_attention_heads, eps
-        layers = (VisionLayer(*sizes) for _ in range(config.vision_num_hidden_layers))
+        width, patch, eps = config.vision_hidden_size, config.vision_patch_size, config.vision_layer_norm_eps
+        layers = [VisionLayer(config) for _ in range(config.vision_num_hidden_layers)]
         self.vision_model = Namespace(
-            embeddings=VisionEmbeddings(source, config.vision_image_size, config.vision_patch_size),
+            embeddings=Namespace(patch_embedding=nn.Conv2d(3, width, kernel_size=patch, stride=patch)),
             encoder=Namespace(layers=nn.ModuleList(layers)),
-            post_layernorm=nn.LayerNorm(source, eps=eps),
+            post_layernorm=nn.LayerNorm(width, eps=eps),
         )
+        embeddings, patches = self.vision_model.embeddings, (config.vision_image_size // patch) ** 2
+        embeddings.class_embedding = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        embeddings.position_embedding = nn.Parameter(0.02 * torch.randn(1, 1 + patches, width))
+
         width, vocabulary, eps = config.text_hidden_size, config.text_vocab_size, config.text_layer_norm_eps
-        sizes = width, config.text_intermediate_size, config.text_num_attention_heads, eps, source
-        layers = (TextLayer(*sizes) for _ in range(config.text_num_hidden_layers))
         words = nn.Embedding(vocabulary, width, padding_idx=config.text_pad_token_id)
-        nn.init.normal_(words.weight, std=0.02)  # shared with the head, for which torch's 1 is too large
+        places = nn.Embedding(config.text_max_position_embeddings, width)
+        for table in (words, places):
+            nn.init.normal_(table.weight, std=0.02)  # torch's 1 is too large for words that are the head too
+        layers = [TextLayer(config) for _ in range(config.text_num_hidden_layers)]
+        head = Namespace(dense=Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps))
         self.text_decoder = Namespace(
             bert=Namespace(
                 embeddings=Namespace(
-                    word_embeddings=words,
-                    position_embeddings=nn.Embedding(config.text_max_position_embeddings, width),
-                    LayerNorm=nn.LayerNorm(width, eps=eps),
+                    word_embeddings=words, position_embeddings=places, LayerNorm=nn.LayerNorm(width, eps=eps)
                 ),
                 encoder=Namespace(layer=nn.ModuleList(layers)),
             ),
-            cls=Namespace(predictions=Predictions(width, vocabulary, eps)),
+            cls=Namespace(predictions=Namespace(transform=head)),
         )
+        self.text_decoder.cls.predictions.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised by the caller -> states (B, 1 + h·w, D), the class token's first.
 
         Raises ValueError for images of another size than the configuration's.
         """
-        size = self.config.vision_image_size
+        size, names = self.config.vision_image_size, self.vision_model.embeddings
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images are (B, 3, {size}, {size}) for this model, not {tuple(images.shape)}")
-        x = self.vision_model.embeddings(images)
+        patches = names.patch_embedding(images).flatten(2).transpose(1, 2)                # (B, h·w, D)
+        x = torch.cat([names.class_embedding.expand(len(images), -1, -1), patches], dim=1)
+        x = x + names.position_embedding
         for layer in self.vision_model.encoder.layers:
             x = layer(x)
         return self.vision_model.post_layernorm(x)
@@ -232,23 +211,21 @@ class BLIP(nn.Module):
         return x, present
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.text_decoder.cls.predictions(x, self.text_decoder.bert.embeddings.word_embeddings.weight)
+        """States (B, N, D) -> logits (B, N, V). The head's matrix is that of the words."""
+        names, words = self.text_decoder.cls.predictions, self.text_decoder.bert.embeddings.word_embeddings
+        x = names.transform.LayerNorm(F.gelu(names.transform.dense(x), approximate="none"))
+        return F.linear(x, words.weight, names.bias)
 
-    def generate(
-        self, images: Tensor, prompt: str = "a picture of ", num_beams: int = 3, min_length: int = 5,
-        max_length: int = 20, length_penalty: float = 1.0,
-    ) -> list[str]:
+    def generate(self, images: Tensor, prompt: str = "a picture of ", **settings: Any) -> list[str]:
         """Images (B, 3, H, W) -> what the model writes behind the prompt, as BLIP's own code gives it.
 
-        The defaults are BLIP's. Lengths as in `generate_ids`. Raises ValueError without a tokenizer.
+        `settings` and their defaults as in `generate_ids`. Raises ValueError without a tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("BLIP has no tokenizer: set it, or load a folder that holds its vocabulary")
         begin, end = self.config.text_bos_token_id, self.config.text_sep_token_id
         words = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        ids = self.generate_ids(
-            images, torch.tensor([[begin, *words, end]]), num_beams, min_length, max_length, length_penalty
-        )
+        ids = self.generate_ids(images, torch.tensor([[begin, *words, end]]), **settings)
         written = [takewhile(lambda token: token != end, row) for row in ids[:, 1 + len(words) :].tolist()]
         return [self.tokenizer.decode(list(row), skip_special_tokens=True).strip() for row in written]
 
@@ -262,8 +239,9 @@ class BLIP(nn.Module):
 
         [CLS] becomes [DEC] and the prompt's [SEP] is cut. Lengths count prompt, [DEC] and [SEP]. One beam
         takes the likeliest token each time. With more, a caption's score is the sum of its new tokens'
-        log-probabilities over their number to the power of length_penalty (early_stopping=False). Raises
-        ValueError for padded prompts, and for those that leave no room below max_length.
+        log-probabilities over their number to the power of length_penalty (early_stopping=False). The
+        defaults are BLIP's. Raises ValueError for padded prompts, and for those that leave no room below
+        max_length.
         """
         prompt = prompt_ids[:, :-1].to(images.device).expand(len(images), -1).clone()
         prompt[:, :1] = self.config.text_bos_token_id
@@ -275,31 +253,16 @@ class BLIP(nn.Module):
         if (prompt == self.config.text_pad_token_id).any():
             raise ValueError("a prompt holds padding: give prompts of one length at a time")
         image = self._image_keys_values(self.encode_image(images))
-        if num_beams == 1:
-            return self._greedy(image, prompt, min_length, max_length)
-        return self._beams(image, prompt, num_beams, min_length, max_length, length_penalty)
+        return self._search(image, prompt, num_beams, min_length, max_length, length_penalty)
 
-    def _greedy(self, image: list[KeysValues], ids: Tensor, min_length: int, max_length: int) -> Tensor:
-        end, fill = self.config.text_sep_token_id, self.config.text_pad_token_id
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        new, past = ids, None
-        while ids.shape[1] < max_length and not ended.all():
-            x, past = self._states(new, image, past)
-            logits = self._logits(x[:, -1]).float()  # in float32, as transformers
-            if ids.shape[1] < min_length:
-                logits[:, end] = -torch.inf
-            new = logits.argmax(dim=-1).masked_fill(ended, fill)[:, None]                 # (B, 1)
-            ids = torch.cat([ids, new], dim=1)
-            ended = ended | (new[:, 0] == end)
-        return ids
-
-    def _beams(
+    def _search(
         self, image: list[KeysValues], prompt: Tensor, beams: int, min_length: int, max_length: int,
         length_penalty: float,
     ) -> Tensor:
         """Beam search: each image's best `beams` unfinished captions go on, its best finished are kept."""
         end = self.config.text_sep_token_id
-        fill = self.config.text_pad_token_id or end  # transformers takes a padding id of 0 for none
+        fill = self.config.text_pad_token_id
+        fill = fill if beams == 1 else fill or end  # to transformers' beam search a padding id of 0 is none
         images, start = prompt.shape
         first = torch.arange(images, device=prompt.device)[:, None]
         running = prompt[:, None]                                 # (B, 1, N), later (B, beams, N)
@@ -333,9 +296,10 @@ class BLIP(nn.Module):
             running, rows = _pick(grown, kept), (rows + parent.gather(1, kept)).flatten()
             new, past = running[:, :, -1].reshape(-1, 1), [(k[rows], v[rows]) for k, v in past]
 
-            # The best that goes on is judged by its length now: once hopeless, an image stays so
+            # The best that goes on is judged by its length now: once hopeless, an image stays so. One beam
+            # hopes for nothing behind its end
             hope = scores[:, 0] / (length - start) ** length_penalty > finished_scores[:, -1]
-            hopeful = hopeful & hope
+            hopeful = hopeful & (finished_scores[:, 0].isneginf() if beams == 1 else hope)
             if not hopeful.any():
                 break
         captions = finished[:, 0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Namespace, run
+from models.layers import Linear, Namespace, linear, run
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def stage_grids(config: SwinConfig) -> list[Pair]:
 
 
 def _device() -> torch.device:
-    """Where the three tables below are computed, which the stages hold as buffers that no checkpoint has.
-    Loading builds a model on the meta device and fills in the checkpoint's tensors: these are real then."""
+    """Where the three tables below are computed: the stages hold them as buffers, which no checkpoint has, so
+    they must be real where loading builds the rest of the model on the meta device."""
     default = torch.get_default_device()
     return torch.device("cpu") if default.type == "meta" else default
 
@@ -132,50 +132,41 @@ def merge(x: Tensor, window: Pair, grid: Pair) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Attention within windows, with a learnt bias for every offset: (B · windows, N, D) -> the same."""
+    """Attention within windows: (B · windows, N, D) -> the same.
+
+    Version 1 learns a bias for every offset. In version 2 a small network makes it, the scores are cosines
+    times a learnt factor, and the keys' projection has no bias.
+    """
 
     def __init__(self, config: SwinConfig, width: int, heads: int, window: Pair):
         super().__init__()
-        self.heads = heads
-        offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
-        self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.version, self.heads = config.version, heads
+        if config.version == 1:
+            offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
+            self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+            self.qkv = Linear(width, 3 * width, bias=config.qkv_bias)
+        else:
+            self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
+            self.cpb_mlp = nn.Sequential(Linear(2, 512), nn.ReLU(), Linear(512, heads, bias=False))
+            self.qkv = Linear(width, 3 * width, bias=False)
+            self.q_bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
+            self.v_bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, index: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
-        q, k, v = split_heads(self.qkv(x), self.heads)                           # (B · windows, H, N, D/H)
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1)         # (H, N, N)
-        return self.proj(attend(q, k, v, bias, mask, scale=q.shape[-1] ** -0.5))
-
-
-class CosineWindowAttention(nn.Module):
-    """Version 2's: the scores are cosines times a learnt factor, and a small network makes the bias."""
-
-    def __init__(self, config: SwinConfig, width: int, heads: int, window: Pair):
-        super().__init__()
-        self.heads = heads
-        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
-        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, index: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
-        # The keys have no bias.
-        parts = None if self.q_bias is None else [self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]
-        bias = None if parts is None else torch.cat(parts)
-        q, k, v = split_heads(F.linear(x, self.qkv.weight, bias), self.heads)    # (B · windows, H, N, D/H)
-        sharpness = self.logit_scale.clamp(max=math.log(100)).exp()              # (H, 1, 1)
-        q, k = F.normalize(q, dim=-1, eps=1e-12) * sharpness, F.normalize(k, dim=-1, eps=1e-12)
-        bias = 16 * self.cpb_mlp(offsets).sigmoid()[index].permute(2, 0, 1)      # (H, N, N)
-        return self.proj(attend(q, k, v, bias, mask, scale=1.0))
-
-
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 D) -> q, k and v, each (B, H, N, D/H)."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.qkv.bias
+        if self.version == 2 and self.q_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = self.qkv(x) if self.version == 1 else linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B · windows, H, N, D/H)
+        if self.version == 1:
+            table, scale = self.relative_position_bias_table, q.shape[-1] ** -0.5
+        else:
+            sharpness = self.logit_scale.clamp(max=math.log(100)).exp()          # (H, 1, 1)
+            q, k = F.normalize(q, dim=-1, eps=1e-12) * sharpness, F.normalize(k, dim=-1, eps=1e-12)
+            table, scale = 16 * self.cpb_mlp(offsets).sigmoid(), 1.0             # (offsets, H)
+        return self.proj(attend(q, k, v, table[index].permute(2, 0, 1), mask, scale))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -200,11 +191,10 @@ class Block(nn.Module):
         super().__init__()
         self.version, self.window, self.shift = config.version, window, shift
         inner = int(width * config.mlp_ratio)
-        attention = WindowAttention if config.version == 1 else CosineWindowAttention
         self.norm1 = nn.LayerNorm(width, eps=1e-5)
-        self.attn = attention(config, width, heads, window)
+        self.attn = WindowAttention(config, width, heads, window)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
-        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
+        self.mlp = Namespace(fc1=Linear(width, inner), fc2=Linear(inner, width))
 
     def forward(self, x: Tensor, index: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.version == 1:
@@ -239,7 +229,7 @@ class PatchMerging(nn.Module):
     def __init__(self, version: int, width: int):
         super().__init__()
         self.version = version
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
         # Version 2 norms after the reduction: half as wide.
         self.norm = nn.LayerNorm(4 * width if version == 1 else 2 * width, eps=1e-5)
 
@@ -290,10 +280,9 @@ class Swin(nn.Module):
         super().__init__()
         if config.version not in (1, 2):
             raise ValueError(f"version is {config.version!r}: Swin's are 1 and 2")
-        self.config = config
-        self.checkpointing = False
+        self.config, self.checkpointing = config, False
         self.width = config.embed_dim * 2 ** (len(config.depths) - 1)
-        patch = tuple(config.patch_size)
+        patch = config.patch_size
         self.patch_embed = Namespace(
             proj=nn.Conv2d(config.in_chans, config.embed_dim, kernel_size=patch, stride=patch),
             norm=nn.LayerNorm(config.embed_dim, eps=1e-5),
@@ -307,9 +296,9 @@ class Swin(nn.Module):
 
         Raises ValueError for images of another size.
         """
-        if tuple(images.shape[2:]) != tuple(self.config.img_size):
-            raise ValueError(f"images are {tuple(images.shape[2:])} high and wide instead of "
-                             f"{tuple(self.config.img_size)}: resize them, or build Swin for their size")
+        if images.shape[2:] != self.config.img_size:
+            given, wanted = ("x".join(map(str, size)) for size in (images.shape[2:], self.config.img_size))
+            raise ValueError(f"images are {given}, this Swin takes {wanted} (height x width)")
         x = self.patch_embed.proj(images).permute(0, 2, 3, 1)                    # (B, h, w, D)
         x = self.patch_embed.norm(x)
         for stage in self.layers:

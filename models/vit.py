@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Namespace, attention, run
+from models.layers import Linear, Namespace, attention, run
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ CONFIGS: dict[str, ViTConfig] = {
     ),
     # Ours
     "vit-mini": ViTConfig(
-        img_size=(64, 64), patch_size=(8, 8), in_chans=3, embed_dim=192, depth=6, num_heads=3,
-        hidden_features=768, qkv_bias=True, class_token=True, global_pool="token", fc_norm=False,
+        img_size=(64, 64), patch_size=(8, 8), in_chans=3, embed_dim=128, depth=6, num_heads=2,
+        hidden_features=512, qkv_bias=True, class_token=True, global_pool="token", fc_norm=False,
         norm_eps=1e-6,
     ),
 }
@@ -69,10 +69,10 @@ class Block(nn.Module):
         self.heads = config.num_heads
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Namespace(
-            qkv=nn.Linear(width, 3 * width, bias=config.qkv_bias), proj=nn.Linear(width, width)
+            qkv=Linear(width, 3 * width, bias=config.qkv_bias), proj=Linear(width, width)
         )
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
+        self.mlp = Namespace(fc1=Linear(width, inner), fc2=Linear(inner, width))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)  # each (B, N, D)

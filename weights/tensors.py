@@ -7,7 +7,9 @@ it, and one that is changed or cut short while it is mapped changes or kills the
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from weights.strict import WeightsError
 
+READERS = 2  # tensors that are read at a time
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -75,21 +78,35 @@ def stored(path: str | os.PathLike) -> dict[str, Stored]:
 
 def values(entries: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, one after another; each tensor's memory is its own. Raises WeightsError as
-    `stored`."""
-    for name, entry in entries.items():
-        flat = torch.empty(entry.nbytes, dtype=torch.uint8)
-        try:
-            with entry.path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
-                view, done = memoryview(flat.numpy()), 0
-                while done < entry.nbytes and (read := file.readinto(view[done:])):
-                    done += read
-        except OSError as error:
-            raise WeightsError(f"{entry.path} cannot be read ({error.strerror or error})") from error
-        if done < entry.nbytes:
-            raise WeightsError(f"{entry.path}: cut short while it was read; fetch it again")
-        whole = flat if math.prod(entry.shape) else torch.empty(0, dtype=entry.dtype)
-        yield name, whole.view(entry.dtype).reshape(entry.shape)
+    `stored`.
+
+    The next few are read while the caller looks at one: to check a tensor takes as long as to read it.
+    """
+    ahead: deque[tuple[str, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, entry in entries.items():
+            ahead.append((name, readers.submit(_value, entry)))
+            if len(ahead) > READERS:
+                name, tensor = ahead.popleft()
+                yield name, tensor.result()
+        for name, tensor in ahead:
+            yield name, tensor.result()
+
+
+def _value(entry: Stored) -> Tensor:
+    flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            view, done = memoryview(flat.numpy()), 0
+            while done < entry.nbytes and (read := file.readinto(view[done:])):
+                done += read
+    except OSError as error:
+        raise WeightsError(f"{entry.path} cannot be read ({error.strerror or error})") from error
+    if done < entry.nbytes:
+        raise WeightsError(f"{entry.path}: cut short while it was read; fetch it again")
+    whole = flat if math.prod(entry.shape) else torch.empty(0, dtype=entry.dtype)
+    return whole.view(entry.dtype).reshape(entry.shape)
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
