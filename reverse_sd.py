@@ -1,8 +1,9 @@
 """Reverse Stable Diffusion: predict the sentence embedding of the prompt from the image that it made.
 
 The method in the paper's order: the objective (eq. 1), the vocabulary and its targets (eq. 2), the losses
-(eq. 3 and 4), the three placements of the vocabulary head (fig. 3) and the regressor that joins any
-backbone to them. The last part opens a trained run and reads one's own images:
+(eq. 3 and 4), the three placements of the vocabulary head (fig. 3), the regressor that joins any backbone
+to them, difficulty and the curriculum, the ensemble (section 4.9), k-means, and domain-adaptive kernel
+learning (DAKL, eq. 5, 6 and 7). The last part opens a trained run and reads one's own images:
 
     python reverse_sd.py image.png --run runs/unet-mini-seed0
 
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,579 @@ def as_backbone(name: str, model: nn.Module) -> nn.Module:
 
 
 # ============================================================================================================
+# Section 3, curriculum learning
+# ============================================================================================================
+
+
+def difficulty(cosines: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
+    """The difficulty score of each training sample: its mean cosine over the epochs of phase 1. High = easy.
+
+    cosines (epochs, n) -> (n,) float64. `weights`, one for each epoch, make it a weighted mean, as in the
+    authors' code. Raises ValueError where they are not as many, or do not sum to more than 0.
+    """
+    if weights is not None and (len(weights) != len(cosines) or sum(weights) <= 0):
+        raise ValueError(f"{len(weights)} difficulty weights for {len(cosines)} epochs, or none above 0")
+    return np.average(cosines.astype(np.float64), axis=0, weights=weights)
+
+
+def thirds(score: np.ndarray) -> list[np.ndarray]:
+    """The first splitting heuristic: three chunks of equal size (to one sample), easy, medium, hard.
+
+    score (n,), high = easy -> three arrays of positions; ties go by position.
+    """
+    return np.array_split(np.argsort(-score, kind="stable"), 3)
+
+
+def difficulty_thresholds(
+    score: np.ndarray, easy_share: float = 0.5, hard_share: float = 0.1
+) -> tuple[float, float]:
+    """Two cosines, the first such that easy holds a significant portion, the second such that hard is a small
+    subset.
+
+    Paper: how large these parts are is not stated. Here they are the quantiles of `score` (n,) above which
+    `easy_share` and below which `hard_share` of the samples lie.
+    """
+    easy, hard = np.quantile(score, [1 - easy_share, hard_share])
+    return float(easy), float(hard)
+
+
+def by_thresholds(score: np.ndarray, easy: float, hard: float) -> list[np.ndarray]:
+    """The second splitting heuristic: easy = score at least `easy`, hard = below `hard`, medium = between.
+
+    score (n,), high = easy -> three arrays of positions.
+    """
+    return [np.flatnonzero(part) for part in (score >= easy, (score < easy) & (score >= hard), score < hard)]
+
+
+def curriculum_stages(chunks: Sequence[np.ndarray], total: int) -> list[tuple[int, int, np.ndarray]]:
+    """First step, step after the last, and pool of each stage: easy; easy and medium; all.
+
+    The stages share the `total` steps equally (to one step). Paper: how the steps are shared is not stated.
+    """
+    steps = [total * k // len(chunks) for k in range(len(chunks) + 1)]
+    pools = [np.sort(np.concatenate(chunks[: k + 1])) for k in range(len(chunks))]
+    return list(zip(steps[:-1], steps[1:], pools, strict=True))
+
+
+def curriculum_batches(
+    chunks: Sequence[np.ndarray], total: int, batch_size: int, seed: int, start: int, stop: int
+) -> list[np.ndarray]:
+    """The samples of steps `start` to `stop` - 1 out of `total`: a pure function of its arguments.
+
+    Each stage makes passes over its pool, each in another shuffled order. As in plain training, the last
+    batch of a pass holds what is left.
+    """
+    batches = []
+    for number, (first, end, pool) in enumerate(curriculum_stages(chunks, total)):
+        begin, finish = max(start, first) - first, min(stop, end) - first  # the steps wanted of this stage
+        steps = math.ceil(len(pool) / batch_size)  # of a pass
+        for k in range(begin // steps, math.ceil(finish / steps)):
+            order = np.random.default_rng([seed, number, k]).permutation(pool)
+            whole = [order[i * batch_size : (i + 1) * batch_size] for i in range(steps)]
+            batches += whole[max(begin - k * steps, 0) : finish - k * steps]
+    return batches
+
+
+# ============================================================================================================
+# Section 4.9: ensemble
+# ============================================================================================================
+
+
+def ensemble(
+    predictions: Sequence[Tensor], how: str = "mean", weights: Sequence[float] | Tensor | None = None
+) -> Tensor:
+    """Several models' predictions of the same samples as one: m tensors (n, E) -> unit rows (n, E).
+
+    Each is L2-normalised first, then "mean" or "median" is taken coordinate by coordinate. Section 4.9 says
+    mean, the introduction median. `weights`, one for each model, make it a weighted mean, as in the authors'
+    code (see `fit_ensemble_weights`). Raises ValueError for another `how`, for weights with the median, and
+    for predictions or weights that do not fit one another.
+    """
+    shapes = {tuple(p.shape) for p in predictions}
+    if len(shapes) != 1:
+        raise ValueError(f"an ensemble needs predictions of one shape, not of {sorted(shapes)}")
+    members = torch.stack([F.normalize(p, dim=-1) for p in predictions])  # (m, n, E)
+    if how == "median":
+        if weights is not None:
+            raise ValueError("weights are for the mean; the median takes none")
+        m = len(members)
+        ranked = members.sort(dim=0).values
+        return F.normalize((ranked[(m - 1) // 2] + ranked[m // 2]) / 2, dim=-1)
+    if how != "mean":
+        raise ValueError(f'how must be "mean" or "median", not {how!r}')
+    weights = torch.ones(len(members)) if weights is None else torch.as_tensor(weights)
+    if weights.shape != (len(members),):
+        raise ValueError(f"{len(members)} predictions need as many weights, not {tuple(weights.shape)}")
+    return F.normalize(torch.einsum("m,mne->ne", weights.to(members), members), dim=-1)
+
+
+def fit_ensemble_weights(predictions: Sequence[Tensor], targets: Tensor, iterations: int = 200) -> Tensor:
+    """Weights (m,) float64, at least 0 and of sum 1, that raise the mean cosine of the weighted mean.
+
+    predictions: m tensors (n, E) of validation samples; targets (n, E). Exponentiated gradient from equal
+    weights; a step is taken only if it raises the cosine, so on these samples the result is never worse than
+    the plain mean. Paper: weights are the authors' code's, found by hand; section 4.9 has none.
+    """
+    members = torch.stack([F.normalize(p.double(), dim=-1) for p in predictions])
+    products = torch.einsum("mne,lne->nml", members, members)
+    along = torch.einsum("mne,ne->nm", members, F.normalize(targets.double(), dim=-1))
+
+    def cosine(weights: Tensor) -> Tensor:
+        length = torch.einsum("m,nml,l->n", weights, products, weights).clamp_min(1e-24).sqrt()
+        return (along @ weights / length).mean()
+
+    weights, step = torch.full_like(along[0], 1 / len(members)), 1.0
+    best = cosine(weights)
+    for _ in range(iterations):
+        slope = torch.func.grad(cosine)(weights)
+        trial = torch.softmax(weights.log() + step * slope, dim=0)
+        if (score := cosine(trial)) > best:
+            weights, best, step = trial, score, step * 2
+        else:
+            step /= 4
+    return weights
+
+
+# ============================================================================================================
+# Section 3, meta-regression: k-means
+# ============================================================================================================
+
+
+def nearest_rows(queries: Tensor, rows: Tensor, block: int = 1024) -> tuple[Tensor, Tensor]:
+    """For each query (q, E) the position of the closest row (n, E) and the squared distance: (q,), (q,).
+
+    Distances come from matrix products, `block` queries and 2 x `block` rows at a time. Ties go to the first.
+    """
+    half = rows.square().sum(dim=1) / 2
+    positions, distances = [], []
+    for query in queries.split(block):
+        best = torch.full_like(query[:, 0], torch.inf)
+        position = torch.zeros(len(query), dtype=torch.long, device=rows.device)
+        for start in range(0, len(rows), 2 * block):
+            part = slice(start, start + 2 * block)
+            value, index = torch.addmm(half[part], query, rows[part].T, alpha=-1).min(dim=1)
+            closer = value < best
+            best = torch.where(closer, value, best)
+            position = torch.where(closer, index + start, position)
+        positions.append(position)
+        distances.append((2 * best + query.square().sum(dim=1)).clamp_min(0))
+    return torch.cat(positions), torch.cat(distances)
+
+
+def kmeans_start(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k-means++ in rounds: rows (n, E) -> k different rows of them (k, E).
+
+    As in k-means++ a row is drawn with a probability proportional to its squared distance to the nearest
+    centroid so far, but a round draws a quarter of the centroids so far at once. So 10,000 take some 40
+    rounds of matrix products in place of 10,000 passes. `generator` is one of the CPU, on any device.
+    """
+    chosen = torch.randint(len(rows), (1,), generator=generator)
+    new, distance = chosen, torch.full((len(rows),), torch.inf)
+    while True:
+        distance = torch.minimum(distance, nearest_rows(rows, rows[new.to(rows.device)])[1].cpu().float())
+        distance[chosen] = 0
+        if len(chosen) == k:
+            return rows[chosen.to(rows.device)]
+        chances = distance.clamp_min(1e-30)  # so that equal rows can be drawn where no others are left
+        chances[chosen] = 0
+        n_new = min(max(1, len(chosen) // 4), k - len(chosen))
+        new = torch.multinomial(chances, n_new, generator=generator)
+        chosen = torch.cat([chosen, new])
+
+
+def cluster_means(rows: Tensor, labels: Tensor, k: int, block: int = 65536) -> Tensor:
+    """The mean of each cluster's rows: (n, E), (n,) -> (k, E); a cluster without rows gets zeros.
+
+    Rows are sorted by cluster and summed in that order, which no device changes from run to run.
+    """
+    sums = torch.zeros(k, rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part, label in zip(rows.split(block), labels.split(block), strict=True):
+        order = label.argsort(stable=True)
+        lengths = torch.bincount(label, minlength=k)
+        sums += torch.segment_reduce(part[order].double(), "sum", lengths=lengths, initial=0)
+    return (sums / torch.bincount(labels, minlength=k).clamp_min(1)[:, None]).to(rows.dtype)
+
+
+def fill_empty(centroids: Tensor, rows: Tensor, labels: Tensor, distances: Tensor) -> int:
+    """Move each centroid without rows to the row that lies farthest from its own; the row is its first.
+
+    Changes centroids (k, E), labels (n,) and distances (n,) in place and returns how many were moved. A row
+    that is alone in its cluster stays there. Needs n >= k.
+    """
+    counts = torch.bincount(labels, minlength=len(centroids)).tolist()
+    empty = [cluster for cluster, count in enumerate(counts) if count == 0]
+    if not empty:
+        return 0
+    # Each row passed over leaves its cluster alone for good, and there are fewer of those than clusters.
+    farthest = iter(distances.topk(min(len(rows), len(empty) + len(centroids))).indices.tolist())
+    for cluster in empty:
+        row = next(row for row in farthest if counts[int(labels[row])] > 1)
+        counts[int(labels[row])] -= 1
+        counts[cluster] = 1
+        centroids[cluster], labels[row], distances[row] = rows[row], cluster, 0
+    return len(empty)
+
+
+def kmeans(
+    rows: Tensor, k: int, seed: int = 0, max_iterations: int = 20, tolerance: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """k-means (Lloyd): rows (n, E) float32 or float64 -> centroids (k, E), labels (n,), on the rows' device.
+
+    The start is `kmeans_start` on a sample of at most 10 k rows. An iteration labels all rows with their
+    nearest centroid, repairs empty clusters, and moves the centroids to the means; it ends when the mean
+    squared distance falls by less than `tolerance` of itself, or after `max_iterations`. The labels are those
+    of the centroids that are returned. The same rows and seed give the same result on the same device. Beside
+    the rows, memory holds blocks, the sample and (k, E). Raises ValueError unless 1 <= k <= n and all is
+    finite.
+
+    Paper: k = 10,000; neither start nor iterations are stated. The authors' code bisects.
+    """
+    if not 1 <= k <= len(rows):
+        raise ValueError(f"k-means: {len(rows):,} rows cannot make {k:,} clusters")
+    if not torch.isfinite(rows.sum()):
+        raise ValueError("k-means: the rows hold values that are not finite")
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(rows), generator=generator)[: 10 * k].sort().values
+    centroids = kmeans_start(rows[sample.to(rows.device)], k, generator)
+    before = torch.inf
+    for iteration in range(max_iterations + 1):
+        labels, distances = nearest_rows(rows, centroids)
+        moved = fill_empty(centroids, rows, labels, distances)
+        inertia = float(distances.double().mean())
+        if iteration == max_iterations or (not moved and before - inertia <= tolerance * inertia):
+            return centroids, labels
+        centroids, before = cluster_means(rows, labels, k), inertia
+
+
+def centroid_targets(centroids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """The target of each centroid (k, E): that of the row nearest to it, of all rows (n, E), targets (n, E).
+
+    Paper: how a centroid gets its target is not stated; this is the authors' code's way.
+    """
+    return targets[nearest_rows(centroids, rows)[0]]
+
+
+# ============================================================================================================
+# Section 3, meta-regression: DAKL, equations (5), (6), (7)
+# ============================================================================================================
+
+
+def linear_kernel(rows: Tensor) -> Tensor:
+    """Equation (5): K_ij = <x_i, x_j>, for source and target rows alike. (n, E) -> (n, n)."""
+    return rows @ rows.T
+
+
+def normalise_kernel(kernel: Tensor) -> Tensor:
+    """Equation (6): K^_ij = K_ij / sqrt(K_ii K_jj). (n, n) -> (n, n)."""
+    diagonal = kernel.diagonal()
+    return kernel / torch.sqrt(diagonal[:, None] * diagonal[None, :])
+
+
+def rbf(kernel: Tensor, gamma: float) -> Tensor:
+    """Equation (7): F_ij = exp(-gamma (1 - K^_ij)), the second-order features of sample i, one for each j."""
+    return torch.exp(-gamma * (1 - kernel))
+
+
+def dakl_literal(
+    sources: Tensor,
+    source_targets: Tensor,
+    targets: Tensor,
+    gamma: float,
+    alpha: float,
+    centred: bool = False,
+) -> Tensor:
+    """DAKL as the paper writes it, on full matrices in float64: predictions (t, E) for `targets` (t, E).
+
+    sources (k, E): predictions on training samples, or centroids of them; source_targets (k, E): their true
+    embeddings; targets: predictions in the target domain. This is the page to read, and what `Dakl` is held
+    against; it needs (k + t)^2 numbers. `centred` is the one deviation that `Dakl` makes by default.
+    """
+    f = rbf(normalise_kernel(linear_kernel(torch.cat([sources, targets]).double())), gamma)  # (5) (6) (7)
+    f_s, f_t, y = f[: len(sources)], f[len(sources) :], source_targets.double()
+    middle_f, middle_y = (f_s.mean(dim=0), y.mean(dim=0)) if centred else (0, 0)
+    f_s, f_t, y = f_s - middle_f, f_t - middle_f, y - middle_y
+    gram = f_s @ f_s.T  # the linear kernel again
+    a = torch.linalg.solve(gram + alpha * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), y)
+    return f_t @ f_s.T @ a + middle_y
+
+
+# The penalties tried, in units of `Dakl.scale`, which goes with gamma^2 n k: a fixed alpha, as the authors'
+# code has it (10), means something else for each gamma and each n.
+RELATIVE_ALPHAS = tuple(10 ** (half / 2) for half in range(2, -13, -1))
+
+
+class Dakl:
+    """Domain-adaptive kernel learning: better predictions from predictions, with unlabelled target rows.
+
+        dakl = Dakl(gamma=1e-3).fit(centroids, their_targets, targets, validation=(rows, embeddings))
+        better = dakl.predict(test_rows)
+
+    `form` "linear" is the limit of small gamma, in O(n E^2), for any number of sources. For unit rows x,
+    F_ij = e^-gamma e^(gamma K^_ij) with |K^_ij| <= 1, and Taylor's remainder gives
+
+        |F_ij - e^-gamma (1 + gamma K^_ij)| <= e^-gamma (gamma^2 / 2) e^gamma = gamma^2 / 2.
+
+    What F is near to is <phi(x_i), psi_j> with phi(x) = [1, gamma x] and psi_j = e^-gamma [1, x_j], so that
+
+        F_S F_S' ~ phi_S M phi_S',  F_T F_S' ~ phi_T M phi_S',  M = sum of psi_j psi_j' over all columns j:
+
+    ridge regression of the true embeddings on the predicted ones, under a metric in which directions that
+    vary much, in the target domain too, are penalised little; E + 1 unknowns in place of k. Centred, the 1
+    falls out, and all that is left of gamma is a factor (gamma e^-gamma)^2 that alpha can take up.
+
+    What follows for predictions: with n columns, d = sqrt(n) gamma^2 / 2 bounds the error of a row of
+    features. Let |Y| be the spectral norm of the k source targets and |f| the length of the approximate
+    features of a target (all centred, if they are). |(F'F + alpha I)^-1 F'| <= 1 / (2 sqrt(alpha)) leads to
+
+        |y_exact - y_linear| <= |Y| (2 d / (2 sqrt(alpha)) + 5 sqrt(k) d |f| / (4 alpha)).
+
+    alpha is a multiple of gamma^2 n, |f| is of order gamma sqrt(n): the bound is O(gamma).
+
+    `form` "exact" is equations (5) to (7) at the paper's scale: F = phi psi' + R, where R, the remainder, is
+    made in blocks of columns from the rows, so that memory holds k^2 float64 numbers, the rows, and blocks;
+    never (k + t)^2. All that is linear is done in float64. R is of size gamma^2 / 2 beside gamma, so its
+    product R R' and what it adds to predictions may be float32, up to gamma = 0.1: their rounding
+    is gamma^2 and gamma times as large as it would be without the split.
+
+    Paper: features and targets are centred at their means over the sources, which is ridge regression with a
+    free intercept. F is 1 minus something of order gamma: uncentred, the constant part of F F' is gamma^-2
+    larger than what informs and eats the digits (half of float64's at gamma = 1e-4). `centred=False` follows
+    the equations to the letter. Nor does the paper state alpha: None chooses it on validation.
+
+    After `fit`: `alpha`; `scale`, the mean of the E eigenvalues of the centred F_S F_S' in the linear limit;
+    `tried`, a list of (alpha / scale, validation cosine).
+    """
+
+    def __init__(
+        self,
+        gamma: float = 1e-3,
+        alpha: float | None = None,
+        form: str = "exact",
+        centred: bool = True,
+        relative_alphas: Sequence[float] = RELATIVE_ALPHAS,
+        validation_limit: int = 2000,
+        block: int = 1000,
+        single_up_to: float = 0.1,
+    ):
+        """`relative_alphas`: the penalties to try, in units of `scale`, from the largest down; the search
+        ends when three in a row have been no better; `validation_limit`: they are compared on at most so many
+        validation rows, evenly spaced; `block`: rows and columns worked on at a time; `single_up_to`: the
+        remainder is float32 up to this gamma, 0.1 at most, and float64 above."""
+        if form not in ("exact", "linear"):
+            raise ValueError(f'form must be "exact" or "linear", not {form!r}')
+        if gamma <= 0 or (alpha is not None and alpha <= 0):
+            raise ValueError(f"gamma and alpha must be above 0, not {gamma} and {alpha}")
+        self.gamma, self.fixed_alpha, self.form, self.centred = gamma, alpha, form, centred
+        self.relative_alphas = relative_alphas
+        self.validation_limit, self.block = validation_limit, block
+        self.work = torch.float32 if gamma <= min(single_up_to, 0.1) else torch.float64
+
+    @torch.no_grad()
+    def fit(
+        self,
+        sources: Tensor,
+        source_targets: Tensor,
+        targets: Tensor,
+        validation: tuple[Tensor, Tensor] | None = None,
+    ) -> Dakl:
+        """sources, source_targets (k, E), targets (t, E), validation: predictions and true embeddings (v, E).
+
+        `targets` are all predictions of the target domain, without labels: in the paper those of validation
+        and test. `validation` serves to choose alpha alone. Raises ValueError for shapes that do not fit and
+        for rows that are zero or not finite.
+        """
+        if len(sources) != len(source_targets):
+            raise ValueError(f"DAKL: {len(sources)} sources but {len(source_targets)} targets of theirs")
+        if self.fixed_alpha is None and validation is None:
+            raise ValueError("DAKL: alpha is chosen on validation rows; give them, or alpha")
+        rows, truth = validation if self.fixed_alpha is None else (sources[:0], source_targets[:0])
+        keep = torch.linspace(0, len(rows) - 1, min(len(rows), self.validation_limit), dtype=torch.float64)
+        keep = keep.long().to(rows.device)
+        rows, truth = _unit(rows[keep]), F.normalize(truth[keep].double(), dim=-1)
+
+        y = source_targets.double()
+        mean_y = y.mean(dim=0) if self.centred else torch.zeros_like(y[0])
+        y = y - mean_y
+        middle, second, metric, product = self._moments(sources, y, targets)
+        if self.form == "linear":
+            values, vectors = torch.linalg.eigh(metric)
+            root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+            values, vectors = torch.linalg.eigh(root @ second @ root)
+            left, right = root @ vectors, vectors.T @ (root @ product)
+            phi = self._phi(rows) - middle
+            self._slope = self._choose(
+                lambda alpha: left @ (right / (values.clamp_min(0) + alpha)[:, None]),
+                lambda slope: phi @ slope + mean_y,
+                truth,
+            )
+            self._bias = mean_y - middle @ self._slope
+            return self
+
+        k, pool = len(sources), torch.cat([sources, targets])
+        self._pool = torch.cat([_unit(part).to(self.work) for part in pool.split(self.block)])  # (n, E)
+        gram, cross, middle_r = self._products(pool, k, rows, middle, metric)
+        ridge = _Ridge(gram, self.block)
+        a = self._choose(lambda alpha: ridge.solve(y, alpha), lambda a: cross @ a + mean_y, truth)
+        # A prediction is f (F_S' A): with W = F_S' A = psi (phi' A) + R' A it is phi (psi' W) + r W.
+        self._weights = self._pool.new_empty(len(pool), y.shape[1])
+        self._slope, self._bias = torch.zeros_like(product), mean_y
+        inner = (self._phi(_unit(sources)) - middle).T @ a
+        for columns in _blocks(len(pool), self.block):
+            psi = self._psi(_unit(pool[columns]))
+            r = self._remainder(self._pool[:k], self._pool[columns]).double().sub_(middle_r[columns])
+            w = psi @ inner + r.T @ a
+            self._slope += psi.T @ w
+            self._bias = self._bias - middle_r[columns] @ w
+            self._weights[columns] = w.to(self._weights)
+        self._bias = self._bias - middle @ self._slope
+        return self
+
+    @torch.no_grad()
+    def predict(self, rows: Tensor, unit: bool = True) -> Tensor:
+        """Predictions (b, E) -> better ones (b, E), float64, L2-normalised unless `unit` is False."""
+        better = []
+        for part in rows.split(self.block):
+            x = _unit(part)
+            y = self._phi(x) @ self._slope + self._bias
+            if self.form == "exact":
+                for columns in _blocks(len(self._pool), self.block):
+                    y += self._remainder(x.to(self._pool), self._pool[columns]) @ self._weights[columns]
+            better.append(y)
+        return F.normalize(torch.cat(better), dim=-1) if unit else torch.cat(better)
+
+    def _moments(self, sources: Tensor, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is linear in F: the mean of phi_S (E + 1,), phi_S' phi_S and M (E + 1, E + 1), phi_S' Y; sets
+        `scale`. Where nothing is centred the mean is 0."""
+        k, width = sources.shape
+        middle, second, metric = y.new_zeros(width + 1), y.new_zeros(width + 1, width + 1), 0
+        product = y.new_zeros(width + 1, y.shape[1])
+        for part in _blocks(k, self.block):
+            x = _unit(sources[part])
+            phi, psi = self._phi(x), self._psi(x)
+            middle += phi.sum(dim=0) / k
+            second += phi.T @ phi
+            product += phi.T @ y[part]
+            metric = metric + psi.T @ psi
+        for part in targets.split(self.block):
+            psi = self._psi(_unit(part))
+            metric = metric + psi.T @ psi
+        centre = second - k * torch.outer(middle, middle)
+        self.scale = float((centre * metric).sum()) / width  # the trace of phi_S M phi_S', phi centred
+        if not self.centred:
+            return torch.zeros_like(middle), second, metric, product
+        return middle, centre, metric, product - torch.outer(middle, y.sum(dim=0))
+
+    def _products(
+        self, pool: Tensor, k: int, rows: Tensor, middle: Tensor, metric: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """F_S F_S' (k, k), lower triangle alone, F_V F_S' (v, k) for validation rows, means of R_S (n,).
+
+        F F' = (phi psi' + R) (phi psi' + R)' = phi M phi' + phi (R psi)' + (R psi) phi' + R R'.
+        """
+        n, phi = len(pool), self._phi(torch.cat([_unit(pool[:k]), rows])) - middle
+        both = torch.cat([self._pool[:k], rows.to(self._pool)])  # sources, then validation rows
+        gram, cross = phi.new_zeros(k, k), phi.new_zeros(len(rows), k)
+        middle_r, mixed = phi.new_zeros(n), torch.zeros_like(phi)  # mixed: R psi
+        for columns in _blocks(n, self.block):
+            r = self._remainder(both, self._pool[columns])
+            if self.centred:
+                middle_r[columns] = mean = r[:k].mean(dim=0, dtype=torch.float64)
+                r -= mean
+            mixed += r.double() @ self._psi(_unit(pool[columns]))
+            for part in _blocks(k, self.block):
+                gram[part, : part.stop] += r[part] @ r[: part.stop].T
+            cross += r[k:] @ r[:k].T
+        left = torch.cat([phi, mixed], dim=1)
+        right = torch.cat([phi[:k] @ metric + mixed[:k], phi[:k]], dim=1).T
+        for part in _blocks(k, self.block):
+            gram[part, : part.stop].addmm_(left[part], right[:, : part.stop])
+        return gram, cross.addmm_(left[k:], right), middle_r
+
+    def _phi(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(x[:, :1]), self.gamma * x], dim=1)  # (b, E + 1)
+
+    def _psi(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(x[:, :1]), x], dim=1) * math.exp(-self.gamma)  # (b, E + 1)
+
+    def _remainder(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """R = F - phi psi' = e^-gamma (e^z - 1 - z), z = gamma K^. Unit rows (a, E), (b, E) -> (a, b)."""
+        z = rows @ (self.gamma * columns.T)
+        if z.dtype == torch.float64:
+            return (torch.expm1(z) - z) * math.exp(-self.gamma)
+        # float32 serves |z| <= 0.1, where the difference would cancel but five terms of the series do
+        r = z / 720
+        for factorial in (120, 24, 6, 2):
+            r.add_(1 / factorial).mul_(z)
+        return r.mul_(z).mul_(math.exp(-self.gamma))
+
+    def _choose(
+        self, solve: Callable[[float], Tensor], predict: Callable[[Tensor], Tensor], truth: Tensor
+    ) -> Tensor:
+        """The solution of the penalty whose predictions have the highest mean cosine to `truth`."""
+        self.tried: list[tuple[float, float]] = []
+        best, solution, worse = -torch.inf, None, 0
+        given = self.fixed_alpha is not None
+        for alpha in [self.fixed_alpha] if given else [part * self.scale for part in self.relative_alphas]:
+            try:
+                trial = solve(alpha)
+            except torch.linalg.LinAlgError:  # this penalty is lost in the rounding of F F'
+                continue
+            if given:
+                self.alpha = alpha
+                return trial
+            cosine = float((F.normalize(predict(trial), dim=-1) * truth).sum(dim=-1).mean())
+            self.tried.append((alpha / self.scale, cosine))
+            if cosine > best:
+                best, solution, self.alpha, worse = cosine, trial, alpha, 0
+            elif (worse := worse + 1) == 3:
+                break
+        if solution is None:
+            raise ValueError(f"DAKL: alpha is below the rounding of F F' (gamma {self.gamma}); raise it")
+        return solution
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length 1 in float64: their inner products are equations (5) and (6) at once."""
+    lengths = torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True)
+    if not bool(((lengths > 0) & lengths.isfinite()).all()):
+        raise ValueError("DAKL: a row is zero or not finite, and equation (6) divides by its length")
+    return rows.double() / lengths
+
+
+def _blocks(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+class _Ridge:
+    """(G + alpha I)^-1 Y for one G after another alpha, in the memory of G.
+
+    Cholesky's factor R (R'R = G + alpha I) is upper triangular and G symmetric: G keeps the lower triangle,
+    R takes the upper, and only the blocks on the diagonal are held twice.
+    """
+
+    def __init__(self, gram: Tensor, block: int):
+        """gram (k, k): its lower triangle, in blocks of `block`, is read; the upper one is overwritten."""
+        self.gram, self.blocks = gram, _blocks(len(gram), block)
+        self.diagonal = [gram[part, part].clone() for part in self.blocks]
+
+    def solve(self, y: Tensor, alpha: float) -> Tensor:
+        """(k, E) -> (k, E). Raises torch.linalg.LinAlgError where alpha is lost in G's rounding."""
+        r, y = self.gram, y.clone()
+        for part, corner in zip(self.blocks, self.diagonal, strict=True):  # G = R'R, and R'y' = y on the way
+            above = r[: part.start, part].T.contiguous()
+            corner = corner + alpha * torch.eye(len(corner), dtype=r.dtype, device=r.device)
+            lower = torch.linalg.cholesky(corner - above @ above.T)
+            right = torch.addmm(r[part.stop :, part].T, above, r[: part.start, part.stop :], alpha=-1)
+            r[part, part] = lower.T
+            r[part, part.stop :] = torch.linalg.solve_triangular(lower, right, upper=False)
+            y[part] = torch.linalg.solve_triangular(lower, y[part] - above @ y[: part.start], upper=False)
+        for part in reversed(self.blocks):  # R a = y'
+            rest = y[part] - r[part, part.stop :] @ y[part.stop :]
+            y[part] = torch.linalg.solve_triangular(r[part, part], rest, upper=True)
+        return y
+
+
+# ============================================================================================================
 # A trained run, and one's own images
 # ============================================================================================================
 
@@ -277,6 +852,10 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
         backbone = nn.Identity() if frozen else as_backbone(config["backbone"], model)
         regressor = Regressor(backbone, model.width, len(vocabulary), config["heads"])
     weights.load_strict(regressor, tensors)
+    if "smoothing" in config:  # the network of --curriculum cbs
+        from baselines import Smoothing
+
+        Smoothing(regressor, config["smoothing"])
     return Run(folder, config, regressor.to(device).eval(), vocabulary)
 
 

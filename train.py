@@ -7,10 +7,13 @@
     python train.py --backbone clip --data DIFFUSIONDB --weights clip-h-14 --train-blocks 0
     python train.py --resume runs/unet-mini-seed0                        go on where a run stopped
     torchrun --nproc-per-node 2 train.py --backbone unet ...             the same on several processes
+    python train.py --backbone unet --curriculum difficulty              phase 1 and phase 2 of the curriculum
 
 The run's folder holds config.json, vocabulary.json, log.jsonl, model.safetensors (the best on validation),
 last/ (all that resuming needs), and, once training has ended, what eval.py writes: result.json,
-predictions/ and a picture.
+predictions/ and a picture. With --record-difficulty or --curriculum difficulty also cosines.npy (epochs, n),
+each training sample's cosine after each epoch of phase 1, difficulty.npy (n,), and difficulty.json, which
+says what they belong to and how they were used; phase 1 is a run of its own in phase-1/.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
@@ -44,15 +48,22 @@ from tqdm import tqdm
 
 import data
 import weights
+from baselines import Smoothing, cbs_sigma, lerac_initial, lerac_rate
 from reverse_sd import (
     BACKBONES,
     EMBEDDING_WIDTH,
     Regressor,
     Vocabulary,
     as_backbone,
+    by_thresholds,
     captioner_of,
     cosine_loss,
+    curriculum_batches,
+    curriculum_stages,
+    difficulty,
+    difficulty_thresholds,
     joint_loss,
+    thirds,
     vocabulary_loss,
 )
 
@@ -110,6 +121,38 @@ class TrainConfig:
     heads: int = option(3, "vocabulary head of figure 3; 0 = none", (0, 1, 2, 3))
     words: int = option(1000, "vocabulary size m")
     mlc_weight: float = option(0.1, "lambda of equation (4)")
+    curriculum: str = option(
+        "none",
+        "difficulty: the paper's, which trains twice, the second time from easy to hard; lerac and cbs: what "
+        "it is compared with",
+        ("none", "difficulty", "lerac", "cbs"),
+    )
+    chunks: str = option(
+        "thirds",
+        "how easy, medium and hard are told apart: equal thirds, or two thresholds for the cosine",
+        ("thirds", "thresholds"),
+    )
+    # Paper: "a significant portion" and "a small subset".
+    easy_share: float = option(0.5, "of --chunks thresholds: the share of samples above the first")
+    hard_share: float = option(0.1, "of --chunks thresholds: the share of samples below the second")
+    record_difficulty: bool = option(
+        False, "compute each training sample's cosine after every epoch, as phase 1 of the curriculum does"
+    )
+    difficulty: str | None = option(
+        None, "take the place of phase 1: a run on the same pairs and split, trained with --record-difficulty"
+    )
+    difficulty_weights: str | None = option(
+        None,
+        "weights of phase 1's epochs in the difficulty, as 0,0,0,.2,.3,.5 in the authors' code (default: the "
+        "plain mean, the paper's)",
+    )
+    lerac_epochs: float = option(1.0, "epochs until LeRaC's learning rates meet")
+    lerac_min_lr: float = option(1e-8, "LeRaC's first learning rate at the output; at the input it is --lr")
+    cbs_every: float | None = option(
+        None,
+        "epochs after which CBS multiplies sigma by 0.9; its authors': 5 (default: a twentieth of the run, "
+        "so that a short one too ends without smoothing)",
+    )
     epochs: int | None = option(None, "passes over the training pairs (paper: 3; miniatures: 6)")
     batch_size: int | None = option(
         None, "samples of a step, all processes together (paper: 64; miniatures: 32)"
@@ -152,6 +195,7 @@ DEFAULTS = {
 }
 # Flags that may change when a run is resumed: they do not decide its result.
 RESUMABLE = {"workers", "device", "compile", "checkpoint_every", "activation_checkpointing"}
+NO_DIFFICULTY = "holds no recorded difficulty; give a finished run of train.py --record-difficulty"
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -163,7 +207,50 @@ def resolve(config: TrainConfig) -> TrainConfig:
     elif config.image_size:
         raise data.DataError(f"--image-size: the {config.backbone} reads images as its weights want them")
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **unset)
+    config = dataclasses.replace(config, **unset)
+    check_curriculum(config)
+    return config
+
+
+def check_curriculum(config: TrainConfig) -> None:
+    """Raises DataError for flags of curricula that contradict each other or the rest."""
+    wrong = None
+    if config.difficulty and config.curriculum != "difficulty":
+        wrong = "--difficulty: only --curriculum difficulty reads it"
+    elif config.difficulty and not (Path(config.difficulty) / "cosines.npy").exists():
+        wrong = f"--difficulty {config.difficulty}: {NO_DIFFICULTY}"
+    elif (given := difficulty_weights(config)) and not config.difficulty and len(given) != config.epochs:
+        wrong = f"--difficulty-weights: {len(given)} weights for {config.epochs} epochs; give one for each"
+    elif not (0 < config.easy_share <= 1 - config.hard_share <= 1):
+        wrong = "--easy-share must be above 0, --hard-share at least 0, and together they are at most 1"
+    elif config.curriculum in ("lerac", "cbs") and config.train_blocks == 0:
+        wrong = f"--curriculum {config.curriculum}: the heads alone give it nothing to do; train some blocks"
+    elif config.curriculum == "lerac" and config.layer_decay != 1:
+        wrong = "--curriculum lerac: decides the layers' rates itself; leave out --layer-decay"
+    elif config.curriculum == "lerac" and not 0 < config.lerac_min_lr <= config.lr:
+        wrong = f"--lerac-min-lr must be above 0 and at most --lr, {config.lr:g}"
+    elif config.curriculum == "lerac" and not 0 < config.lerac_epochs <= config.epochs:
+        wrong = f"--lerac-epochs must be above 0 and at most --epochs, {config.epochs}"
+    elif config.cbs_every is not None and config.cbs_every <= 0:
+        wrong = "--cbs-every must be above 0"
+    if wrong:
+        raise data.DataError(wrong)
+
+
+def difficulty_weights(config: TrainConfig) -> list[float] | None:
+    """The --difficulty-weights as numbers; None = equal weights."""
+    if config.difficulty_weights is None:
+        return None
+    try:
+        given = [float(weight) for weight in config.difficulty_weights.split(",")]
+    except ValueError:
+        given = []
+    if not given or min(given) < 0 or not 0 < sum(given) < math.inf:
+        raise data.DataError(
+            f"--difficulty-weights {config.difficulty_weights}: must be numbers of at least 0, not all "
+            "0, with commas between"
+        )
+    return given
 
 
 def parse_args(argv: list[str]) -> tuple[dict[str, typing.Any], Path | None, Path | None]:
@@ -184,7 +271,9 @@ def parse_args(argv: list[str]) -> tuple[dict[str, typing.Any], Path | None, Pat
         kind = next(t for t in (typing.get_args(types[f.name]) or (types[f.name],)) if t is not type(None))
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         parser.add_argument(flag, type=kind, choices=f.metadata["choices"] or None, help=text + shown)
-    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/BACKBONE-DATA-seedN)")
+    parser.add_argument(
+        "--out", type=Path, help="the run's folder (default: runs/BACKBONE-DATA[-CURRICULUM]-seedN)"
+    )
     parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
     given = vars(parser.parse_args(argv))
     out, resume = given.pop("out", None), given.pop("resume", None)
@@ -406,6 +495,10 @@ def cleaned(prompts: list[str], how: str) -> np.ndarray:
     return kept
 
 
+# On a CPU a transformer takes 1.4 times as long for each sample at 256: its activations leave the cache.
+EVALUATION_BATCH = 64
+
+
 class Samples(Dataset):
     """Rows as tensors: the backbone's inputs, target, vocabulary targets, row number."""
 
@@ -421,9 +514,9 @@ class Samples(Dataset):
         return *numbers, self.vocabulary.targets([p.pairs.prompts[row]])[0], row
 
 
-def input_batches(samples: Samples, device: str, batch_size: int = 256) -> Iterator[tuple[Tensor, ...]]:
+def input_batches(samples: Samples, device: str) -> Iterator[tuple[Tensor, ...]]:
     """The backbone's inputs in order, for `reverse_sd.predict`."""
-    for *inputs, _, _, _ in DataLoader(samples, batch_size, generator=torch.Generator()):
+    for *inputs, _, _, _ in DataLoader(samples, EVALUATION_BATCH, generator=torch.Generator()):
         yield tuple(tensor.to(device) for tensor in inputs)
 
 
@@ -443,6 +536,11 @@ class Process:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
 
 
 def resolve_device(device: str) -> str:
@@ -484,6 +582,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    data.atomic_write(path, buffer.getvalue())
 
 
 class Checkpoint:
@@ -608,27 +712,43 @@ def layers(names: list[str], blocks: str) -> list[int]:
 
 
 def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, dict[str, nn.Parameter]]:
-    """The parameters that train, by name, under the factor of their learning rate; the others are frozen."""
+    """The parameters that train, by name, under the factor of their learning rate; the others are frozen.
+
+    With LeRaC the factor is that of the rate at step 0.
+    """
     named = dict(regressor.named_parameters())
     depths = layers(list(named), BLOCKS[config.backbone])
     top = max(depths)
     first = 0 if config.train_blocks is None else top - config.train_blocks
+    factors = [config.layer_decay ** (top - depth) for depth in range(first, top + 1)]
+    if config.curriculum == "lerac":
+        factors = lerac_initial(1.0, config.lerac_min_lr / config.lr, top + 1 - first)
     groups: dict[float, dict[str, nn.Parameter]] = {}
     for depth, (name, parameter) in zip(depths, named.items(), strict=True):
         if depth >= first:
-            groups.setdefault(config.layer_decay ** (top - depth), {})[name] = parameter
+            groups.setdefault(factors[depth - first], {})[name] = parameter
         else:
             parameter.requires_grad_(False)
     return groups
 
 
 class Trainer:
-    """Holds what one step needs; `fit` is the loop."""
+    """Holds what one step needs; `fit` is the loop.
+
+    `chunks`: positions among the training samples, easy, medium, hard, for phase 2 of the curriculum.
+    """
 
     def __init__(
-        self, config: TrainConfig, folder: Path, process: Process, prepared: Prepared, vocabulary: Vocabulary
+        self,
+        config: TrainConfig,
+        folder: Path,
+        process: Process,
+        prepared: Prepared,
+        vocabulary: Vocabulary,
+        chunks: list[np.ndarray] | None = None,
     ):
         self.config, self.folder, self.process, self.prepared = config, folder, process, prepared
+        self.chunks = chunks
         self.regressor = build_regressor(config, len(vocabulary)).to(process.device)
         groups = parameter_groups(self.regressor, config)
         self.names = [name for group in groups.values() for name in group]
@@ -646,6 +766,7 @@ class Trainer:
         self.autocast = functools.partial(
             torch.autocast, process.device.split(":")[0], dtype=torch.bfloat16, enabled=bf16
         )
+        self.smoothing = Smoothing(self.regressor) if config.curriculum == "cbs" else None
         self.model: nn.Module = torch.compile(self.regressor) if config.compile else self.regressor
         if process.world > 1:
             self.model = DistributedDataParallel(self.model)
@@ -657,6 +778,9 @@ class Trainer:
         # Only images are worth processes of their own; all else is a row of a cache.
         self.workers = config.workers if isinstance(prepared.inputs[0], Images) else 0
         self.checkpoint = Checkpoint(folder / "last")
+        # Phase 2 uses what phase 1 has recorded.
+        self.recording = config.record_difficulty and config.curriculum != "difficulty"
+        self.cosines = np.empty((0, len(self.train_samples)), np.float32)
 
     # -- one optimizer step ------------------------------------------------
 
@@ -669,7 +793,12 @@ class Trainer:
         """
         lr = learning_rate(self.config, self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = self.group_rate(group["scale"], lr)
+        if self.smoothing:
+            every = self.config.cbs_every
+            self.smoothing.sigma = cbs_sigma(
+                self.step, self.total / 20 if every is None else every * self.steps_per_epoch
+            )
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(3, device=self.process.device)  # 1 - cosine, vocabulary, joint
         parts = list(zip(*(t.chunk(self.config.accumulate) for t in batch), strict=True))
@@ -700,43 +829,62 @@ class Trainer:
         self.step += 1
         return {"cosine": 1 - means[0], "vocabulary_loss": means[1], "loss": means[2], "lr": lr}
 
-    def loader(self, epoch: int, done: int) -> DataLoader:
-        """This process's share of the epoch's batches, but for the first `done`.
+    def group_rate(self, scale: float, lr: float) -> float:
+        """The learning rate of a group of parameters where the schedule's is `lr`."""
+        if self.config.curriculum != "lerac":
+            return lr * scale
+        meet = max(1, round(self.config.lerac_epochs * self.steps_per_epoch))
+        if self.step >= meet:
+            return lr
+        final = learning_rate(self.config, meet, self.total)
+        return lerac_rate(self.config.lr * scale, final, self.step, meet)
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The samples of each of the epoch's steps, all processes together.
+
+        In phase 2 of the curriculum an epoch is not a pass, but as many steps as one of the plain run.
+        """
+        size, seed = self.config.batch_size, self.config.seed
+        if self.chunks is None:
+            return epoch_batches(len(self.train_samples), size, seed, epoch)
+        start = epoch * self.steps_per_epoch
+        return curriculum_batches(self.chunks, self.total, size, seed, start, start + self.steps_per_epoch)
+
+    def loader(self, batches: list[np.ndarray]) -> DataLoader:
+        """This process's share of the batches.
 
         Loaders have a generator of their own here, since each iteration would else draw from the global one,
         and a resumed run iterates more often.
         """
-        batches = epoch_batches(len(self.train_samples), self.config.batch_size, self.config.seed, epoch)[
-            done:
-        ]
         rank, world = self.process.rank, self.process.world
         shares = [share(batch, rank, world) for batch in batches]
         return DataLoader(
             self.train_samples, batch_sampler=shares, num_workers=self.workers, generator=torch.Generator()
         )
 
-    # -- validation ------------------------------------------------
+    # -- validation, difficulty ------------------------------------------------
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean cosine over the validation pairs, each process taking its share."""
+    def cosines_of(self, samples: Samples) -> np.ndarray:
+        """The cosine of each sample's prediction and target, (n,) float64; each process computes a share."""
         self.regressor.eval()
-        total = torch.zeros(2, dtype=torch.float64)
-        subset = torch.utils.data.Subset(
-            self.val_samples, range(self.process.rank, len(self.val_samples), self.process.world)
+        device, mine = self.process.device, range(self.process.rank, len(samples), self.process.world)
+        subset = torch.utils.data.Subset(samples, mine)
+        parts = []
+        loader = DataLoader(
+            subset, EVALUATION_BATCH, num_workers=self.workers, generator=torch.Generator()
         )
-        for *inputs, target, _, _ in DataLoader(
-            subset, 256, num_workers=self.workers, generator=torch.Generator()
-        ):
+        for *inputs, target, _, _ in loader:
             with self.autocast():
-                embedding = self.regressor(*(x.to(self.process.device) for x in inputs)).embedding
-            cosine = 1 - cosine_loss(embedding.float(), target.to(self.process.device))
-            total += torch.tensor([cosine.double().sum().item(), len(cosine)], dtype=torch.float64)
+                embedding = self.regressor(*(x.to(device) for x in inputs)).embedding
+            parts.append(1 - cosine_loss(embedding.float(), target.to(device)))
         self.regressor.train()
+        cosines = torch.zeros(len(samples), dtype=torch.float64, device=device)
+        if parts:
+            cosines[mine.start :: mine.step] = torch.cat(parts).double()
         if self.process.world > 1:
-            total = total.to(self.process.device)
-            dist.all_reduce(total)
-        return (total[0] / total[1]).item()
+            dist.all_reduce(cosines)
+        return cosines.cpu().numpy()
 
     # -- state ------------------------------------------------
 
@@ -745,6 +893,8 @@ class Trainer:
             return
         tensors = {f"model.{name}": value for name, value in self.regressor.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer, self.names) | rng_tensors()
+        if self.recording:
+            tensors["cosines"] = torch.from_numpy(self.cosines)
         state = {
             "step": self.step,
             "total": self.total,
@@ -768,6 +918,8 @@ class Trainer:
             )
             load_optimizer(self.optimizer, self.names, tensors)
             load_rng(tensors)
+            if self.recording:
+                self.cosines = tensors["cosines"].numpy()
             self.step = state["step"]
             self.best = -math.inf if state["best"] is None else state["best"]
             log.info("resumed at step %d of %d", self.step, self.total)
@@ -795,26 +947,28 @@ class Trainer:
 
             with self.stop_between_steps():
                 for epoch in range(self.step // self.steps_per_epoch, config.epochs):
-                    done = self.step - epoch * self.steps_per_epoch
+                    batches = self.batches(epoch)[self.step - epoch * self.steps_per_epoch :]
                     started = time.perf_counter()
-                    for batch in self.loader(epoch, done):
-                        size = min(config.batch_size, len(self.train_samples) - done * config.batch_size)
+                    for size, batch in zip(map(len, batches), self.loader(batches), strict=True):
                         terms = self.train_step(self.on_device(batch, size), size)
                         now = time.perf_counter()
                         record(epoch=epoch, **terms, images_per_second=size / (now - started))
-                        started, done = now, done + 1
+                        started = now
                         bar.update()
                         best = f"{self.best:.3f}" if math.isfinite(self.best) else "-"
                         bar.set_postfix(cosine=f"{terms['cosine']:.3f}", best_val=best, refresh=False)
-                        # The end of an epoch is saved below, after its validation.
-                        if self.stopping or (
-                            self.step % config.checkpoint_every == 0 and done < self.steps_per_epoch
-                        ):
+                        if self.step % self.steps_per_epoch == 0:
+                            continue  # the end of an epoch is saved below, after its validation
+                        if self.stopping or self.step % config.checkpoint_every == 0:
                             self.save()
                         if self.stopping:
-                            log.warning("go on with: python train.py --resume %s", self.folder)
                             raise KeyboardInterrupt
                     self.end_epoch(epoch, record)
+                    if self.stopping:
+                        raise KeyboardInterrupt
+        if self.recording and process.first:
+            score = score_of(config, self.cosines)
+            save_difficulty(self.folder, self.cosines, score, data=self.prepared.fingerprint)
 
     @contextlib.contextmanager
     def stop_between_steps(self) -> Iterator[None]:
@@ -833,12 +987,19 @@ class Trainer:
                 signal.signal(number, handler)
 
     def end_epoch(self, epoch: int, record: typing.Callable) -> None:
-        cosine = self.validate()
+        cosine = float(self.cosines_of(self.val_samples).mean())
         record(epoch=epoch, val_cosine=cosine)
+        if self.recording:
+            row = self.cosines_of(self.train_samples).astype(np.float32)
+            self.cosines = np.concatenate([self.cosines, row[None]])
         if cosine > self.best:
             self.best = cosine
             if self.process.first:
                 save_tensors(self.folder / "model.safetensors", self.regressor.state_dict())
+                if self.smoothing:  # part of the network that was validated: `load_run` applies it again
+                    stated = json.loads((self.folder / "config.json").read_text())
+                    stated["smoothing"] = self.smoothing.sigma
+                    data.atomic_write(self.folder / "config.json", json.dumps(stated, indent=1) + "\n")
         self.save()
 
     def on_device(self, batch: list[Tensor], size: int) -> list[Tensor]:
@@ -857,6 +1018,84 @@ def share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
 
 
 # ============================================================================================================
+# Curriculum: what phase 1 hands to phase 2
+# ============================================================================================================
+
+
+def save_difficulty(folder: Path, cosines: np.ndarray, score: np.ndarray, **said: typing.Any) -> None:
+    """Write difficulty.npy, difficulty.json and, last, cosines.npy, which says that all are there."""
+    save_array(folder / "difficulty.npy", score)
+    said = {"epochs": len(cosines)} | said
+    data.atomic_write(folder / "difficulty.json", json.dumps(said, indent=1) + "\n")
+    save_array(folder / "cosines.npy", cosines)
+
+
+def read_cosines(folder: Path, prepared: Prepared) -> np.ndarray:
+    """The cosines (epochs, n) that a run recorded of these training samples."""
+    try:
+        said = json.loads((folder / "difficulty.json").read_text())
+        cosines = np.load(folder / "cosines.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise data.DataError(f"{folder}: {NO_DIFFICULTY} ({error})") from error
+    if said.get("data") != prepared.fingerprint or cosines.shape[1:] != prepared.splits["train"].shape:
+        raise data.DataError(
+            f"{folder}: recorded its difficulty on other pairs or another split (--data, --clean, --seed, "
+            "--val-size, --test-size); give a run on these"
+        )
+    return cosines
+
+
+def phase_1(
+    config: TrainConfig, folder: Path, process: Process, prepared: Prepared, vocabulary: Vocabulary
+) -> np.ndarray:
+    """The cosines (epochs, n) of phase 1: those that the run holds already, those of the run that
+    --difficulty names, or those of a plain run with the same configuration, trained here in phase-1/."""
+    if (folder / "cosines.npy").exists():
+        return read_cosines(folder, prepared)
+    if config.difficulty:
+        return read_cosines(Path(config.difficulty), prepared)
+    first, plain = folder / "phase-1", dataclasses.replace(config, curriculum="none", record_difficulty=True)
+    if process.first and not (first / "config.json").exists():
+        write_run(first, plain, prepared, vocabulary)
+    process.wait()
+    if not (first / "cosines.npy").exists():
+        log.info("phase 1: plain training, to learn which samples are difficult")
+        Trainer(plain, first, process, prepared, vocabulary).fit()
+    process.wait()
+    return read_cosines(first, prepared)
+
+
+def score_of(config: TrainConfig, cosines: np.ndarray) -> np.ndarray:
+    """The difficulty (n,) that the run's configuration makes of the cosines (epochs, n)."""
+    try:
+        return difficulty(cosines, difficulty_weights(config))
+    except ValueError as error:
+        raise data.DataError(f"--difficulty-weights: {error}; give one weight for each") from error
+
+
+def chunks_of(
+    config: TrainConfig, folder: Path, process: Process, cosines: np.ndarray, prepared: Prepared
+) -> list[np.ndarray]:
+    """Easy, medium and hard positions among the training samples; `folder` is told what they follow from."""
+    score = score_of(config, cosines)
+    thresholds = None
+    if config.chunks == "thresholds":
+        thresholds = difficulty_thresholds(score, config.easy_share, config.hard_share)
+        log.info("curriculum: easy from cosine %.4f, hard below %.4f", *thresholds)
+    chunks = by_thresholds(score, *thresholds) if thresholds else thirds(score)
+    total = math.ceil(len(score) / config.batch_size) * config.epochs
+    stages = [
+        {"first_step": start, "last_step": stop - 1, "samples": len(pool)}
+        for start, stop, pool in curriculum_stages(chunks, total)
+    ]
+    log.info("curriculum: %d easy, %d medium, %d hard; phase 2", *map(len, chunks))
+    if process.first and not (folder / "cosines.npy").exists():
+        said = {"chunks": config.chunks, "thresholds": thresholds, "stages": stages}
+        save_difficulty(folder, cosines, score, data=prepared.fingerprint, **said)
+    return chunks
+
+
+# ============================================================================================================
 # Command line
 # ============================================================================================================
 
@@ -869,7 +1108,8 @@ def new_folder(config: TrainConfig, out: Path | None) -> Path:
                 f"{out}: holds a run already; go on with it by --resume {out}, or give another --out"
             )
         return out
-    name = f"{config.backbone}-{Path(config.data).resolve().name}-seed{config.seed}"
+    kind = "" if config.curriculum == "none" else f"-{config.curriculum}"
+    name = f"{config.backbone}-{Path(config.data).resolve().name}{kind}-seed{config.seed}"
     taken = [path for path in (Path("runs") / name, *Path("runs").glob(f"{name}-*")) if path.exists()]
     return Path("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
 
@@ -884,6 +1124,18 @@ def saved_fields(folder: Path) -> dict[str, typing.Any]:
         ) from error
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     return {name: value for name, value in saved.items() if name in fields}
+
+
+def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary: Vocabulary) -> None:
+    """Make a new run's folder, with what describes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data.atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
+    model = weights.config(BACKBONES[config.backbone], config.weights)
+    derived = {"model": model, "preprocessing": prepared.preprocessing}
+    stated = {name: dataclasses.asdict(value) for name, value in derived.items()}
+    data.atomic_write(
+        folder / "config.json", json.dumps(dataclasses.asdict(config) | stated, indent=1) + "\n"
+    )
 
 
 def run(given: dict[str, typing.Any], out: Path | None, resume: Path | None) -> Path:
@@ -903,26 +1155,27 @@ def run(given: dict[str, typing.Any], out: Path | None, resume: Path | None) -> 
         if process.first:
             log.info("run: %s on %s", folder, process.device)
             prepared = prepare(config, process.device)
-        if process.world > 1:
-            dist.barrier()
-            if not process.first:
-                prepared = prepare(config, process.device)
+        process.wait()
+        if not process.first:
+            prepared = prepare(config, process.device)
         vocabulary = Vocabulary.of(
             (prepared.pairs.prompts[i] for i in prepared.splits["train"]), config.words
         )
+        if config.difficulty and not resume:
+            # A wrong one must not leave a folder behind.
+            score_of(config, read_cosines(Path(config.difficulty), prepared))
         if process.first and not resume:
-            folder.mkdir(parents=True, exist_ok=True)
-            data.atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
-            model = weights.config(BACKBONES[config.backbone], config.weights)
-            derived = {"model": model, "preprocessing": prepared.preprocessing}
-            stated = {name: dataclasses.asdict(value) for name, value in derived.items()}
-            data.atomic_write(
-                folder / "config.json",
-                json.dumps(dataclasses.asdict(config) | stated, indent=1) + "\n",
-            )
-        if process.world > 1:
-            dist.barrier()
-        Trainer(config, folder, process, prepared, vocabulary).fit()
+            write_run(folder, config, prepared, vocabulary)
+        process.wait()
+        chunks = None
+        try:
+            if config.curriculum == "difficulty":
+                cosines = phase_1(config, folder, process, prepared, vocabulary)
+                chunks = chunks_of(config, folder, process, cosines, prepared)
+            Trainer(config, folder, process, prepared, vocabulary, chunks).fit()
+        except KeyboardInterrupt:
+            log.warning("go on with: python train.py --resume %s", folder)
+            raise
         if process.first:
             from eval import evaluate  # eval.py reads what this file prepares
 
