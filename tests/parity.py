@@ -6,10 +6,13 @@ weights go through the project's own name tables, and outputs and gradients must
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 ATOL = 1e-10
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -44,62 +47,136 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def home_names(theirs: nn.Module, convert: Convert) -> dict[str, str]:
-    """Our key -> their key, read off by sending numbered tensors through the conversion."""
-    names = list(parameters(theirs))
-    numbered = {
-        name: torch.full_like(tensor, i, dtype=torch.float64)
-        for i, (name, tensor) in enumerate(parameters(theirs).items())
-    }
-    return {ours: names[int(tensor.flatten()[0])] for ours, tensor in convert(numbered).items()}
+@dataclass(frozen=True)
+class Part:
+    """A parameter of theirs, or those rows of it that are ours where it stacks several (q, k and v)."""
+
+    name: str
+    rows: tuple[int, int] | None = None  # first and one behind the last; None: all of it
+
+    @property
+    def layer(self) -> "Part":
+        """The module that holds it."""
+        return replace(self, name=self.name.rpartition(".")[0])
+
+
+def home_names(theirs: nn.Module, convert: Convert) -> dict[str, tuple[Part, ...]]:
+    """Our key -> what it is made of, read off by sending numbered rows through the conversion."""
+    known, numbered, start = list(parameters(theirs).items()), {}, 0
+    owners: list[tuple[str, int]] = []
+    for name, tensor in known:
+        rows = len(tensor) if tensor.ndim else 1
+        numbers = torch.arange(start, start + rows, dtype=torch.float64)
+        numbered[name] = numbers.view(tensor.shape[:1] + (1,) * (tensor.ndim - 1)).expand_as(tensor)
+        owners += [(name, row) for row in range(rows)]
+        start += rows
+    return {ours: _parts(tensor, dict(known), owners) for ours, tensor in convert(numbered).items()}
+
+
+def _parts(
+    numbered: Tensor, known: dict[str, Tensor], owners: list[tuple[str, int]]
+) -> tuple[Part, ...]:
+    """Which of their rows these numbers stand for, neighbours together."""
+    name = owners[int(numbered.flatten()[0])][0]
+    if {owners[int(n)][0] for n in numbered.unique()} == {name} and numbered.numel() == known[name].numel():
+        return (Part(name),)  # whole, be it transposed
+    parts: list[Part] = []
+    for number in numbered.flatten(1)[:, 0] if numbered.ndim > 1 else numbered:
+        name, row = owners[int(number)]
+        if parts and parts[-1].name == name and parts[-1].rows[1] == row:
+            parts[-1] = Part(name, (parts[-1].rows[0], row + 1))
+        else:
+            parts.append(Part(name, (row, row + 1)))
+    return tuple(parts)
 
 
 def first_difference(
     ours: nn.Module,
     theirs: nn.Module,
-    names: dict[str, str],
+    names: dict[str, tuple[Part, ...]],
     run_ours: Run,
     run_theirs: Run,
     atol: float = ATOL,
 ) -> str:
     """One line about the first layer, in the order in which ours run, that reads or gives something else.
 
-    `names` is our key -> their key of the parameters (`home_names`); layers are the modules that hold them.
-    An empty string when all agree.
+    `names` is our key -> their keys of the parameters (`home_names`); layers are the modules that hold them.
+    Where one side computes q, k and v at once, the three are compared one by one, or put together. A layer
+    is passed over where nothing of theirs has the same output; a fault in it shows at the next one. An empty
+    string when all agree.
     """
-    modules = {key.rpartition(".")[0]: other.rpartition(".")[0] for key, other in names.items()}
+    layers: dict[str, set[tuple[Part, ...]]] = {}
+    for key, parts in names.items():
+        layers.setdefault(key.rpartition(".")[0], set()).add(tuple(part.layer for part in parts))
+    modules = {
+        name: next(iter(others)) for name, others in layers.items()
+        # Where layers lie inside, only a namesake ends at the same place.
+        if len(others) == 1 and (others == {(Part(name),)} or not list(ours.get_submodule(name).children()))
+    }
     seen_ours = _record(ours, set(modules), run_ours)
-    seen_theirs = _record(theirs, set(modules.values()), run_theirs)
+    seen_theirs = _record(theirs, {part.name for parts in modules.values() for part in parts}, run_theirs)
     for name, calls in seen_ours.items():
-        other = modules[name]
-        if len(calls) != len(seen_theirs.get(other, [])):
-            return f"{name} ran {len(calls)} times, {other} {len(seen_theirs.get(other, []))} times"
-        for (a_in, a_out), (b_in, b_out) in zip(calls, seen_theirs[other], strict=True):
-            if a_in.is_floating_point() and (problem := difference(a_in, b_in, atol)):
-                return f"{name} is the first layer that reads something else than {other}: {problem}"
-            if problem := difference(a_out, b_out, atol):
+        other = " + ".join(part.name for part in modules[name])
+        found = [seen_theirs.get(part.name, []) for part in modules[name]]
+        if any(len(calls) != len(others) for others in found):
+            return f"{name} ran {len(calls)} times, {other} {' and '.join(str(len(o)) for o in found)} times"
+        for call, *others in zip(calls, *found, strict=True):
+            for theirs_read in (one.read for one in others):
+                if call.read is not None and theirs_read is not None:
+                    if problem := difference(call.read, theirs_read, atol):
+                        return f"{name} is the first layer that reads something else than {other}: {problem}"
+            if problem := difference(call.gave, _joined(others, modules[name]), atol):
                 return f"{name} is the first layer that gives something else than {other}: {problem}"
     return ""
+
+
+def _joined(calls: list["Call"], parts: tuple[Part, ...]) -> Tensor:
+    """Their output of our layer, cut out of theirs or put together from them."""
+    gave = [
+        call.gave if part.rows is None else call.gave[..., slice(*part.rows)]
+        for call, part in zip(calls, parts, strict=True)
+    ]
+    return gave[0] if len(gave) == 1 else torch.cat(gave, dim=-1)
+
+
+def misnamed(
+    ours: nn.Module, theirs: nn.Module, convert: Convert, run_ours: Run, run_theirs: Run, every: int = 1
+) -> dict[str, str]:
+    """Break our parameters one by one (or each `every`-th): what `first_difference` says where it does not
+    begin with the broken layer."""
+    names = home_names(theirs, convert)
+    whole = first_difference(ours, theirs, names, run_ours, run_theirs)
+    assert whole == "", whole
+    generator, said = torch.Generator().manual_seed(3), {}
+    for name, parameter in list(ours.named_parameters())[::every]:
+        with torch.no_grad():
+            before = parameter.clone()
+            parameter += 1e-3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            found = first_difference(ours, theirs, names, run_ours, run_theirs)
+            parameter.copy_(before)
+        if not found.startswith(f"{name.rpartition('.')[0]} is the first layer that gives something else"):
+            said[name] = found
+    return said
 
 
 def difference(a: Tensor, b: Tensor, atol: float = ATOL) -> str:
     """What differs between two tensors, or an empty string.
 
-    A grid (B, C, h, w) may meet the same places in a row, (B, C, h·w) or (B, h·w, C); (N, D) is (1, N, D).
+    Where one has more axes, a grid (B, C, h, w) may meet the same places in a row, (B, C, h·w) or
+    (B, h·w, C), tokens (B, N, D) their first ones alone, and (..., D) any other arrangement of its rows.
     """
-    a, b = a.detach(), b.detach()
-    readings = [a]
-    if {a.ndim, b.ndim} == {3, 4}:
-        b = b.flatten(2)
-        readings = [a.flatten(2), a.flatten(2).transpose(1, 2)]
-    elif {a.ndim, b.ndim} == {2, 3}:
-        b = b.squeeze(0)
-        readings = [a.squeeze(0)]
-    readings = [reading for reading in readings if reading.shape == b.shape]
-    if not readings:
+    a, b = sorted((a.detach(), b.detach()), key=lambda tensor: -tensor.ndim)
+    readings = [(a, b)]
+    if a.ndim > b.ndim:
+        readings = [(tensor.reshape(-1, tensor.shape[-1]) for tensor in (a, b))]
+    if (a.ndim, b.ndim) == (4, 3):
+        readings += [(a.flatten(2), b), (a.flatten(2).transpose(1, 2), b)]
+    if (a.ndim, b.ndim) == (3, 2):
+        readings += [(a[:, 0], b)]
+    off = [float((x - y).abs().max()) for x, y in readings if x.shape == y.shape]
+    if not off:
         return f"shape {tuple(a.shape)} against {tuple(b.shape)}"
-    worst = min(float((reading - b).abs().max()) for reading in readings)
-    return "" if worst <= atol else f"off by {worst:.1e}"  # a NaN is not <= atol either
+    return "" if min(off) <= atol else f"off by {min(off):.1e}"  # a NaN is not <= atol either
 
 
 def assert_parity(
@@ -144,14 +221,33 @@ def assert_same_shapes(ours: nn.Module, tensors: dict[str, Tensor]) -> None:
     assert set(found.items()) ^ set(expected.items()) == set()
 
 
-def _record(model: nn.Module, names: set[str], run: Run) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """The input and output of every call of the named modules, in the order of the first calls."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+class Call(NamedTuple):
+    """What a layer read, if that can be compared, and what it gave."""
+
+    read: Tensor | None
+    gave: Tensor
+
+
+def _record(model: nn.Module, names: set[str], run: Run) -> dict[str, list[Call]]:
+    """Every call of the named modules, in the order in which the first calls ended.
+
+    What a module with layers inside reads is not recorded: the other side may cut there in another way, and
+    the layers inside tell more. torch's own attention has no layers for its projections: they are computed
+    again.
+    """
+    seen: dict[str, list[Call]] = {}
 
     def hook(name: str) -> Callable:
         def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            value = args[0] if args else next(iter(kwargs.values()))
-            seen.setdefault(name, []).append((value.detach(), _tuple(output)[0].detach()))
+            value = (args[0] if args else next(iter(kwargs.values()))).detach()
+            gave = _tuple(output)[0].detach().clone()  # what comes behind may write into it
+            if isinstance(module, nn.MultiheadAttention):
+                projected = F.linear(value, module.in_proj_weight, module.in_proj_bias)
+                seen.setdefault(name, []).append(Call(value, projected))
+                seen.setdefault(f"{name}.out_proj", []).append(Call(None, gave))
+                return
+            comparable = value.is_floating_point() and not list(module.children())
+            seen.setdefault(name, []).append(Call(value if comparable else None, gave))
         return note
 
     handles = [

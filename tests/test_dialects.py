@@ -1,15 +1,18 @@
 """The name tables: both directions, every dialect, against the names that diffusers and transformers use."""
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 import weights
-from models import clip, unet, vae
+from models import clip, unet, vae, vit
 from weights import dialects, sizes
 from weights.kinds import KINDS
 from weights.kinds.clip_text import OPEN_CLIP_CUT
@@ -202,4 +205,57 @@ def test_every_row_of_every_table_is_used_by_some_model(kind: str):
                                         ("vae", "sd-1"), ("clip-text", "sd-1"), ("clip-text", "sd-2")])
 def test_sizes_of_the_published_models_are_read_from_shapes_alone(kind: str, name: str):
     config = KINDS[kind].configs[name]
-    assert sizes.sizes_of(kind, None, meta(sizes.build, kind, config), "file") == config
+    assert sizes.sizes_of(kind, None, meta(sizes.build, kind, config), "file", single=True) == config
+
+
+def alone(tensors: dict[str, Tensor], folder: Path) -> Path:
+    """A file without a config.json beside it."""
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path := folder / "alone.safetensors")
+    return path
+
+
+HF_VIT = ["hf", "hf-model", "transformers-5", "transformers-5-model"]
+
+
+@pytest.mark.parametrize("dialect, eps", [("timm", 1e-6), *((name, 1e-12) for name in HF_VIT)])
+def test_a_lone_vit_has_the_eps_of_its_dialect(dialect: str, eps: float, tmp_path: Path):
+    small = {"depth": 1, "embed_dim": 64, "num_heads": 1, "hidden_features": 80}
+    config = dataclasses.replace(vit.CONFIGS["vit-mini"], **small)
+    theirs = weights.from_home("vit", vit.ViT(config).state_dict(), dialect)
+    path = alone(theirs, tmp_path)
+    assert weights.load("vit", path).config == dataclasses.replace(config, norm_eps=eps)
+    # A configuration beside it knows better than the dialect.
+    stated = {"model_type": "vit", "image_size": 64, "patch_size": 8, "hidden_size": 64,
+              "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 80,
+              "layer_norm_eps": 1e-3}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    assert weights.load("vit", path).config.norm_eps == 1e-3
+
+
+@pytest.mark.parametrize("kind, dialect", [
+    (kind, dialect.name) for kind in ("clip-text", "clip-vision") for dialect in KINDS[kind].dialects
+])
+def test_a_lone_clip_is_refused_for_its_activation(kind: str, dialect: str, tmp_path: Path):
+    if kind == "clip-text":
+        ours = small_clip()
+    else:
+        ours = meta(clip.CLIPVision, clip.VISION_CONFIGS["clip-mini"])
+    ours = {name: torch.zeros(tensor.shape) for name, tensor in ours.items()}
+    theirs = weights.from_home(kind, ours, dialect)
+    path = alone(theirs, tmp_path)
+    with pytest.raises(weights.WeightsError, match=r"do not tell CLIP's activation .*config\.json") as raised:
+        weights.load(kind, path)
+    assert "\n" not in str(raised.value) and str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("kind, config, message", [
+    ("vae", {"ch": 24, "norm_groups": 24}, "24 channels are not 32 equal groups"),
+    ("unet", {"model_channels": 96}, "96 channels are not 1 equal heads"),
+    ("unet", {"model_channels": 32}, "32 channels are not 0 equal heads"),
+    ("unet", {"context_dim": 24}, "the context's width is 24"),
+])
+def test_what_a_lone_file_cannot_tell_is_refused(kind: str, config: dict[str, int], message: str):
+    ours = meta(sizes.build, kind, dataclasses.replace(KINDS[kind].configs["sd-2"], **config))
+    with pytest.raises(weights.WeightsError, match=f"^file: {message}.*config.json") as raised:
+        sizes.sizes_of(kind, None, ours, "file")
+    assert "\n" not in str(raised.value)

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from baselines import UNLABELLED, caption_loss
 from models.blip import BLIP, CONFIGS, BLIPConfig
 from tests.parity import assert_parity, assert_same_shapes, parameters, randomise
 from weights import WeightsError, from_home, to_home
-from weights.kinds.blip import KIND, load_tokenizer
+from weights.kinds.blip import KIND, load_tokenizer, published
 
 TINY = BLIPConfig(
     vision_hidden_size=24, vision_intermediate_size=40, vision_num_hidden_layers=2,
@@ -88,6 +89,21 @@ def test_logits_and_gradients(name: str) -> None:
     assert_parity(
         ours, theirs, home,
         lambda: ours(images, ids), lambda: theirs(pixel_values=images, input_ids=ids).logits,
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_training_and_its_gradients(smoothing: float) -> None:
+    """Where a label is UNLABELLED nothing is learnt: a prompt of three tokens, and padding at one end."""
+    theirs = randomise(reference(TINY))
+    theirs.text_decoder.label_smoothing = smoothing
+    ours, images, ids = filled(TINY, theirs), pictures(), words()
+    labels = ids.clone()
+    labels[:, :3], labels[0, -2:] = UNLABELLED, UNLABELLED
+    assert_parity(
+        ours, theirs, home,
+        lambda: caption_loss(ours(images, ids), labels, smoothing),
+        lambda: theirs(pixel_values=images, input_ids=ids, labels=labels).loss,
     )
 
 
@@ -210,6 +226,17 @@ def test_tokens(num_beams: int) -> None:
         ends.add(tuple(lengths(expected)))
     assert sum(len(set(several)) > 1 for several in ends) >= len(SEEDS) / 3, ends
     assert len({length for several in ends for length in several}) >= 8, ends
+
+
+def test_one_beam_stops_at_its_first_end() -> None:
+    """Though a longer caption's score, with such a length penalty, would be the better one."""
+    for seed in range(6):
+        ours, theirs = talkative(seed)
+        found, expected = both(
+            ours, theirs, pictures(batch=4, seed=seed), prompts(),
+            num_beams=1, min_length=0, max_length=24, length_penalty=6.0,
+        )
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("pad", [0, 5])
@@ -340,6 +367,8 @@ def test_full_size_names_and_shapes(name: str) -> None:
     tensors = home(parameters(theirs))
     assert_same_shapes(ours, tensors)
     assert KIND.sizes(theirs.config.to_dict(), tensors, "here") == CONFIGS[name]
+    read = transformers.BlipConfig.from_dict(published(CONFIGS[name]))
+    assert KIND.sizes(read.to_dict(), tensors, "here") == CONFIGS[name]
     if name != "blip-mini":  # its special tokens are not BERT's
         assert KIND.sizes(None, tensors, "here") == CONFIGS[name]
 

@@ -13,6 +13,7 @@ from tests.parity import (
     assert_same_shapes,
     first_difference,
     home_names,
+    misnamed,
     parameters,
     randomise,
 )
@@ -101,6 +102,11 @@ def test_a_wrong_weight_and_a_wrong_activation_are_found_where_they_are() -> Non
     layer = "text_model.encoder.layers.0.mlp.fc2"
     with pytest.raises(AssertionError, match=f"^{layer} is the first layer that reads something else"):
         assert_parity(ours, theirs, home, *runs)
+
+
+def test_every_broken_layer_is_named() -> None:
+    ours, theirs = pair(TINY)
+    assert misnamed(ours, theirs, home, lambda: ours(ids()), lambda: theirs(ids()).last_hidden_state) == {}
 
 
 def test_an_unknown_activation_is_refused_at_once() -> None:

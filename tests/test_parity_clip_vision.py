@@ -1,6 +1,7 @@
 """models/clip.py's visual tower against transformers and open_clip: numbers; names and sizes in files."""
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.parity import (
     assert_same_shapes,
     first_difference,
     home_names,
+    misnamed,
     parameters,
     randomise,
 )
@@ -156,6 +158,27 @@ def test_a_wrong_weight_and_a_wrong_activation_are_found_where_they_are() -> Non
     layer = "vision_model.encoder.layers.0.mlp.fc2"
     with pytest.raises(AssertionError, match=f"^{layer} is the first layer that reads something else"):
         assert_parity(ours, theirs, home, *runs)
+
+
+@pytest.mark.parametrize("of", [of_hf, of_open_clip])
+def test_every_broken_layer_is_named(of: Callable[[CLIPVisionConfig], nn.Module]) -> None:
+    (ours, theirs), given = pair(TINY, of(TINY)), images(TINY)
+    run_theirs = theirs.visual if of is of_open_clip else lambda images: theirs(images).image_embeds
+    said = misnamed(ours, theirs, home, lambda: ours(given), lambda: run_theirs(given))
+    tables = {"class_embedding", "position_embedding.weight"}  # no layer: they show at the first one behind
+    assert said.keys() == {f"vision_model.embeddings.{table}" for table in tables}
+    assert all(found.startswith("vision_model.pre_layrnorm is the first layer that reads")
+               for found in said.values())
+
+
+@pytest.mark.parametrize("letter", "qkv")
+def test_one_broken_projection_is_named_where_open_clip_has_one_for_all_three(letter: str) -> None:
+    (ours, theirs), given = pair(TINY, of_open_clip(TINY)), images(TINY)
+    layer = f"vision_model.encoder.layers.1.self_attn.{letter}_proj"
+    with torch.no_grad():
+        ours.get_submodule(layer).weight[3, 4].add_(1e-6)
+    with pytest.raises(AssertionError, match=f"^{layer} is the first layer that gives something else"):
+        assert_parity(ours, theirs, home, lambda: ours(given), lambda: theirs.visual(given))
 
 
 def test_every_patch_has_its_place() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.swin import CONFIGS, Swin, SwinConfig, stage_windows
 from tests import parity
-from tests.parity import assert_parity, assert_same_shapes, parameters, randomise, timm_features
+from tests.parity import assert_parity, assert_same_shapes, misnamed, parameters, randomise, timm_features
 from weights import WeightsError, from_home, load_strict, to_home
 from weights.kinds.swin import KIND
 
@@ -180,6 +180,23 @@ def test_features_are_what_the_classifiers_read(version: int) -> None:
     assert torch.allclose(logits, theirs(given).logits, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("oracle", ["timm", "transformers"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_broken_layer_is_named(version: int, oracle: str) -> None:
+    config = of_version(TINY if oracle == "timm" else IN_HF["plain"], version)
+    theirs = randomise(of_timm(config, num_classes=0) if oracle == "timm" else of_hf(config))
+    ours, given = filled(config, theirs), pictures(config)
+    said = misnamed(
+        ours, theirs, home, lambda: ours(given),
+        lambda: timm_features(theirs, given) if oracle == "timm" else theirs(given).pooler_output,
+    )
+    # These are read by no layer's call: they show at the attention's last layer.
+    loose = "relative_position_bias_table" if version == 1 else "(logit_scale|[qv]_bias|qkv.weight)"
+    for name, found in said.items():
+        attention = re.fullmatch(rf"(.*\.attn)\.{loose}", name)
+        assert attention and found.startswith(f"{attention[1]}.proj is the first layer that reads"), found
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_checkpointing_changes_no_gradient(version: int) -> None:
     config = of_version(TINY, version)
@@ -203,7 +220,7 @@ def test_a_model_built_on_meta_has_its_tables(version: int) -> None:
 
 
 def test_images_of_another_size_and_another_version_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"images are \(32, 28\) high and wide instead of \(32, 32\)"):
+    with pytest.raises(ValueError, match="^images are 32x28, this Swin takes 32x32"):
         Swin(TINY)(torch.zeros(1, 3, 32, 28))
     with pytest.raises(ValueError, match="version is 3"):
         Swin(replace(TINY, version=3))

@@ -13,6 +13,7 @@ from tests.parity import (
     assert_same_shapes,
     first_difference,
     home_names,
+    misnamed,
     parameters,
     randomise,
 )
@@ -147,6 +148,14 @@ def test_a_wrong_weight_is_found_where_it_is() -> None:
             ours.get_submodule(layer).weight.view(-1)[0].add_(1e-5)
         found = first_difference(ours, theirs, names, *runs)
         assert found.startswith(f"{layer} is the first layer that gives something else")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_broken_layer_is_named(name: str) -> None:
+    ours, theirs = pair(name)
+    given = inputs(TINY[name])
+    runs = [lambda: ours(*given), lambda: theirs(*given).sample]
+    assert misnamed(ours, theirs, home, *runs, every=23) == {}
 
 
 @pytest.mark.parametrize(

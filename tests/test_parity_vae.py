@@ -14,6 +14,7 @@ from tests.parity import (
     assert_same_shapes,
     first_difference,
     home_names,
+    misnamed,
     parameters,
     randomise,
 )
@@ -110,6 +111,16 @@ def test_a_wrong_weight_is_found_where_it_is(layer: str) -> None:
     with torch.no_grad():
         ours.get_submodule(layer).weight.add_(1e-6)
     assert first_difference(ours, theirs, names, *runs).startswith(f"{layer} is the first layer that gives")
+
+
+def test_every_broken_layer_is_named() -> None:
+    ours, theirs = pair()
+    x, z = images(16, 16), latents(2, 2)
+    runs = [
+        lambda: (ours.encode(x), ours.decode(z)),
+        lambda: (theirs.encode(x).latent_dist.mean, theirs.decode(z).sample),
+    ]
+    assert misnamed(ours, theirs, home, *runs, every=7) == {}
 
 
 def test_a_wrong_eps_is_found_where_it_is() -> None:

@@ -20,6 +20,7 @@ from tests.parity import (
     assert_same_shapes,
     first_difference,
     home_names,
+    misnamed,
     parameters,
     randomise,
     timm_features,
@@ -157,7 +158,7 @@ def test_the_miniature_on_its_own_pictures() -> None:
         ours, theirs = ViT(config), of_timm(config)
     assert_same_shapes(ours, home(parameters(theirs)))
     assert sizes(None, parameters(theirs)) == config
-    assert ViT(config)(torch.zeros(2, 3, 64, 64)).shape == (2, 192)
+    assert ViT(config)(torch.zeros(2, 3, 64, 64)).shape == (2, config.embed_dim)
 
 
 def test_a_wrong_weight_and_a_wrong_eps_are_found_where_they_are() -> None:
@@ -172,6 +173,34 @@ def test_a_wrong_weight_and_a_wrong_eps_are_found_where_they_are() -> None:
         assert_parity(ours, theirs, home, *runs)
     ours.blocks[0].norm2.eps = 1e-5
     assert first_difference(ours, theirs, names, *runs).startswith("blocks.0.norm2 is the first layer that")
+
+
+def of_both(oracle: str) -> tuple[ViT, nn.Module, Any]:
+    """Ours, theirs, and what runs theirs."""
+    if oracle == "timm":
+        theirs = randomise(of_timm(TINY, num_classes=0))
+        return filled(TINY, theirs), theirs, theirs
+    config = replace(TINY, norm_eps=1e-12)
+    theirs = randomise(transformers.ViTModel(hf_config(config)))
+    return filled(config, theirs), theirs, lambda images: theirs(images).last_hidden_state[:, 0]
+
+
+@pytest.mark.parametrize("oracle", ["timm", "transformers"])
+def test_every_broken_layer_is_named(oracle: str) -> None:
+    (ours, theirs, run_theirs), given = of_both(oracle), pictures()
+    said = misnamed(ours, theirs, home, lambda: ours(given), lambda: run_theirs(given))
+    assert said.keys() == {"cls_token", "pos_embed"}  # no layer: they show at the first one behind them
+    assert all(found.startswith("blocks.0.norm1 is the first layer that reads") for found in said.values())
+
+
+@pytest.mark.parametrize("third", [0, 1, 2], ids=["q", "k", "v"])
+@pytest.mark.parametrize("oracle", ["timm", "transformers"])
+def test_a_broken_third_of_q_k_and_v_is_found_in_their_layer(oracle: str, third: int) -> None:
+    (ours, theirs, run_theirs), given = of_both(oracle), pictures()
+    with torch.no_grad():
+        ours.blocks[1].attn.qkv.weight[24 * third + 5, 3].add_(1e-6)
+    with pytest.raises(AssertionError, match=r"^blocks\.1\.attn\.qkv is the first layer that gives"):
+        assert_parity(ours, theirs, home, lambda: ours(given), lambda: run_theirs(given))
 
 
 @pytest.mark.parametrize("size", [(16, 20), (8, 16), (32, 32)])

@@ -5,14 +5,15 @@ name those that would change the computation, with the values that models/ imple
 refused: loading such a model would give numbers that are near, not right.
 """
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from weights.kinds import KINDS
-from weights.kinds.common import name_in
+from weights.kinds.common import Dialect, name_in
 from weights.strict import WeightsError
 
 
@@ -38,6 +39,21 @@ def build(kind: str, config: Any) -> nn.Module:
     return entry.model(config)
 
 
+class Unfilled(TorchFunctionMode):
+    """Inside it, models on the meta device are built without drawing values, which they would not keep.
+
+    Asked for random values on meta, torch first imports its whole compiler: 150 MB, and a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        if func in (nn.init.normal_, Tensor.normal_) and given[0].is_meta:
+            return given[0]
+        return func(*args, **(kwargs or {}))
+
+
 def refuse_other_kinds(kind: str, config: Mapping[str, Any], where: str) -> None:
     """Raise WeightsError if a config.json says that it describes another kind of model."""
     if (called := name_in(config)) and not KINDS[kind].owns(config):
@@ -46,15 +62,26 @@ def refuse_other_kinds(kind: str, config: Mapping[str, Any], where: str) -> None
 
 
 def sizes_of(
-    kind: str, config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str
+    kind: str,
+    config: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    dialect: Dialect | None = None,
+    single: bool = False,
 ) -> Any:
     """The kind's configuration from a config.json, if there is one, and tensors under our names.
 
-    `where` names the source in errors. Raises WeightsError if either lacks a size or has an option that
+    `where` names the source in errors, `dialect` is what its names were (None: home), `single` whether it is
+    a single file of Stable Diffusion. Raises WeightsError if either lacks a size or has an option that
     models/ does not implement.
     """
+    entry = KINDS[kind]
+    if entry.untold and not config and not single:
+        raise WeightsError(f"{where}: weights alone do not tell {entry.untold}; give a folder with its "
+                           f"config.json")
     try:
-        return KINDS[kind].sizes(config, tensors, where)
+        found = entry.sizes(config, tensors, where)
+        return found if config else replace(found, **(dialect or entry.dialects[0]).alone)
     except (KeyError, TypeError, IndexError) as error:
         if config:
             raise WeightsError(f"{where}: a size is missing or of the wrong type ({error!r})") from error

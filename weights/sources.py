@@ -72,7 +72,7 @@ def load(
     if entry := untrained(kind, source):
         return initialised(kind, entry).to(device, dtype).eval()
     found = read(kind, source)
-    with torch.device("meta"):
+    with torch.device("meta"), sizes.Unfilled():
         model = sizes.build(kind, found.config).to(dtype)
     ignore = DECODER_HALF if kind == "unet-encoder" else {}
     load_strict(
@@ -152,7 +152,7 @@ def read(kind: str, source: str | os.PathLike) -> Checkpoint:
         home = dialects.to_home(kind, {name: entry.meta() for name, entry in entries.items()}, dialect.name)
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}") from error
-    config = sizes.sizes_of(kind, described, home, str(beside or where))
+    config = sizes.sizes_of(kind, described, home, str(beside or where), dialect, single)
     if kind == "vae" and single and "scale_factor" in raw:
         scale = dict(values({"scale_factor": raw["scale_factor"]}))
         config = replace(config, scale_factor=float(scale["scale_factor"]))

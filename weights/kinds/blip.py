@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,18 @@ def _fit(sizes: BLIPConfig, tensors: Mapping[str, Tensor], where: str) -> None:
         if not 0 <= getattr(sizes, name) < sizes.text_vocab_size:
             raise WeightsError(f"{where}: {name} = {getattr(sizes, name)} is not among its "
                                f"{sizes.text_vocab_size} words; config.json must state it")
+
+
+def published(config: BLIPConfig) -> dict[str, Any]:
+    """The config.json of a BlipForConditionalGeneration of these sizes."""
+    halves: dict[str, dict[str, Any]] = {"vision": {"hidden_act": "gelu", "num_channels": 3},
+                                         "text": {"hidden_act": "gelu", "is_decoder": True,
+                                                  "encoder_hidden_size": config.vision_hidden_size}}
+    for name, value in asdict(config).items():
+        half, _, option = name.partition("_")
+        halves[half][option] = value
+    return {"model_type": "blip", "architectures": ["BlipForConditionalGeneration"],
+            "tie_word_embeddings": True, "vision_config": halves["vision"], "text_config": halves["text"]}
 
 
 # ----------------------------------------------------------------------------------------------------------

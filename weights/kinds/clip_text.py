@@ -96,8 +96,8 @@ def _from_shapes(tensors: Mapping[str, Tensor], where: str) -> CLIPTextConfig:
 
 
 def _sizes(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> CLIPTextConfig:
-    """From config.json, else from shapes: heads and activation as in Stable Diffusion 1 or 2, by the
-    width."""
+    """From config.json, else, in a single file, from shapes: heads and activation as in Stable Diffusion 1
+    or 2, by the width. (Elsewhere LAION trained the same sizes with gelu, and others with quick_gelu.)"""
     return _from_config(config, where) if config else _from_shapes(tensors, where)
 
 
@@ -108,7 +108,7 @@ KIND = Kind(
         Dialect("transformers-5", r"(embeddings\.token_embedding|final_layer_norm)\.", TRANSFORMERS_5),
         Dialect("open_clip", r"transformer\.resblocks\.", OPEN_CLIP, _open_clip_numbers),
     ),
-    {"clip_text_model", "clip"}, _sizes,
+    {"clip_text_model", "clip"}, _sizes, untold="CLIP's activation (quick_gelu or gelu)",
     single_file=("cond_stage_model.transformer.",  # Stable Diffusion 1
                  "cond_stage_model.model."),       # Stable Diffusion 2
 )

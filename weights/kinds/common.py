@@ -17,7 +17,7 @@ A name without a row is left as it is, so that strict loading reports it.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,15 @@ Numbers = dict[str, int | str]  # a value for some of a table's fields
 class Dialect:
     """One way to spell a kind of model, spoken where the regex `sign` matches the beginning of some name.
 
-    `numbers` reads from the names in use (theirs or ours) which values the table's fields take together.
+    `numbers` reads from the names in use (theirs or ours) which values the table's fields take together;
+    `alone` holds sizes that are this dialect's custom, for a file without config.json that cannot tell them.
     """
 
     name: str
     sign: str
     table: Mapping[str, Row]
     numbers: Callable[[Iterable[str]], list[Numbers]] | None = None
+    alone: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Kind:
     sizes        (config.json or None, tensors under our names, what errors call the source) -> our
                  configuration; only names and shapes of the tensors are looked at
     single_file  the prefixes under which a single file of Stable Diffusion holds it
+    untold       what weights alone do not tell, if a file without config.json is refused for that (a single
+                 file of Stable Diffusion is not: there it is known)
     tokenizer    reads from the folder of the weights the tokenizer that the model holds, if it holds one
     """
 
@@ -90,6 +94,7 @@ class Kind:
     classes: frozenset[str] | set[str]
     sizes: Callable[[Mapping[str, Any] | None, Mapping[str, Tensor], str], Any]
     single_file: tuple[str, ...] = ()
+    untold: str = ""
     tokenizer: Callable[[Path], Tokenizer] | None = None
 
     def owns(self, config: Mapping[str, Any]) -> bool:

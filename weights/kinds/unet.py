@@ -198,7 +198,17 @@ def _from_shapes(tensors: Mapping[str, Tensor], where: str) -> UNetConfig:
 def _sizes(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> UNetConfig:
     """From config.json, else from shapes: heads as Stable Diffusion 1 or 2 has them, by the context's
     width."""
-    return _from_config(config, where) if config else _from_shapes(tensors, where)
+    sizes = _from_config(config, where) if config else _from_shapes(tensors, where)
+    widths = [sizes.model_channels * m for m in sizes.channel_mult]
+    if odd := [width for width in widths if width % GROUPS]:
+        raise WeightsError(f"{where}: {odd[0]} channels are not {GROUPS} equal groups of a norm, which are "
+                           f"all that is implemented here")
+    for width in [widths[level] for level in sizes.attention_levels] + widths[-1:]:
+        heads = sizes.heads(width)
+        if heads < 1 or width % heads or width // heads != (sizes.num_head_channels or width // heads):
+            raise WeightsError(f"{where}: {width} channels are not {heads} equal heads; a config.json "
+                               f"must state the attention_head_dim of these weights")
+    return sizes
 
 
 _DIALECTS = (

@@ -120,7 +120,11 @@ def _from_shapes(tensors: Mapping[str, Tensor], where: str) -> VAEConfig:
 
 def _sizes(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> VAEConfig:
     """From config.json, else from shapes: groups and the latents' scale as Stable Diffusion has them."""
-    return _from_config(config, where) if config else _from_shapes(tensors, where)
+    sizes = _from_config(config, where) if config else _from_shapes(tensors, where)
+    if odd := [sizes.ch * m for m in sizes.ch_mult if sizes.ch * m % sizes.norm_groups]:
+        raise WeightsError(f"{where}: {odd[0]} channels are not {sizes.norm_groups} equal groups; a "
+                           f"config.json must state the norm_num_groups of these weights")
+    return sizes
 
 
 KIND = Kind(

@@ -78,6 +78,8 @@ RELATIVES: dict[str, str] = {
     r"patch_embed\.(norm|backbone)\.":                "patches by more than one convolution (a hybrid)",
 }
 
+HF_EPS = {"norm_eps": 1e-12}  # of the norms, in every ViT that Hugging Face publishes; timm's is 1e-6
+
 # Option -> the values that models/vit.py implements; an absent option has the first.
 IN_HF: dict[str, tuple[Any, ...]] = {
     "model_type": ("vit",),                    # vit_mae and others share the beginning of their name
@@ -143,7 +145,7 @@ def _from_hf(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "num_heads": config.get("num_attention_heads", 12),
         "hidden_features": config.get("intermediate_size", 3072),
         "qkv_bias": config.get("qkv_bias", True),
-        "norm_eps": config.get("layer_norm_eps", 1e-12),
+        "norm_eps": config.get("layer_norm_eps", HF_EPS["norm_eps"]),
         "class_token": True, "global_pool": "token", "fc_norm": False,
     }
 
@@ -205,8 +207,8 @@ def _sizes(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], wher
     """From shapes, and from config.json what they do not tell: image size, heads, eps, pooling.
 
     Without config.json, and where timm's is silent: the patches are a square without rest, heads are 64 wide
-    (16 heads at the widths of huge, giant and gigantic), eps is 1e-6 (timm's: Hugging Face's config.json has
-    another), features are the class token, or the mean where there is none or the norm is an `fc_norm`.
+    (16 heads at the widths of huge, giant and gigantic), eps is the dialect's, features are the class token,
+    or the mean where there is none or the norm is an `fc_norm`.
     """
     seen = _from_shapes(tensors, where)
     read = _from_timm if config and "architecture" in config else _from_hf
@@ -256,11 +258,11 @@ KIND = Kind(
     ViT, ViTConfig, CONFIGS,
     (
         Dialect("timm", r"blocks\.\d+\.attn\.qkv\.", TIMM),
-        Dialect("hf", r"vit\.encoder\.layer\.", _with_a_head(HF), _numbers),
-        Dialect("hf-model", r"encoder\.layer\.\d+\.layernorm_before\.", HF, _numbers),
+        Dialect("hf", r"vit\.encoder\.layer\.", _with_a_head(HF), _numbers, HF_EPS),
+        Dialect("hf-model", r"encoder\.layer\.\d+\.layernorm_before\.", HF, _numbers, HF_EPS),
         Dialect("transformers-5", r"vit\.layers\.\d+\.layernorm_before\.", _with_a_head(TRANSFORMERS_5),
-                _numbers),
-        Dialect("transformers-5-model", r"layers\.\d+\.layernorm_before\.", TRANSFORMERS_5, _numbers),
+                _numbers, HF_EPS),
+        Dialect("transformers-5-model", r"layers\.\d+\.layernorm_before\.", TRANSFORMERS_5, _numbers, HF_EPS),
     ),
     {"vit", "vit_", "deit_", "test_vit"}, _sizes,
 )
