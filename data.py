@@ -226,7 +226,6 @@ def read_pairs(path: str | Path) -> Pairs:
         kinds = Counter(f.suffix or f.name for f in files).most_common(5)
         raise DataError(f"{path}: no image-prompt pairs. Looked for part-*.zip, part-*.json, a .jsonl or "
                         f".csv with {COLUMNS}, and images with a .txt beside or a prompt inside; found "
-                        f"{COLUMNS}, and images with a .txt beside or a prompt inside; found "
                         + (", ".join(f"{n} {kind}" for kind, n in kinds) or "no file"))
     return found.pairs(path)
 

@@ -1,69 +1,55 @@
-"""Evaluate trained runs on their test pairs.
+"""Evaluate trained runs on their test pairs, or make the paper's tables and figures by their number.
 
-    python eval.py RUN [RUN ...]
+    python eval.py RUN [RUN ...]                                   one's own runs
+    python eval.py --table 1                                       a table, on the embedded mini scenes
+    python eval.py --table all --seeds 0,1,2 --jobs 2              every table; shared runs are trained once
+    python eval.py --table 8 --data DIFFUSIONDB --weights paper    the real experiment (a GPU is wanted)
+    python eval.py --figure 9                                      easy, medium and hard pairs
 
-For each run: the mean cosine between predicted and true prompt embeddings with a 95 % bootstrap interval,
+For each RUN: the mean cosine between predicted and true prompt embeddings with a 95 % bootstrap interval,
 beside the baseline that predicts the mean training embedding for every image. Writes RUN/result.json,
 RUN/predictions/*.npy (the unit-length predicted embeddings of each split and their targets, in the order of
 RUN/predictions/rows.json) and RUN/examples.png.
+
+--table (1 heads and curriculum, 2 heads, 7 curricula, 8 ensemble and DAKL, 9 parts of the ensemble, 10 DAKL,
+11 other models; and captions, beyond the paper: what the U-Net reads) and --figure (9 difficulty, 11 the
+ensemble) train what is missing, a run for each row and seed, and go on where a former call was stopped. They
+write results/table-N.md and .json, ours beside the paper's. All other flags are train.py's and hold for every
+run, as --epochs (here 3).
+
+What a table runs and how its numbers come about is in tables/; here are one run's evaluation and the command
+line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging
+import shlex
+import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 import data
 import train
 import weights
-from reverse_sd import Run, Vocabulary, load_run, nearest, predict
+from reverse_sd import load_run, predict
+from tables.compute import compute_table, table_text, write_result
+from tables.figures import FIGURES, compute_figure_9, compute_figure_11, figure_9_text, figure_11_text
+from tables.merit import average_precision, bootstrap_interval, cosines
+from tables.pictures import examples_picture
+from tables.rows import TABLES
+from tables.runs import DECIDED, EPOCHS, SOURCES, Plan, cores, train_missing, with_phase_1
 
 log = logging.getLogger("eval")
-
-# ============================================================================================================
-# Figures of merit
-# ============================================================================================================
-
-
-def cosines(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Cosine of each row of `predicted` (n, E) with the unit row of `target` (n, E), or with the one row
-    (E,)."""
-    predicted = predicted.astype(np.float64)
-    predicted /= np.linalg.norm(predicted, axis=-1, keepdims=True)
-    return (predicted * target.astype(np.float64)).sum(-1)
-
-
-def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (n,), resampled with replacement."""
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for start in range(0, resamples, 200):
-        rows = rng.integers(len(values), size=(min(200, resamples - start), len(values)))
-        means[start : start + len(rows)] = values[rows].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean average precision over the words that occur in `truth` (n, V), pairs ranked by `scores`."""
-    precisions = []
-    for j in np.flatnonzero(truth.any(axis=0)):
-        hits = truth[np.argsort(-scores[:, j], kind="stable"), j].astype(np.float64)
-        precisions.append((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits > 0].mean())
-    return float(np.mean(precisions))
-
-
-# ============================================================================================================
-# One run
-# ============================================================================================================
 
 
 def evaluate(folder: Path, prepared: train.Prepared, device: str, seconds: float = 0.0) -> dict:
@@ -79,8 +65,8 @@ def evaluate(folder: Path, prepared: train.Prepared, device: str, seconds: float
     for split, rows in prepared.splits.items():
         samples = train.Samples(prepared, rows, run.vocabulary)
         predictions[split] = predict(run.regressor, train.input_batches(samples, device))
-        write_array(folder / "predictions" / f"{split}.npy", predictions[split][0])
-        write_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
+        train.save_array(folder / "predictions" / f"{split}.npy", predictions[split][0])
+        train.save_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
         rows_by_split[split] = [
             {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
         ]
@@ -127,95 +113,141 @@ def summary(folder: Path, result: dict) -> str:
     )
 
 
-def examples_picture(
-    path: Path,
-    run: Run,
-    prepared: train.Prepared,
-    embedding: np.ndarray,
-    probabilities: np.ndarray | None,
-    n: int = 8,
-) -> None:
-    """A row for each of `n` test images: the true prompt, the nearest training prompts, the likely words."""
-    test, train_rows = prepared.splits["test"], prepared.splits["train"]
-    train_targets = np.asarray(prepared.targets[train_rows])
-    side, width, line = 144, 980, 15
-    picked = np.random.default_rng(0).choice(len(test), size=min(n, len(test)), replace=False)
-    sheet = Image.new("RGB", (width, len(picked) * (side + 12) + 12), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for k, i in enumerate(picked):
-        y = 12 + k * (side + 12)
-        image = prepared.pairs.image(int(test[i]))
-        image.thumbnail((side, side)) if max(image.size) > side else None
-        sheet.paste(
-            image.resize((side, side * image.height // image.width), Image.Resampling.LANCZOS), (12, y)
-        )
-        cosine = float(embedding[i] @ prepared.targets[test[i]])
-        lines = [
-            ("true prompt", prepared.pairs.prompts[test[i]], "black"),
-            ("", f"cosine {cosine:.3f}", "#777777"),
-        ]
-        for rank, (j, similarity) in enumerate(nearest(embedding[i], train_targets, 3)):
-            lines.append(
-                (
-                    f"nearest {rank + 1}",
-                    f"{prepared.pairs.prompts[train_rows[j]]}  ({similarity:.2f})",
-                    "#1b4f8a",
-                )
-            )
-        if probabilities is not None:
-            lines.append(("likely words", likely_words(run.vocabulary, probabilities[i]), "#8a3b1b"))
-        for label, text, colour in lines:
-            draw.text((side + 28, y), label, "#777777", font)
-            for part in wrap(text, font, width - side - 132)[:2]:
-                draw.text((side + 112, y), part, colour, font)
-                y += line
-            y += 4
-    data.atomic_write(path, png(sheet))
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    data.atomic_write(path, buffer.getvalue())
-
-
-def likely_words(vocabulary: Vocabulary, probabilities: np.ndarray, n: int = 8) -> str:
-    """The `n` most probable words, each with its probability in per cent."""
-    return ", ".join(f"{vocabulary.words[j]} {probabilities[j]:.0%}" for j in np.argsort(-probabilities)[:n])
-
-
-def wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    """Break a text into lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
 # ============================================================================================================
 # Command line
 # ============================================================================================================
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def asked_for(given: str, known: Iterable[int | str], what: str) -> list[int | str]:
+    """ "1,2" or "all" as keys of TABLES or FIGURES, in their order."""
+    by_name = {str(key): key for key in known}
+    parts = list(by_name) if given == "all" else given.split(",")
+    if unknown := [part for part in parts if part not in by_name]:
+        raise data.DataError(
+            f"--{what} {unknown[0] or given}: no such {what} here; there are {', '.join(by_name)} and all"
+        )
+    return [key for name, key in by_name.items() if name in parts]
+
+
+def seeds_of(given: str) -> tuple[int, ...]:
+    parts = given.split(",")
+    if not all(part.isdigit() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise data.DataError(
+            f"--seeds {given}: must be different whole numbers with commas between, as 0,1,2"
+        )
+    return tuple(map(int, parts))
+
+
+def sources_of(given: str) -> dict[str, str]:
+    """ "paper", "mini" or "paper,clip=clip-l-14" as the source of each backbone."""
+    sources = dict(SOURCES["mini"])
+    for part in given.split(","):
+        backbone, _, source = part.partition("=")
+        if part in SOURCES:
+            sources |= SOURCES[part]
+        elif backbone in sources and source:
+            sources[backbone] = source
+        else:
+            raise data.DataError(
+                f"--weights {part}: must be {' or '.join(SOURCES)}, and then BACKBONE=SOURCE for "
+                f"{', '.join(sources)} that differ, with commas between"
+            )
+    return sources
+
+
+def train_fields(flags: list[str]) -> dict[str, Any]:
+    """train.py's flags as fields. Raises DataError for one that it does not know or that the rows decide."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            fields, out, resume = train.parse_args(flags)
+        except SystemExit as stop:
+            line = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+            raise data.DataError(f"{line}; see eval.py --help and train.py --help") from stop
+    decided = sorted(DECIDED & fields.keys()) + ["out"] * bool(out) + ["resume"] * bool(resume)
+    if decided:
+        name = decided[0].replace("_", "-")
+        raise data.DataError(f"--{name}: each row decides it; see --seeds and --runs in eval.py --help")
+    return fields
+
+
+def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
+    """The tables and figures asked for. Returns the exit status."""
+    tables = asked_for(args.table, TABLES, "table") if args.table else []
+    sheets = asked_for(args.figure, FIGURES, "figure") if args.figure else []
+    seeds, sources = seeds_of(args.seeds), sources_of(args.weights)
+    given = {"epochs": EPOCHS} | train_fields(flags)
+    device = train.resolve_device(args.device)
+    jobs = args.jobs or (2 if device == "cpu" and cores() > 1 else 1)
+    name = Path(args.data).resolve().name if args.data != "mini" else "mini"
+    kind = "" if args.weights == "mini" else "-" + args.weights.replace("/", "_")
+    plan = Plan(
+        args.data, sources, seeds, args.folder or Path("runs") / f"tables-{name}{kind}", jobs, device, given
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that train.py wrote")
+    runs = {("table", n): [run for row in TABLES[n].rows for run in row.runs] for n in tables}
+    runs |= {("figure", n): FIGURES[n] for n in sheets}
+    failed = train_missing(plan, [run for needed in runs.values() for run in needed])
+    for (what, n), needed in runs.items():
+        missing = [run for run, _ in failed if run in with_phase_1(needed)]
+        if missing:
+            log.error("%s %s: not written, %d of its trainings failed", what, n, len(missing))
+            continue
+        args.results.mkdir(parents=True, exist_ok=True)
+        if what == "table":
+            result = compute_table(plan, n, command)
+            write_result(args.results, f"table-{n}", result, table_text(result))
+        elif n == 9:
+            result, sheet = compute_figure_9(plan, command)
+            data.atomic_write(args.results / "figure-9.png", sheet)
+            write_result(args.results, "figure-9", result, figure_9_text(result))
+        else:
+            result = compute_figure_11(plan, command)
+            write_result(args.results, "figure-11", result, figure_11_text(result))
+    if failed:
+        raise data.DataError(f"{len(failed)} trainings failed, see above; the same command tries them again")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s RUN [RUN ...] | --table N | --figure N   [flags]",
+    )
+    parser.add_argument("--table", metavar="N", help=f"{', '.join(map(str, TABLES))}, several as 1,2, or all")
+    parser.add_argument("--figure", metavar="N", help=f"{', '.join(map(str, FIGURES))} or all")
+    parser.add_argument("--data", default="mini", help="mini or a folder, as in train.py (default: mini)")
+    parser.add_argument(
+        "--weights",
+        default="mini",
+        help="mini, paper (sd-1, vit-b-16, swin-l, clip-h-14), or either with changes, as "
+        "paper,clip=clip-l-14 (default: mini)",
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="of the runs of each row (default: 0,1,2)")
+    parser.add_argument(
+        "--runs", dest="folder", type=Path, metavar="DIR", help="the runs' folder (default: runs/tables-DATA)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="trainings at once (default: 2 on a CPU of several cores, else 1)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="(default: results)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    args = parser.parse_args(argv)
+    making = any(flag.split("=")[0] in ("--table", "--figure") for flag in argv)
+    if not making:
+        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that train.py wrote")
+    args, flags = parser.parse_known_args(argv)
+    if flags and not making:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        if making:
+            if args.jobs is not None and args.jobs < 1:
+                raise data.DataError(f"--jobs {args.jobs}: must be at least 1")
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            return make(args, flags, f"python eval.py {shlex.join(argv)}")
         device = train.resolve_device(args.device)
         for folder in args.runs:
             config = train.TrainConfig(**train.saved_fields(folder))
@@ -223,6 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     except (data.DataError, weights.WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; all that was trained is kept, and the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -412,7 +412,6 @@ def kmeans_start(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
     new, distance = chosen, torch.full((len(rows),), torch.inf)
     while True:
         distance = torch.minimum(distance, nearest_rows(rows, rows[new.to(rows.device)])[1].cpu().float())
-        distance[chosen] = 0
         if len(chosen) == k:
             return rows[chosen.to(rows.device)]
         chances = distance.clamp_min(1e-30)  # so that equal rows can be drawn where no others are left
@@ -527,9 +526,10 @@ def dakl_literal(
 
     sources (k, E): predictions on training samples, or centroids of them; source_targets (k, E): their true
     embeddings; targets: predictions in the target domain. This is the page to read, and what `Dakl` is held
-    against; it needs (k + t)^2 numbers. `centred` is the one deviation that `Dakl` makes by default.
+    against; it needs (k + t)^2 numbers. `centred` is the deviation that `Dakl` makes by default.
     """
     f = rbf(normalise_kernel(linear_kernel(torch.cat([sources, targets]).double())), gamma)  # (5) (6) (7)
+    f = f - f.mean(dim=1, keepdim=True) if centred else f
     f_s, f_t, y = f[: len(sources)], f[len(sources) :], source_targets.double()
     middle_f, middle_y = (f_s.mean(dim=0), y.mean(dim=0)) if centred else (0, 0)
     f_s, f_t, y = f_s - middle_f, f_t - middle_f, y - middle_y
@@ -559,8 +559,9 @@ class Dakl:
         F_S F_S' ~ phi_S M phi_S',  F_T F_S' ~ phi_T M phi_S',  M = sum of psi_j psi_j' over all columns j:
 
     ridge regression of the true embeddings on the predicted ones, under a metric in which directions that
-    vary much, in the target domain too, are penalised little; E + 1 unknowns in place of k. Centred, the 1
-    falls out, and all that is left of gamma is a factor (gamma e^-gamma)^2 that alpha can take up.
+    vary much, in the target domain too, are penalised little; E + 1 unknowns in place of k. Centred, M is n
+    times the covariance of all rows, the 1 falls out, and all that is left of gamma is a factor
+    (gamma e^-gamma)^2 that alpha can take up.
 
     What follows for predictions: with n columns, d = sqrt(n) gamma^2 / 2 bounds the error of a row of
     features. Let |Y| be the spectral norm of the k source targets and |f| the length of the approximate
@@ -576,10 +577,13 @@ class Dakl:
     product R R' and what it adds to predictions may be float32, up to gamma = 0.1: their rounding
     is gamma^2 and gamma times as large as it would be without the split.
 
-    Paper: features and targets are centred at their means over the sources, which is ridge regression with a
-    free intercept. F is 1 minus something of order gamma: uncentred, the constant part of F F' is gamma^-2
-    larger than what informs and eats the digits (half of float64's at gamma = 1e-4). `centred=False` follows
-    the equations to the letter. Nor does the paper state alpha: None chooses it on validation.
+    Paper: F is centred, its rows at their means over the n columns and then its columns, with the source
+    targets, at their means over the sources. The equations do not say so. But F is 1 minus something of order
+    gamma, and uncentred the constant part of F F' is some gamma^-2 times larger than what informs: it eats
+    half of float64's digits at gamma = 1e-4. That part adds n r_i r_j to F F', with the row means r = 1 -
+    O(gamma), and so frees a nearly constant function of all penalty; centring frees the constant one, which
+    changes predictions by O(gamma). `centred=False` follows the equations to the letter. Nor does the paper
+    state alpha: None chooses it on validation.
 
     After `fit`: `alpha`; `scale`, the mean of the E eigenvalues of the centred F_S F_S' in the linear limit;
     `tried`, a list of (alpha / scale, validation cosine).
@@ -635,7 +639,7 @@ class Dakl:
         y = source_targets.double()
         mean_y = y.mean(dim=0) if self.centred else torch.zeros_like(y[0])
         y = y - mean_y
-        middle, second, metric, product = self._moments(sources, y, targets)
+        middle, middle_psi, second, metric, product = self._moments(sources, y, targets)
         if self.form == "linear":
             values, vectors = torch.linalg.eigh(metric)
             root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
@@ -652,17 +656,17 @@ class Dakl:
 
         k, pool = len(sources), torch.cat([sources, targets])
         self._pool = torch.cat([_unit(part).to(self.work) for part in pool.split(self.block)])  # (n, E)
-        gram, cross, middle_r = self._products(pool, k, rows, middle, metric)
+        gram, cross, middle_r, across = self._products(pool, k, rows, middle, middle_psi, metric)
         ridge = _Ridge(gram, self.block)
         a = self._choose(lambda alpha: ridge.solve(y, alpha), lambda a: cross @ a + mean_y, truth)
         # A prediction is f (F_S' A): with W = F_S' A = psi (phi' A) + R' A it is phi (psi' W) + r W.
         self._weights = self._pool.new_empty(len(pool), y.shape[1])
         self._slope, self._bias = torch.zeros_like(product), mean_y
-        inner = (self._phi(_unit(sources)) - middle).T @ a
+        inner, outer = (self._phi(_unit(sources)) - middle).T @ a, across @ a
         for columns in _blocks(len(pool), self.block):
-            psi = self._psi(_unit(pool[columns]))
+            psi = self._psi(_unit(pool[columns])) - middle_psi
             r = self._remainder(self._pool[:k], self._pool[columns]).double().sub_(middle_r[columns])
-            w = psi @ inner + r.T @ a
+            w = psi @ inner + r.T @ a - outer
             self._slope += psi.T @ w
             self._bias = self._bias - middle_r[columns] @ w
             self._weights[columns] = w.to(self._weights)
@@ -682,53 +686,59 @@ class Dakl:
             better.append(y)
         return F.normalize(torch.cat(better), dim=-1) if unit else torch.cat(better)
 
-    def _moments(self, sources: Tensor, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is linear in F: the mean of phi_S (E + 1,), phi_S' phi_S and M (E + 1, E + 1), phi_S' Y; sets
-        `scale`. Where nothing is centred the mean is 0."""
-        k, width = sources.shape
-        middle, second, metric = y.new_zeros(width + 1), y.new_zeros(width + 1, width + 1), 0
+    def _moments(self, sources: Tensor, y: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """What is linear in F: the means of phi_S and of psi (E + 1,), phi_S' phi_S and M (E + 1, E + 1), and
+        phi_S' Y; sets `scale`. Where nothing is centred the means are 0."""
+        (k, width), n = sources.shape, len(sources) + len(targets)
+        middle, second = y.new_zeros(width + 1), y.new_zeros(width + 1, width + 1)
         product = y.new_zeros(width + 1, y.shape[1])
+        middle_psi, metric = torch.zeros_like(middle), torch.zeros_like(second)
         for part in _blocks(k, self.block):
-            x = _unit(sources[part])
-            phi, psi = self._phi(x), self._psi(x)
+            phi = self._phi(_unit(sources[part]))
             middle += phi.sum(dim=0) / k
             second += phi.T @ phi
             product += phi.T @ y[part]
-            metric = metric + psi.T @ psi
-        for part in targets.split(self.block):
-            psi = self._psi(_unit(part))
-            metric = metric + psi.T @ psi
+        for rows in (sources, targets):
+            for part in rows.split(self.block):
+                psi = self._psi(_unit(part))
+                middle_psi += psi.sum(dim=0) / n
+                metric += psi.T @ psi
         centre = second - k * torch.outer(middle, middle)
-        self.scale = float((centre * metric).sum()) / width  # the trace of phi_S M phi_S', phi centred
+        spread = metric - n * torch.outer(middle_psi, middle_psi)
+        self.scale = float((centre * spread).sum()) / width  # the trace of phi_S M phi_S', centred
         if not self.centred:
-            return torch.zeros_like(middle), second, metric, product
-        return middle, centre, metric, product - torch.outer(middle, y.sum(dim=0))
+            return torch.zeros_like(middle), torch.zeros_like(middle), second, metric, product
+        return middle, middle_psi, centre, spread, product - torch.outer(middle, y.sum(dim=0))
 
     def _products(
-        self, pool: Tensor, k: int, rows: Tensor, middle: Tensor, metric: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """F_S F_S' (k, k), lower triangle alone, F_V F_S' (v, k) for validation rows, means of R_S (n,).
+        self, pool: Tensor, k: int, rows: Tensor, middle: Tensor, middle_psi: Tensor, metric: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """F_S F_S' (k, k), lower triangle alone, F_V F_S' (v, k) for validation rows; what centres R_S by
+        columns (n,) and by rows (k,).
 
         F F' = (phi psi' + R) (phi psi' + R)' = phi M phi' + phi (R psi)' + (R psi) phi' + R R'.
         """
         n, phi = len(pool), self._phi(torch.cat([_unit(pool[:k]), rows])) - middle
         both = torch.cat([self._pool[:k], rows.to(self._pool)])  # sources, then validation rows
         gram, cross = phi.new_zeros(k, k), phi.new_zeros(len(rows), k)
-        middle_r, mixed = phi.new_zeros(n), torch.zeros_like(phi)  # mixed: R psi
+        middle_r, across = phi.new_zeros(n), phi.new_zeros(len(both))
+        mixed = torch.zeros_like(phi)  # R psi
         for columns in _blocks(n, self.block):
             r = self._remainder(both, self._pool[columns])
             if self.centred:
                 middle_r[columns] = mean = r[:k].mean(dim=0, dtype=torch.float64)
                 r -= mean
-            mixed += r.double() @ self._psi(_unit(pool[columns]))
+                across += r.sum(dim=1, dtype=torch.float64) / n
+            mixed += r.double() @ (self._psi(_unit(pool[columns])) - middle_psi)
             for part in _blocks(k, self.block):
                 gram[part, : part.stop] += r[part] @ r[: part.stop].T
             cross += r[k:] @ r[:k].T
-        left = torch.cat([phi, mixed], dim=1)
-        right = torch.cat([phi[:k] @ metric + mixed[:k], phi[:k]], dim=1).T
+        # Centring R by rows takes n across across' from R R', and nothing from R psi, as psi is centred.
+        left = torch.cat([phi, mixed, across[:, None]], dim=1)
+        right = torch.cat([phi[:k] @ metric + mixed[:k], phi[:k], -n * across[:k, None]], dim=1).T
         for part in _blocks(k, self.block):
             gram[part, : part.stop].addmm_(left[part], right[:, : part.stop])
-        return gram, cross.addmm_(left[k:], right), middle_r
+        return gram, cross.addmm_(left[k:], right), middle_r, across[:k]
 
     def _phi(self, x: Tensor) -> Tensor:
         return torch.cat([torch.ones_like(x[:, :1]), self.gamma * x], dim=1)  # (b, E + 1)

@@ -229,8 +229,8 @@ def check_curriculum(config: TrainConfig) -> None:
         wrong = "--curriculum lerac: decides the layers' rates itself; leave out --layer-decay"
     elif config.curriculum == "lerac" and not 0 < config.lerac_min_lr <= config.lr:
         wrong = f"--lerac-min-lr must be above 0 and at most --lr, {config.lr:g}"
-    elif config.curriculum == "lerac" and not 0 < config.lerac_epochs <= config.epochs:
-        wrong = f"--lerac-epochs must be above 0 and at most --epochs, {config.epochs}"
+    elif config.curriculum == "lerac" and not 0 < config.lerac_epochs < config.epochs:
+        wrong = f"--lerac-epochs must be above 0 and below --epochs, {config.epochs}, where the rate is 0"
     elif config.cbs_every is not None and config.cbs_every <= 0:
         wrong = "--cbs-every must be above 0"
     if wrong:
@@ -1186,7 +1186,7 @@ def run(given: dict[str, typing.Any], out: Path | None, resume: Path | None) -> 
 def main(argv: list[str] | None = None) -> int:
     given, out, resume = parse_args(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(given, out, resume)
     except (data.DataError, weights.WeightsError) as error:

@@ -2,6 +2,8 @@
 
     python -m mini.pretrain tokenizer        the byte-level BPE vocabulary of the text tower, CLIP's format
     python -m mini.pretrain vae              the autoencoder: 64 px pictures <-> 8 x 8 latents
+    python -m mini.pretrain vocabulary       the words of the miniature captioner, `blip-mini`, BERT's format
+    python -m mini.pretrain captioner        blip-mini itself: 64 px pictures -> prompts, to mini/blip-mini/
 
 Each part is written to mini/sd-mini/<part>/ as a diffusers folder holds it, beside a card.json with the
 command, seed, steps, time, data and quality. Training that was stopped resumes from its last checkpoint when
@@ -16,7 +18,9 @@ import json
 import logging
 import math
 import shutil
+import string
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -30,10 +34,11 @@ from tokenizers.models import BPE
 from torch import Tensor
 from tqdm import tqdm
 
+import baselines
 import weights
 from data import Preprocessing, atomic_write, image_tensor, read_pairs
 from mini import scenes
-from models import clip, vae
+from models import blip, clip, vae
 
 log = logging.getLogger("pretrain")
 FOLDER = Path(__file__).parent / "sd-mini"
@@ -272,17 +277,102 @@ def write_vae(model: vae.VAE, config: vae.VAEConfig) -> None:
     )
 
 
+# ------------------------------------------------------------------------------------------------------------
+# captioner
+# ------------------------------------------------------------------------------------------------------------
+
+
+def write_vocabulary(parts: int) -> None:
+    """Write blip-mini's words, as bert-base-uncased's vocab.txt has them, and what else its folder states.
+
+    Special tokens, [unused] ones, single characters, ## characters that go on a word, so that any English
+    text can be spelled, and whole words, the most frequent of mini prompts first. [DEC] and [ENC], BLIP's
+    own, stand behind them in no file.
+    """
+    config, folder = blip.CONFIGS["blip-mini"], baselines.BLIP_MINI
+    lower, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    prompts = [lower.normalize_str(prompt) for prompt in read_pairs(training_scenes(parts)).prompts]
+    counts = Counter(word for prompt in prompts for word, _ in split.pre_tokenize_str(prompt))
+    letters = string.digits + string.ascii_lowercase
+    tokens = [*letters, *string.punctuation, *("##" + letter for letter in letters), "picture"]
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    tokens += [word for word in ranked if word not in tokens]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    free = config.text_vocab_size - 2 - len(special) - len(tokens)
+    unused = [f"[unused{i}]" for i in range(free)]
+    tokens = (special + unused + tokens)[: config.text_vocab_size - 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "vocab.txt", "".join(f"{token}\n" for token in tokens))
+    side = config.vision_image_size
+    settings = {
+        "image_processor_type": "BlipImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    atomic_write(folder / "preprocessor_config.json", json.dumps(settings, indent=1) + "\n")
+
+
+def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: int) -> None:
+    """Train blip-mini from random values by `baselines.finetune_captioner`, and write its folder.
+
+    Beside its loss the card states what it is good for: the mean cosine between the sentence embeddings of
+    what it writes of pictures held out and of their true prompts, and that of one answer for all of them.
+    """
+    config = replace(
+        baselines.CAPTIONERS["blip-mini"], epochs=epochs, batch_size=batch_size, lr=lr, seed=seed
+    )
+    model, how = baselines.new_captioner(seed)
+    pairs = read_pairs(training_scenes(parts))
+    rows = np.arange(len(pairs))
+    splits = {"train": rows[:-HELD_OUT], "val": rows[-HELD_OUT:]}
+    folder = weights.cache_dir() / "pretrain-captioner"
+    baselines.finetune_captioner(model, how, config, pairs, splits, folder)
+    baselines.write_captioner(model, baselines.BLIP_MINI, baselines.BLIP_MINI, torch.float16)
+
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
+    held_out = pairs.subset(splits["val"])
+    model, how, _ = baselines.open_captioner("blip-mini")  # as it was written
+    written = baselines.written_prompts(model, how, config, held_out)
+    minilm = weights.load("minilm")
+    said, true = minilm.encode(written), minilm.encode(held_out.prompts)
+    mean = minilm.encode(pairs.prompts[: 10 * HELD_OUT]).mean(dim=0, keepdim=True)
+    card = {
+        "command": f"python -m mini.pretrain captioner --parts {parts} --epochs {epochs} "
+        f"--batch-size {batch_size} --lr {lr:g}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": seed,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "minutes": round(sum(batch_size / speed for speed in speeds) / 60, 1),
+        "data": f"{len(splits['train']):,} mini scenes, version {scenes.VERSION}, seed {SCENES_SEED}",
+        "val_loss": round(entries[-1]["val_loss"], 4),
+        "prompt_cosine": round(F.cosine_similarity(said, true).mean().item(), 4),
+        "mean_embedding_cosine": round(F.cosine_similarity(mean, true).mean().item(), 4),
+        "date": str(date.today()),
+    }
+    atomic_write(baselines.BLIP_MINI / "card.json", json.dumps(card, indent=1) + "\n")
+    shutil.rmtree(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mini.pretrain",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("part", choices=["tokenizer", "vae"])
+    parser.add_argument("part", choices=["tokenizer", "vae", "vocabulary", "captioner"])
     parser.add_argument("--parts", type=int, default=16, help="thousands of scenes to draw (default 16)")
     parser.add_argument(
         "--steps", type=int, default=6000, help="optimizer steps of the autoencoder (default 6000)"
     )
+    parser.add_argument("--epochs", type=int, default=12, help="of the captioner (default 12)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule (default 1e-3)")
     parser.add_argument("--further", action="store_true", help="start from the weights that are there")
@@ -292,6 +382,10 @@ def main() -> None:
     np.random.seed(args.seed)
     if args.part == "tokenizer":
         train_tokenizer(args.parts)
+    elif args.part == "vocabulary":
+        write_vocabulary(args.parts)
+    elif args.part == "captioner":
+        train_captioner(args.parts, args.epochs, args.batch_size, args.lr, args.seed)
     else:
         train_vae(args.parts, args.steps, args.batch_size, args.lr, args.seed, args.further)
 

@@ -296,10 +296,10 @@ class BLIP(nn.Module):
             running, rows = _pick(grown, kept), (rows + parent.gather(1, kept)).flatten()
             new, past = running[:, :, -1].reshape(-1, 1), [(k[rows], v[rows]) for k, v in past]
 
-            # The best that goes on is judged by its length now: once hopeless, an image stays so. One beam
-            # hopes for nothing behind its end
+            # The best that goes on is judged by its length now: once hopeless, an image stays so; with one
+            # beam from its first end on, as what goes on was less likely
             hope = scores[:, 0] / (length - start) ** length_penalty > finished_scores[:, -1]
-            hopeful = hopeful & (finished_scores[:, 0].isneginf() if beams == 1 else hope)
+            hopeful = hopeful & hope
             if not hopeful.any():
                 break
         captions = finished[:, 0]

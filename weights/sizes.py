@@ -45,12 +45,13 @@ class Unfilled(TorchFunctionMode):
     Asked for random values on meta, torch first imports its whole compiler: 150 MB, and a second.
     """
 
+    DRAWING = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_}
+
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        given = [*args, *(kwargs or {}).values()]
-        if func in (nn.init.normal_, Tensor.normal_) and given[0].is_meta:
-            return given[0]
+        if func in self.DRAWING and (drawn := [*args, *(kwargs or {}).values()][0]).is_meta:
+            return drawn
         return func(*args, **(kwargs or {}))
 
 

@@ -1,0 +1,112 @@
+"""Sheets of pictures with text: a run's examples.png, which eval.py writes, and the easy, medium and hard
+pairs of figure 9, whose numbers are in figures.py."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import train
+from reverse_sd import Run, Vocabulary, nearest
+
+CHUNKS = ("easy", "medium", "hard")
+
+
+def examples_picture(
+    path: Path,
+    run: Run,
+    prepared: train.Prepared,
+    embedding: np.ndarray,
+    probabilities: np.ndarray | None,
+    n: int = 8,
+) -> None:
+    """A row for each of `n` test images: the true prompt, the nearest training prompts, the likely words."""
+    test, train_rows = prepared.splits["test"], prepared.splits["train"]
+    train_targets = np.asarray(prepared.targets[train_rows])
+    side, width, line = 144, 980, 15
+    picked = np.random.default_rng(0).choice(len(test), size=min(n, len(test)), replace=False)
+    sheet = Image.new("RGB", (width, len(picked) * (side + 12) + 12), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for k, i in enumerate(picked):
+        y = 12 + k * (side + 12)
+        image = prepared.pairs.image(int(test[i]))
+        image.thumbnail((side, side)) if max(image.size) > side else None
+        sheet.paste(
+            image.resize((side, side * image.height // image.width), Image.Resampling.LANCZOS), (12, y)
+        )
+        cosine = float(embedding[i] @ prepared.targets[test[i]])
+        lines = [
+            ("true prompt", prepared.pairs.prompts[test[i]], "black"),
+            ("", f"cosine {cosine:.3f}", "#777777"),
+        ]
+        for rank, (j, similarity) in enumerate(nearest(embedding[i], train_targets, 3)):
+            lines.append(
+                (
+                    f"nearest {rank + 1}",
+                    f"{prepared.pairs.prompts[train_rows[j]]}  ({similarity:.2f})",
+                    "#1b4f8a",
+                )
+            )
+        if probabilities is not None:
+            lines.append(("likely words", likely_words(run.vocabulary, probabilities[i]), "#8a3b1b"))
+        for label, text, colour in lines:
+            draw.text((side + 28, y), label, "#777777", font)
+            for part in wrap(text, font, width - side - 132)[:2]:
+                draw.text((side + 112, y), part, colour, font)
+                y += line
+            y += 4
+    data.atomic_write(path, png(sheet))
+
+
+def likely_words(vocabulary: Vocabulary, probabilities: np.ndarray, n: int = 8) -> str:
+    """The `n` most probable words, each with its probability in per cent."""
+    return ", ".join(f"{vocabulary.words[j]} {probabilities[j]:.0%}" for j in np.argsort(-probabilities)[:n])
+
+
+def difficulty_sheet(
+    pairs: data.Pairs, rows: np.ndarray, score: np.ndarray, picked: Sequence[np.ndarray]
+) -> bytes:
+    """A band each for easy, medium and hard: pictures, phase 1's cosine, prompts, [undrawn words]."""
+    side, caption, gap, band = 128, 88, 8, 24
+    columns = max(map(len, picked))
+    size = (columns * (side + gap) + gap, len(picked) * (band + side + caption + gap))
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=11)
+    draw = ImageDraw.Draw(sheet)
+    for k, (name, chosen) in enumerate(zip(CHUNKS, picked, strict=True)):
+        y = k * (band + side + caption + gap)
+        draw.text((gap, y + 5), name, "black", ImageFont.load_default(size=14))
+        for column, i in enumerate(chosen):
+            x, row = gap + column * (side + gap), int(rows[i])
+            image = pairs.image(row)
+            scale = side / max(image.size)
+            shape = tuple(max(1, round(length * scale)) for length in image.size)
+            sheet.paste(image.resize(shape, Image.Resampling.LANCZOS), (x, y + band))
+            undrawn = pairs.meta[row].get("undrawn")
+            text = pairs.prompts[row] + (f" [{', '.join(undrawn)}]" if undrawn else "")
+            draw.text((x, y + band + side + 2), f"cosine {score[i]:.2f}", "#777777", font)
+            for n, line in enumerate(wrap(text, font, side)[:5]):
+                draw.text((x, y + band + side + 16 + 13 * n), line, "#1b4f8a", font)
+    return png(sheet)
+
+
+def wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,221 @@
+"""k-NN regression and BLIP as a regressor, the baselines of table 11."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsRegressor
+from transformers import BertTokenizer
+
+import baselines
+import data
+import train
+import weights
+from baselines import CaptionerConfig, knn_regression, neighbours
+from mini import pretrain
+
+# ----------------------------------------------------------------------------------------------------------
+# k-NN
+# ----------------------------------------------------------------------------------------------------------
+
+
+def rows(n: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
+
+
+def test_a_weighted_mean_worked_out_by_hand():
+    """Cosines 1, 0.6, 0: the two nearest weigh exp(1 / 0.4) and exp(0.6 / 0.4), a ratio of e."""
+    reference = np.array([[0, 5], [6, 8], [2, 0]], np.float32)  # lengths must not count
+    targets = np.eye(3, dtype=np.float32)
+    found = knn_regression(np.array([[3, 0]], np.float32), reference, targets, k=2, temperature=0.4)
+    expected = np.array([0, 1, np.e]) / np.hypot(1, np.e)
+    np.testing.assert_allclose(found[0], expected, atol=1e-6)
+    assert found.dtype == np.float32
+
+
+def test_against_scikit_learn():
+    query, reference, targets = rows(40, 16, 0), rows(300, 16, 1), rows(300, 7, 2)
+
+    def weigh(distances: np.ndarray) -> np.ndarray:  # between unit rows: d^2 = 2 - 2 cos
+        return np.exp((1 - distances**2 / 2) / 0.1)
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    theirs = KNeighborsRegressor(9, weights=weigh, algorithm="brute").fit(unit(reference), targets)
+    found = knn_regression(query, reference, targets, k=9, temperature=0.1)
+    np.testing.assert_allclose(found, unit(theirs.predict(unit(query))), atol=2e-5)
+
+
+def test_blocks_change_nothing():
+    query, reference, targets = rows(33, 8, 0), rows(100, 8, 1), rows(100, 5, 2)
+    whole, parts = (knn_regression(query, reference, targets, 7, 0.2, block=block) for block in (33, 4))
+    np.testing.assert_allclose(whole, parts, atol=1e-6)
+
+
+def test_of_equal_neighbours_the_first_rows_count():
+    reference = np.array([[0, 1], [1, 0], [1, 1], [2, 0], [3, 0], [1, 0]], np.float32)
+    cosines, found = neighbours(np.array([[1, 0]], np.float32), reference, 3)
+    assert found.tolist() == [[1, 3, 4]] and cosines.tolist() == [[1, 1, 1]]
+    assert neighbours(np.array([[1, 0]], np.float32), reference, 5)[1].tolist() == [[1, 3, 4, 5, 2]]
+
+
+def test_as_many_neighbours_as_there_are_rows_and_no_more():
+    reference = rows(4, 3, 0)
+    assert sorted(neighbours(rows(1, 3, 1), reference, 4)[1][0].tolist()) == [0, 1, 2, 3]
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k = {k}: there are 4 rows"):
+            neighbours(rows(1, 3, 1), reference, k)
+
+
+def test_chosen_neighbours_are_the_best_of_the_grid(monkeypatch: pytest.MonkeyPatch):
+    """Targets that a few neighbours tell and one, being noisy, does not."""
+    monkeypatch.setattr(baselines, "NEIGHBOURS", (1, 8, 200, 1000))
+    monkeypatch.setattr(baselines, "TEMPERATURES", (0.01, 1.0))
+    query, reference = rows(60, 4, 0), rows(400, 4, 1)
+    truth = query / np.linalg.norm(query, axis=1, keepdims=True)
+    targets = reference / np.linalg.norm(reference, axis=1, keepdims=True) + 0.5 * rows(400, 4, 2)
+    best = baselines.choose_neighbours(query, truth, reference, targets)
+    scores = {
+        (k, t): float((knn_regression(query, reference, targets, k, t) * truth).sum(1).mean())
+        for k in (1, 8, 200) for t in (0.01, 1.0)
+    }
+    assert (best["k"], best["temperature"]) == max(scores, key=scores.get) != (1, 0.01)
+    assert best["cosine"] == pytest.approx(max(scores.values()), abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# BLIP
+# ----------------------------------------------------------------------------------------------------------
+
+SHORT = CaptionerConfig("blip-mini", epochs=2, batch_size=8, lr=3e-3, max_tokens=24, checkpoint_every=3)
+
+
+@pytest.fixture(autouse=True)
+def untrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """blip-mini as it is before anybody has trained it, whatever mini/ holds."""
+    folder = tmp_path / "untrained-blip-mini"
+    folder.mkdir()
+    for name in ("vocab.txt", "preprocessor_config.json"):
+        (folder / name).write_bytes((baselines.BLIP_MINI / name).read_bytes())
+    monkeypatch.setattr(baselines, "BLIP_MINI", folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(few_scenes: Path) -> data.Pairs:
+    return data.read_pairs(few_scenes)
+
+
+SPLITS = {"train": np.arange(20), "val": np.arange(60, 66), "test": np.arange(70, 78)}
+
+
+def test_every_mini_prompt_is_words_of_the_vocabulary_and_any_english_can_be_spelled(pairs: data.Pairs):
+    model, how = baselines.new_captioner(0)
+    assert how.size == (64, 64) and how.mean == how.std == (0.5, 0.5, 0.5)
+    assert model.tokenizer.get_vocab_size() == model.config.text_vocab_size
+    ids = [model.tokenizer.token_to_id(token) for token in ("[DEC]", "[PAD]", "[SEP]")]
+    config = model.config
+    assert ids == [config.text_bos_token_id, config.text_pad_token_id, config.text_sep_token_id]
+    theirs = BertTokenizer.from_pretrained(baselines.BLIP_MINI)
+    for prompt in [*pairs.prompts, "Zebra's XYLOPHONE, 123!", "a picture of"]:
+        tokens = model.tokenizer.encode(prompt, add_special_tokens=False).tokens
+        assert tokens == theirs.tokenize(prompt) and "[UNK]" not in tokens
+        assert prompt[0] == "Z" or not any(token.startswith("##") for token in tokens)
+
+
+def test_tokens_and_labels_by_hand():
+    model, _ = baselines.new_captioner(0)
+    ids, labels = baselines.caption_tokens(model, ["a red cat", "a cat"], "a picture of ", 77)
+    words = [[model.tokenizer.id_to_token(i) for i in row] for row in ids]
+    assert words[0] == ["[DEC]", "a", "picture", "of", "a", "red", "cat", "[SEP]"]
+    assert words[1] == ["[DEC]", "a", "picture", "of", "a", "cat", "[SEP]", "[PAD]"]
+    assert labels[0].tolist() == [-100] * 4 + ids[0, 4:].tolist()
+    assert labels[1].tolist() == [-100] * 4 + ids[1, 4:7].tolist() + [-100]
+    cut, _ = baselines.caption_tokens(model, ["a red cat"], "a picture of ", 6)
+    assert cut.tolist() == [[*ids[0, :5].tolist(), ids[0, 7]]]
+
+
+def test_it_learns_and_predicts_and_the_folder_it_writes_is_a_captioner(
+    pairs: data.Pairs, cache: Path, tmp_path: Path
+):
+    """Forty steps on twenty pairs: the loss falls, and the written prompts' embeddings are the answer."""
+    torch.set_num_threads(1)
+    config = dataclasses.replace(SHORT, epochs=14)
+    found = baselines.blip_regressor(tmp_path / "run", config, pairs, SPLITS)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 42 and np.mean(losses[-3:]) < 0.6 * losses[0]
+    assert sum("val_loss" in entry for entry in log) == 14
+
+    written = json.loads((tmp_path / "run" / "predictions" / "prompts.json").read_text())
+    for split in ("val", "test"):
+        array = np.load(tmp_path / "run" / "predictions" / f"{split}.npy", allow_pickle=False)
+        np.testing.assert_array_equal(array, found[split])
+        np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, atol=1e-5)
+        np.testing.assert_allclose(array, weights.load("minilm").encode(written[split]), atol=1e-5)
+
+    again = weights.load("blip", tmp_path / "run" / "blip")
+    how = data.Preprocessing(**weights.preprocessing("blip", tmp_path / "run" / "blip"))
+    images = torch.stack([data.image_tensor(pairs.image(i), how) for i in SPLITS["test"]])
+    assert again.generate(images, max_length=24) == written["test"]
+    assert any(written["test"])
+
+
+def test_stopped_and_resumed_training_ends_alike(
+    pairs: data.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    torch.set_num_threads(1)
+
+    def tune(name: str, config: CaptionerConfig = SHORT) -> dict[str, torch.Tensor]:
+        model, how = baselines.new_captioner(0)
+        baselines.finetune_captioner(model, how, config, pairs, SPLITS, tmp_path / name)
+        return model.state_dict()
+
+    whole = tune("whole")
+    loss, calls = baselines.caption_loss, iter(range(100))
+
+    def stopping(*given: object) -> torch.Tensor:
+        if next(calls) == 5:  # after a checkpoint, an epoch's end and a step that is lost
+            raise KeyboardInterrupt
+        return loss(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "caption_loss", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            tune("stopped")
+    resumed = tune("stopped")
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+    def logged(name: str) -> list[dict]:
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+
+    assert logged("stopped") == logged("whole")
+    with pytest.raises(data.DataError, match="a captioner of other pairs or options"):
+        tune("stopped", dataclasses.replace(SHORT, lr=1e-3))
+
+
+def test_the_published_captioners_are_tuned_as_blip_was():
+    base, large = baselines.CAPTIONERS["blip-base"], baselines.CAPTIONERS["blip-large"]
+    assert (base.lr, large.lr, base.weight_decay, base.label_smoothing) == (1e-5, 2e-6, 0.05, 0.1)
+    assert base.prompt == "a picture of " and (base.epochs, base.batch_size) == (3, 64)
+
+
+def test_the_miniature_is_trained_from_random_values_and_written_as_published(
+    few_scenes: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(pretrain, "training_scenes", lambda parts: few_scenes)
+    monkeypatch.setattr(pretrain, "HELD_OUT", 20)
+    pretrain.train_captioner(parts=1, epochs=1, batch_size=32, lr=1e-3, seed=0)
+    card = json.loads((baselines.BLIP_MINI / "card.json").read_text())
+    assert -1 < card["prompt_cosine"] < 1 and card["val_loss"] > 0
+    model, how, folder = baselines.open_captioner("blip-mini")
+    assert folder == baselines.BLIP_MINI and how == baselines.new_captioner(0)[1]
+    start = baselines.new_captioner(0)[0].state_dict()
+    assert not torch.equal(start["vision_model.post_layernorm.bias"],
+                           model.state_dict()["vision_model.post_layernorm.bias"])
+    assert train.Checkpoint(weights.cache_dir() / "pretrain-captioner" / "last").load() is None

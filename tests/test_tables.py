@@ -1,0 +1,424 @@
+"""eval.py --table and --figure: numbers, what is trained and when, the paper's figures, bad input."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import ROOT, environment
+from PIL import Image
+
+import baselines
+import data
+import eval
+import train
+from tables import runs
+from tables.compute import short
+from tables.figures import undrawn_share
+from tables.merit import cosines, paired_test, rank_correlation, ranks, spearman, student_p
+from tables.methods import Member, members_of
+from tables.rows import TABLES, Row, Table
+from tables.runs import MODELS, RECORDING, SOURCES, Plan, flags_of, with_phase_1
+
+QUICK = shlex.split("--epochs 1 --batch-size 12 --val-size 12 --test-size 12 --train-blocks 0")
+
+
+class Here:
+    """In place of subprocess.Popen: train.py in this process, which need not import torch again."""
+
+    started: list[list[str]] = []
+
+    def __init__(self, command: list[str], **_: object):
+        assert command[:2] == [sys.executable, str(ROOT / "train.py")]
+        self.started.append(command[2:])
+        torch.set_num_threads(1)
+        self.returncode = train.main(command[2:])
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def terminate(self) -> None:
+        raise AssertionError("nothing runs any more")
+
+    wait = terminate
+
+
+@pytest.fixture(autouse=True)
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.subprocess, "Popen", Here)
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: None)
+    Here.started = []
+
+
+@pytest.fixture(scope="module")
+def make(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run eval.py on a few scenes; all calls share the runs."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def call(*flags: str, status: int = 0) -> Path:
+        where = ["--data", str(few_scenes), "--runs", str(folder / "runs")]
+        where += ["--results", str(folder / "results")]
+        assert eval.main([*flags, *where, "--jobs", "1", "--device", "cpu"]) == status
+        return folder
+
+    return call
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / "results" / f"{name}.json").read_text())
+
+
+# -- a table ----------------------------------------
+
+
+def test_table_2_is_what_its_runs_say_and_a_second_call_trains_nothing(make, capsys):
+    folder = make("--table", "2", "--seeds", "0,1", *QUICK)
+    assert len(Here.started) == 8
+    result = read(folder, "table-2")
+    assert [row["paper"] for row in result["rows"]] == [None, 0.6624, 0.6620, 0.6632, 0.6671]
+    assert result["seeds"] == [0, 1] and result["n_test"] == [12, 12] and result["n_train"] == [60, 60]
+    heads = [json.loads((folder / "runs" / f"{run}-seed1" / "config.json").read_text())["heads"]
+             for row in result["rows"][1:] for run in row["runs"]]
+    assert heads == [0, 1, 2, 3]
+
+    def own(run: str) -> list[dict]:
+        folders = [folder / "runs" / f"{run}-seed{seed}" for seed in (0, 1)]
+        return [json.loads((f / "result.json").read_text()) for f in folders]
+
+    expected = [r["mean_embedding_cosine"] for r in own("swin-plain")]
+    assert result["rows"][0]["per_seed"] == pytest.approx(expected)
+    for row in result["rows"][1:]:
+        expected = [r["test_cosine"] for r in own(*row["runs"])]
+        assert row["per_seed"] == pytest.approx(expected)
+        assert row["cosine"] == pytest.approx(np.mean(expected))
+        assert row["deviation_of_seeds"] == pytest.approx(np.std(expected, ddof=1))
+        low, high = row["cosine_95"]
+        assert low < row["cosine"] < high
+    (test,) = result["rows"][4]["tests"]
+    assert test["against"] == result["rows"][1]["name"] and test["n"] == 24
+    pairs = []
+    for run in ("swin-mlc", "swin-plain"):
+        arrays = [folder / "runs" / f"{run}-seed{seed}" / "predictions" for seed in (0, 1)]
+        pairs.append(np.concatenate([
+            cosines(np.load(a / "test.npy"), np.load(a / "test-targets.npy")) for a in arrays
+        ]))
+    oracle = scipy.stats.ttest_rel(*pairs)
+    assert (test["t"], test["p"]) == pytest.approx((oracle.statistic, oracle.pvalue), rel=1e-4)
+    assert test["difference"] == pytest.approx((pairs[0] - pairs[1]).mean())
+
+    text = (folder / "results" / "table-2.md").read_text()
+    assert text in capsys.readouterr().out
+    assert f"| Swin, head 3 | {short(result['rows'][4]['cosine'])} |" in text and "| .6671 |" in text
+    assert "--seeds 0,1" in text and f"torch {torch.__version__}" in text
+
+    Here.started = []
+    make("--table", "2", "--seeds", "0,1", *QUICK)
+    assert not Here.started and read(folder, "table-2") == result
+
+    # A run that stopped before its evaluation is resumed, the others are left alone.
+    (folder / "runs" / "swin-head-1-seed1" / "result.json").unlink()
+    make("--table", "2", "--seeds", "0,1", *QUICK)
+    assert [flags[0] for flags in Here.started] == ["--resume"]
+    again = read(folder, "table-2")
+    assert again["rows"] == result["rows"]
+
+    make("--table", "2", "--seeds", "0", *QUICK, "--epochs", "2", status=2)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "was trained with epochs 1, and 2 is asked for" in line
+
+
+def test_all_that_the_ensemble_needs_is_trained_once(make):
+    folder = make("--table", "1,8,9,10", "--figure", "all", "--seeds", "0", *QUICK)
+    # Of table 1's twelve runs two are table 2's, where that test has run before.
+    new = {shlex.join(flags).split("--out ")[1].split("/runs/")[1].split()[0] for flags in Here.started}
+    assert len(new) == len(Here.started) and new <= {
+        f"{b}-{r}-seed0" for b in MODELS for r in ("plain", "mlc", "mlc-cl")
+    }
+    one, eight, nine, ten = (read(folder, f"table-{n}") for n in (1, 8, 9, 10))
+
+    def of(result: dict, name: str) -> float:
+        return next(row["cosine"] for row in result["rows"] if row["name"] == name)
+
+    assert of(nine, "U-Net") == pytest.approx(of(one, "U-Net, MLC, CL"))
+    assert of(nine, "CLIP + U-Net + Swin + ViT") == of(eight, "Ensemble, MLC, CL")
+    assert of(ten, "DAKL, k = 10,000, gamma = 0.001") == of(eight, "Ensemble, MLC, CL, DAKL")
+    assert len({round(row["cosine"], 6) for row in eight["rows"]}) >= 5  # each row does something else
+    assert [row["paper"] for row in nine["rows"][5:8]] == [0.6785, 0.6887, 0.6854]
+    # Phase 1 of the curriculum is the run of the row above.
+    stated = json.loads((folder / "runs" / "vit-mlc-cl-seed0" / "config.json").read_text())
+    assert stated["difficulty"] == str(folder / "runs" / "vit-mlc-seed0")
+
+    # The same by hand.
+    unet, vit = (folder / "runs" / f"{b}-mlc-cl-seed0" / "predictions" for b in ("unet", "vit"))
+    mean = np.load(unet / "test.npy") + np.load(vit / "test.npy")
+    targets = np.load(vit / "test-targets.npy")
+    assert of(nine, "U-Net + ViT") == pytest.approx(cosines(mean, targets).mean(), abs=1e-6)
+
+    eleven = read(folder, "figure-11")["per_seed"][0]
+    assert eleven["cosines"]["ensemble"]["mean"] == pytest.approx(of(eight, "Ensemble, MLC, CL"))
+    assert sum(eleven["cosines"]["vit-mlc-cl"]["histogram"]) == 12
+
+    figure = read(folder, "figure-9")
+    for run, (entry,) in figure["runs"].items():
+        score = np.load(folder / "runs" / f"{run}-seed0" / "difficulty.npy")
+        listed = (folder / "runs" / f"{run}-seed0" / "predictions" / "rows.json").read_text()
+        rows = json.loads(listed)["train"]
+        undrawn = [undrawn_of(row["image"]) for row in rows]
+        share = [undrawn_share(row["prompt"], u) for row, u in zip(rows, undrawn, strict=True)]
+        assert entry["spearman"] == pytest.approx(-scipy.stats.spearmanr(score, share).statistic)
+        low, high = entry["spearman_95"]
+        assert low < entry["spearman"] < high
+        assert entry["cosine"]["easy"] > entry["cosine"]["medium"] > entry["cosine"]["hard"]
+    with Image.open(folder / "results" / "figure-9.png") as sheet:
+        assert sheet.width == 8 * 136 + 8
+
+
+def test_captions_are_what_the_row_says(make, tmp_path: Path):
+    model, _ = baselines.new_captioner(0)
+    blip = tmp_path / "blip"
+    baselines.write_captioner(model, blip, baselines.BLIP_MINI)
+    folder = make("--table", "captions", "--seeds", "0", "--weights", f"mini,blip={blip}", *QUICK)
+    said = {"empty": "empty", "blip": str(blip), "prompt": "prompt"}
+    for recipe, captions in said.items():
+        config = json.loads((folder / "runs" / f"unet-captions-{recipe}-seed0" / "config.json").read_text())
+        assert (config["captions"], config["heads"], config["backbone"]) == (captions, 3, "unet")
+    result = read(folder, "table-captions")
+    _, empty, *others = result["rows"]
+    assert empty["tests"] == []
+    assert [test["against"] for row in others for test in row["tests"]] == [empty["name"]] * 2
+    assert len({round(row["cosine"], 6) for row in result["rows"]}) == 4
+    text = (folder / "results" / "table-captions.md").read_text()
+    assert text.startswith("# What the U-Net reads by cross-attention\n") and "670,000" not in text
+    assert f"captions: empty, {blip}, prompt." in text
+
+
+def test_what_is_asked_for():
+    assert eval.asked_for("all", TABLES, "table") == [1, 2, 7, 8, 9, 10, 11, "captions"]
+    assert eval.asked_for("captions,9,2,9", TABLES, "table") == [2, 9, "captions"]
+
+
+def undrawn_of(where: str) -> list[str]:
+    import zipfile
+
+    archive, name = where.split("!")
+    with zipfile.ZipFile(archive) as part:
+        return json.loads(part.read(f"{Path(archive).stem}.json"))[name]["undrawn"]
+
+
+def test_a_training_that_fails_is_named_and_the_others_go_on(make, monkeypatch, capsys, tmp_path: Path):
+    class Breaks(Here):
+        def __init__(self, command: list[str], **how):
+            self.returncode = 1
+            if "vit-plain" in shlex.join(command):
+                how["stdout"].write(b"epoch 1\rerror: the disk is full\n")
+                self.started.append(command[2:])
+            else:
+                super().__init__(command, **how)
+
+    monkeypatch.setattr(runs.subprocess, "Popen", Breaks)
+    monkeypatch.setitem(
+        TABLES, 7, Table("", tuple(Row(r, (f"vit-{r}",)) for r in ("plain", "cl", "mlc")))
+    )
+    make("--table", "7", "--seeds", "3", *QUICK, status=2)
+    said = capsys.readouterr().err
+    assert "failed: vit-plain-seed3: the disk is full (all it said: " in said
+    assert "failed: vit-cl-seed3: needs vit-plain-seed3" in said and "vit-mlc-seed3: test cosine" in said
+    assert said.strip().splitlines()[-1].startswith("error: 2 trainings failed")
+    assert len(Here.started) == 2
+
+
+# -- what is told to train.py ----------------------------------------
+
+
+def plan(tmp_path: Path, **given: object) -> Plan:
+    sources = dict(SOURCES["mini"])
+    return Plan("mini", sources, (0,), tmp_path, 1, "cpu", given)
+
+
+def test_flags_reach_the_runs_that_they_mean_something_to(tmp_path: Path):
+    p = plan(tmp_path, chunks="thresholds", cbs_every=2.0, image_size=32, lr=0.5)
+    plain, cl, cbs, unet = (p.fields(run, 4) for run in ("vit-plain", "vit-mlc-cl", "vit-cbs", "unet-mlc"))
+    assert plain == {"lr": 0.5, "backbone": "vit", "data": "mini", "weights": "vit-mini", "seed": 4,
+                     "device": "cpu", "heads": 0, "record_difficulty": True}
+    assert cl["chunks"] == "thresholds" and cl["difficulty"] == str(tmp_path / "vit-mlc-seed4")
+    assert cbs["cbs_every"] == 2.0 and "chunks" not in cbs and "image_size" not in cbs
+    assert unet["image_size"] == 32 and unet["heads"] == 3 and unet["record_difficulty"]
+    parsed, out, resume = train.parse_args(flags_of(cl))
+    assert parsed == cl and out is resume is None
+
+
+def test_phase_1_comes_first_and_once():
+    assert with_phase_1(["vit-mlc-cl", "vit-cl", "vit-mlc", "vit-plain"]) == [
+        "vit-mlc", "vit-mlc-cl", "vit-plain", "vit-cl"
+    ]
+    every = {run for table in TABLES.values() for row in table.rows for run in row.runs}
+    assert {run for run in every if with_phase_1([run])[0] != run} == {
+        run for run in every if run.endswith("cl")
+    }
+    assert {with_phase_1([run])[0] for run in every if run.endswith("cl")} <= RECORDING
+
+
+def test_sources():
+    paper = eval.sources_of("paper,clip=clip-l-14")
+    assert paper == SOURCES["paper"] | {"clip": "clip-l-14"} and paper["swin"] == "swin-l"
+    assert eval.sources_of("mini")["unet"] == "sd-mini"
+
+
+# -- the paper's figures ----------------------------------------
+
+
+def test_the_papers_figures():
+    def of(number: int, name: str) -> float:
+        return next(row.paper for row in TABLES[number].rows if row.name == name)
+
+    assert [row.paper for row in TABLES[1].rows] == [
+        0.6725, 0.6739, 0.6750, 0.6130, 0.6455, 0.6497, 0.6624, 0.6671, 0.6671, 0.6526, 0.6539, 0.6550
+    ]
+    assert [row.paper for row in TABLES[7].rows] == [0.6526, 0.6525, 0.6254, 0.6544]
+    assert [row.paper for row in TABLES[8].rows[:3]] == [0.6879, 0.6900, 0.6917]
+    assert len(TABLES[9].rows) == 15
+    assert of(9, "CLIP + Swin") == 0.6887 and of(9, "U-Net + ViT") == 0.6732
+    assert of(9, "CLIP + Swin + ViT") == 0.6901 and of(9, "U-Net + Swin + ViT") == 0.6820
+    assert of(10, "DAKL, k = 5,000, gamma = 0.001") == 0.6905
+    assert of(10, "DAKL, k = 10,000, gamma = 0.1") == 0.6878
+    assert of(11, "BLIP") == 0.5129 and of(11, "CLIP + k-NN") == 0.6189
+    assert [row.paper for row in TABLES["captions"].rows] == [None] * 3
+    for table in TABLES.values():
+        names = [row.name for row in table.rows]
+        assert len(set(names)) == len(names)
+        assert all(other in names for row in table.rows for other in row.against)
+
+
+# -- figures of merit ----------------------------------------
+
+
+@pytest.mark.parametrize("df", [1, 2, 9, 100, 2999, 89_999])
+def test_students_p(df: int):
+    for t in (0.0, 0.3, 1.96, -4.0, 8.0):
+        assert student_p(t, df) == pytest.approx(2 * scipy.stats.t.sf(abs(t), df), rel=1e-4)
+
+
+def test_the_paired_test():
+    rng = np.random.default_rng(0)
+    other = [rng.normal(size=n) for n in (40, 50)]
+    ours = [o + rng.normal(0.1, 0.5, len(o)) for o in other]
+    found = paired_test(ours, other)
+    oracle = scipy.stats.ttest_rel(np.concatenate(ours), np.concatenate(other))
+    assert (found["t"], found["p"]) == pytest.approx((oracle.statistic, oracle.pvalue), rel=1e-4)
+    assert found["per_seed"] == pytest.approx([(a - b).mean() for a, b in zip(ours, other, strict=True)])
+    assert found["difference_95"] == pytest.approx(
+        oracle.confidence_interval(0.95)[:], abs=0.02
+    ) and found["n"] == 90
+    same = paired_test(other, other)
+    assert same["difference"] == 0 and same["p"] == pytest.approx(1)
+
+
+def test_spearman_with_ties():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, 200), rng.normal(size=200)
+    assert ranks(a) == pytest.approx(scipy.stats.rankdata(a))
+    assert spearman(a, a + b) == pytest.approx(scipy.stats.spearmanr(a, a + b).statistic)
+    assert math.isnan(spearman(np.zeros(9), b[:9]))
+    assert rank_correlation(np.zeros(9), b[:9]) == {"spearman": None, "spearman_95": None}
+
+
+def test_undrawn_share():
+    assert undrawn_share("a pair of purple ghosts, mist", ["a pair of", "mist"]) == pytest.approx(4 / 6)
+    assert undrawn_share("a car", []) == 0
+
+
+def test_numbers_are_written_as_the_paper_writes_them():
+    assert [short(x) for x in (0.6544, -0.01, 1.0, None)] == [".6544", "-.0100", "1.0000", ""]
+    assert [short(x, True) for x in (0.00123, -0.5)] == ["+.0012", "-.5000"]
+
+
+# -- bad input ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--table", "3"], "no such table here; there are 1, 2, 7, 8, 9, 10, 11, captions and all"),
+        (["--table", "2,x"], "--table x"),
+        (["--figure", "5"], "--figure 5"),
+        (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),
+        (["--table", "2", "--seeds", "1,1"], "--seeds 1,1"),
+        (["--table", "2", "--seed", "1"], "--seed: each row decides it"),
+        (["--table", "2", "--out", "x"], "--out: each row decides it"),
+        (["--table", "2", "--weights", "large"], "--weights large"),
+        (["--table", "2", "--jobs", "0"], "--jobs 0"),
+        (["--table", "2", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--table", "2", "--epochs", "many"], "invalid int value: 'many'"),
+        (["--table", "2", "--data", "nowhere"], "nowhere"),
+        (["nowhere"], "nowhere: not a run of train.py"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list[str], said: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert eval.main(flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], lines
+    assert not (tmp_path / "results").exists()
+
+
+def test_runs_of_other_pairs_are_not_mixed(make, tmp_path: Path):
+    folder = make("--table", "2", "--seeds", "0", *QUICK)
+    p = Plan("mini", {}, (0,), folder / "runs", 1, "cpu", {})
+    other = Member(folder / "runs" / "swin-plain-seed0")
+    other.targets = lambda split: np.zeros((12, 384), np.float32)
+    with pytest.raises(data.DataError, match="are not those of"):
+        members_of(p, ["swin-mlc"], 0, other)
+
+
+# -- the real thing ----------------------------------------
+
+
+def eval_py(few_scenes: Path, folder: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "eval.py"), "--data", str(few_scenes), "--jobs", "2", *flags]
+    return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_table_7_goes_on_after_it_was_stopped(how, few_scenes: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.undo()
+    flags = shlex.split("--table 7 --seeds 0 --epochs 2 --batch-size 12 --val-size 12 --test-size 12")
+    first = eval_py(few_scenes, tmp_path, *flags)
+    runs = tmp_path / "runs" / f"tables-{few_scenes.name}"
+    while not (runs / "vit-plain-seed0" / "log.jsonl").exists():
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
+    os.kill(first.pid, how)
+    first.wait()
+    second = eval_py(few_scenes, tmp_path, *flags)
+    said = second.communicate()[1]
+    assert second.returncode == 0, said
+    result = json.loads((tmp_path / "results" / "table-7.json").read_text())
+    assert [row["paper"] for row in result["rows"][1:]] == [0.6526, 0.6525, 0.6254, 0.6544]
+    for run in ("vit-plain", "vit-cl", "vit-lerac", "vit-cbs"):
+        steps = [json.loads(line) for line in (runs / f"{run}-seed0" / "log.jsonl").read_text().splitlines()]
+        assert [e["step"] for e in steps if "loss" in e] == list(range(1, 11)), run
+    third = eval_py(few_scenes, tmp_path, *flags)
+    assert third.communicate()[1].count("test cosine") == 0
+    assert json.loads((tmp_path / "results" / "table-7.json").read_text()) == result
+
+
+@pytest.mark.slow
+def test_table_11_with_knn_and_blip(make):
+    folder = make("--table", "11", "--seeds", "0", *QUICK)
+    rows = {row["name"]: row for row in read(folder, "table-11")["rows"]}
+    predictions = np.load(folder / "runs" / "blip-seed0" / "predictions" / "test.npy")
+    targets = np.load(folder / "runs" / "clip-plain-seed0" / "predictions" / "test-targets.npy")
+    assert rows["BLIP"]["cosine"] == pytest.approx(cosines(predictions, targets).mean())
+    assert rows["CLIP + k-NN"]["chose"][0]["k"] in (1, 2, 5, 10, 20, 50)
+    assert rows["CLIP pretrained + k-NN"]["cosine"] != rows["CLIP + k-NN"]["cosine"]
