@@ -93,7 +93,7 @@ def test_nothing_banned(path: Path):
     assert not re.findall(banned, text, re.MULTILINE)
 
 
-# Beside tests and benchmarks. Tables are made of train.py's runs; baselines.py trains a captioner by its steps.
+# Beside tests and benchmarks: tables are made of runs of train.py, and baselines.py trains by its steps.
 MAY_IMPORT = {
     "train": ("eval.py", "baselines.py", "tables/*.py"),
     "eval": ("train.py",),

@@ -23,6 +23,7 @@ import train
 import weights
 from mini import scenes
 from models import blip
+from tables.merit import average_precision, bootstrap_interval
 
 
 def losses(run: Path) -> list[float]:
@@ -466,7 +467,7 @@ def test_every_epoch_is_another_shuffle_of_all_samples():
 
 def test_the_bootstrap_interval_is_that_of_a_mean():
     values = np.random.default_rng(1).normal(0.5, 0.2, 400)
-    low, high = eval.bootstrap_interval(values)
+    low, high = bootstrap_interval(values)
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
@@ -474,9 +475,9 @@ def test_the_bootstrap_interval_is_that_of_a_mean():
 
 def test_average_precision_of_a_perfect_and_of_a_known_ranking():
     truth = np.array([[1, 0], [0, 1], [1, 0]], bool)
-    assert eval.average_precision(truth.astype(float), truth) == 1
+    assert average_precision(truth.astype(float), truth) == 1
     scores = np.array([[3.0, 3.0], [2.0, 1.0], [1.0, 2.0]])  # word 0: ranks 1 and 3; word 1: rank 3
-    assert eval.average_precision(scores, truth) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 3) / 2)
+    assert average_precision(scores, truth) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 3) / 2)
 
 
 # -- real pairs ----------------------------------------

@@ -179,6 +179,7 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
         ("swin-mini", "swin", "the miniature Swin Transformer"),
         ("swinv2-mini", "swin", "the miniature Swin Transformer V2"),
         ("clip-mini", "clip-vision", "the image half of the miniature CLIP"),
+        ("blip-mini", "blip", "the miniature captioner"),
     )),
 )}
 

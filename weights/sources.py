@@ -105,7 +105,10 @@ def initialised(kind: str, entry: Entry) -> nn.Module:
     log.warning("%s: the %s is NOT TRAINED: initialised with seed 0", entry.name, kind)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        return sizes.build(kind, KINDS[kind].configs[entry.name])
+        model = sizes.build(kind, KINDS[kind].configs[entry.name])
+    if KINDS[kind].tokenizer:
+        model.tokenizer = KINDS[kind].tokenizer(entry.folder)
+    return model
 
 
 @dataclass(frozen=True)
@@ -301,7 +304,8 @@ def part_folder(kind: str, root: Path) -> Path:
 
 def holds(kind: str, root: Path) -> bool:
     """Whether the folder has weights of that kind, without looking into them."""
-    return weights_file(root / FOLDERS.get(kind, kind)) is not None
+    inside = root / FOLDERS.get(kind, kind)
+    return weights_file(inside if inside.is_dir() else root) is not None
 
 
 def resolve(source: str | os.PathLike, part: str | None = None) -> Path:
