@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+import weights
 from baselines import UNLABELLED, caption_loss
 from models.blip import BLIP, CONFIGS, BLIPConfig
 from tests.parity import assert_parity, assert_same_shapes, parameters, randomise
@@ -392,6 +393,20 @@ def test_an_older_file_holds_some_tensors_twice() -> None:
     again = from_home("blip", home(older), "hf")
     assert all(torch.equal(older[name], tensor) for name, tensor in again.items())
     assert home(again).keys() == parameters(ours).keys()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_head_that_is_no_copy_is_refused(name: str, vocabulary: Path) -> None:
+    _, theirs = pair()
+    head = f"text_decoder.cls.predictions.decoder.{name}"
+    older = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
+    (vocabulary / "config.json").write_text(json.dumps({"model_type": "blip"} | halves(TINY)))
+    save_file(older, vocabulary / "model.safetensors")
+    weights.load("blip", vocabulary)
+    older[head][-1] += 1e-3
+    save_file(older, vocabulary / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"{head} differs from text_decoder"):
+        weights.load("blip", vocabulary)
 
 
 @pytest.mark.parametrize(("half", "change", "problem"), [

@@ -78,6 +78,7 @@ def load(
     load_strict(
         model, found.tensors, ignore=ignore, source=found.where, spell=found.spell, values=found.values
     )
+    found.check_copies(KINDS[kind].copies)
     if KINDS[kind].tokenizer:
         model.tokenizer = KINDS[kind].tokenizer(found.folder)
     return model.to(device).eval()
@@ -134,6 +135,17 @@ class Checkpoint:
             if any(name in wanted for name in dialects.our_names(self.rows, theirs))
         }
         return dialects.homeward(self.rows, values(needed))
+
+    def check_copies(self, copies: Mapping[str, str]) -> None:
+        """Raise WeightsError where a tensor that is dropped as a copy of ours has other values."""
+        for name, ours in copies.items():
+            if name in self.stored and not torch.equal(
+                dict(values({name: self.stored[name]}))[name], dict(self.values({ours}))[ours]
+            ):
+                raise WeightsError(
+                    f"{self.where}: {name} differs from {self.spell(ours)}; here both are one parameter, and "
+                    f"of a model that was trained with the two apart one would be lost"
+                )
 
 
 def read(kind: str, source: str | os.PathLike) -> Checkpoint:

@@ -22,6 +22,11 @@ HF: dict[str, Row] = {
     "text_decoder.cls.predictions.decoder.bias":       None,  # `predictions.bias` once more
 }
 
+COPIES = {
+    "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
+    "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
+}
+
 # Option -> the values that models/blip.py implements.
 IN_CONFIG: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),            # at the top and in both halves
@@ -181,5 +186,5 @@ def _word_pieces(path: Path) -> Tokenizer:
 
 KIND = Kind(
     BLIP, BLIPConfig, CONFIGS, (Dialect("hf", r"text_decoder\.", HF),), {"blip"}, _sizes,
-    tokenizer=load_tokenizer,
+    tokenizer=load_tokenizer, copies=COPIES,
 )

@@ -85,6 +85,7 @@ class Kind:
     untold       what weights alone do not tell, if a file without config.json is refused for that (a single
                  file of Stable Diffusion is not: there it is known)
     tokenizer    reads from the folder of the weights the tokenizer that the model holds, if it holds one
+    copies       what a file may hold twice: the name that is dropped -> ours, whose values it must have
     """
 
     model: type[nn.Module]
@@ -96,6 +97,7 @@ class Kind:
     single_file: tuple[str, ...] = ()
     untold: str = ""
     tokenizer: Callable[[Path], Tokenizer] | None = None
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def owns(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json says that it describes this kind."""
