@@ -16,6 +16,7 @@ from weights.registry import ENTRIES
 FULL = [name for name, entry in ENTRIES.items() if entry.files and loading.cases(name)]
 MINIATURES = [name for name, entry in ENTRIES.items() if entry.folder]
 ROOM = 1.2  # of the time that reading the file takes, and of its size
+MORE = 0.06  # seconds, whatever the size: names, modules, a tokenizer. They count in files below 300 MB
 
 
 @pytest.mark.slow
@@ -29,8 +30,8 @@ def test_loads_as_fast_as_it_reads_and_in_one_copy(entry: str, tmp_path: Path) -
     assert [case for case, result in results.items() if not result.same] == []
     peaks = {case: result.peak / result.size for case, result in results.items()}
     assert {case: peak for case, peak in peaks.items() if peak >= ROOM} == {}
-    ratios = {case: result.ratio for case, result in results.items()}
-    assert {case: ratio for case, ratio in ratios.items() if ratio >= ROOM} == {}
+    late = {case: result.load - ROOM * result.read for case, result in results.items()}
+    assert {case: seconds for case, seconds in late.items() if seconds >= MORE} == {}
     assert not list(tmp_path.iterdir())
 
 
