@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_each_stage_holds_its_chunks_alone_and_all_of_them():
         steps = math.ceil(len(pool) / size)
         passes = [np.concatenate(batches[s : s + steps]) for s in range(first, end - steps + 1, steps)]
         assert all(sorted(order) == sorted(pool) for order in passes)
-        assert any((a != b).any() for a, b in zip(passes, passes[1:], strict=False))
+        assert any((a != b).any() for a, b in pairwise(passes))
         assert set(np.concatenate(batches[first:end])) == set(pool)
 
 
