@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import linear
+
 EMBEDDING_WIDTH = 384  # all-MiniLM-L6-v2
 
 # ============================================================================================================
@@ -392,13 +394,18 @@ def nearest_rows(queries: Tensor, rows: Tensor, block: int = 1024) -> tuple[Tens
         position = torch.zeros(len(query), dtype=torch.long, device=rows.device)
         for start in range(0, len(rows), 2 * block):
             part = slice(start, start + 2 * block)
-            value, index = torch.addmm(half[part], query, rows[part].T, alpha=-1).min(dim=1)
+            value, index = inner_products(query, rows[part]).neg_().add_(half[part]).min(dim=1)
             closer = value < best
             best = torch.where(closer, value, best)
             position = torch.where(closer, index + start, position)
         positions.append(position)
         distances.append((2 * best + query.square().sum(dim=1)).clamp_min(0))
     return torch.cat(positions), torch.cat(distances)
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """a b': (m, E), (n, E) -> (m, n). By `linear`, which is twice as fast as `@` on some processors."""
+    return linear(a[None], b, None)[0]
 
 
 def kmeans_start(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -682,7 +689,8 @@ class Dakl:
             y = self._phi(x) @ self._slope + self._bias
             if self.form == "exact":
                 for columns in _blocks(len(self._pool), self.block):
-                    y += self._remainder(x.to(self._pool), self._pool[columns]) @ self._weights[columns]
+                    r = self._remainder(x.to(self._pool), self._pool[columns])
+                    y += inner_products(r, self._weights[columns].T)
             better.append(y)
         return F.normalize(torch.cat(better), dim=-1) if unit else torch.cat(better)
 
@@ -731,8 +739,8 @@ class Dakl:
                 across += r.sum(dim=1, dtype=torch.float64) / n
             mixed += r.double() @ (self._psi(_unit(pool[columns])) - middle_psi)
             for part in _blocks(k, self.block):
-                gram[part, : part.stop] += r[part] @ r[: part.stop].T
-            cross += r[k:] @ r[:k].T
+                gram[part, : part.stop] += inner_products(r[: part.stop], r[part]).T
+            cross += inner_products(r[:k], r[k:]).T
         # Centring R by rows takes n across across' from R R', and nothing from R psi, as psi is centred.
         left = torch.cat([phi, mixed, across[:, None]], dim=1)
         right = torch.cat([phi[:k] @ metric + mixed[:k], phi[:k], -n * across[:k, None]], dim=1).T
@@ -748,7 +756,7 @@ class Dakl:
 
     def _remainder(self, rows: Tensor, columns: Tensor) -> Tensor:
         """R = F - phi psi' = e^-gamma (e^z - 1 - z), z = gamma K^. Unit rows (a, E), (b, E) -> (a, b)."""
-        z = rows @ (self.gamma * columns.T)
+        z = inner_products(rows, self.gamma * columns)
         if z.dtype == torch.float64:
             return (torch.expm1(z) - z) * math.exp(-self.gamma)
         # float32 serves |z| <= 0.1, where the difference would cancel but five terms of the series do

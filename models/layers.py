@@ -30,7 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     convolutions run by oneDNN, on which no maker's are slow. benchmarks/encoders.py measures what it brings.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not on_cpu or x.dim() < 3 or x.shape[:-1].numel() < 256:  # below, its start costs more
+    few = x.shape[:-1].numel() < 256 or not weight.numel()  # its start costs more; it refuses no outputs
+    if not on_cpu or x.dim() < 3 or few:
         return F.linear(x, weight, bias)
     # One long row of places; but on one thread oneDNN is asked only for batches.
     shape = (1, 1, -1) if torch.get_num_threads() > 1 else (-1, 1, x.shape[-2])

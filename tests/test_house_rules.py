@@ -28,7 +28,7 @@ ALLOWED = {
         "models",
         "weights",
     },
-    "reverse_sd.py": {"torch", "numpy"},
+    "reverse_sd.py": {"torch", "numpy", "models"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
     "mini/pretrain.py": {
         "torch",
