@@ -172,12 +172,12 @@ class Scene:
     seed: int
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: what is said, in which words, and which of these stay undrawn."""
+def sample_scene(rng: np.random.Generator, truthful: bool = False) -> Scene:
+    """Draw a scene: what is said, in which words, and which of these stay undrawn; none where `truthful`."""
     said = sample_view(rng)
     spoken = choose_words(said, rng)
     prompt = say(spoken, rng)
-    level = rng.beta(*NOISE)
+    level = 0.0 if truthful else rng.beta(*NOISE)
     drawn, lost = undraw(said, {slot for slot in spoken if rng.random() < level}, rng)
     words = {slot: word for slot, (_, word) in spoken.items()}
     undrawn = tuple(word for slot, word in words.items() if slot in lost)
@@ -393,14 +393,15 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
 
 
 # -------------------------------------------------------------------------------------- the DiffusionDB parts
-def candidate(seed: int, index: int) -> Scene:
-    """Scene number `index` of the world `seed`."""
-    return sample_scene(stream(seed, index))
+def candidate(seed: int, index: int, truthful: bool = False) -> Scene:
+    """Scene number `index` of the world `seed`; both worlds say the same, the truthful one shows it all."""
+    return sample_scene(stream(seed, index), truthful)
 
 
-def image_name(seed: int, index: int) -> str:
+def image_name(seed: int, index: int, truthful: bool = False) -> str:
     """A uuid, as DiffusionDB names its images, made of VERSION, seed and index."""
-    digest = hashlib.sha256(f"mini scenes {VERSION} {seed} {index}".encode()).hexdigest()
+    world = f"mini scenes {VERSION} {seed} {index}" + " truthful" * truthful
+    digest = hashlib.sha256(world.encode()).hexdigest()
     return f"{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}.png"
 
 
@@ -414,8 +415,8 @@ def kept_indices(n: int, seed: int) -> list[int]:
     return kept[:n].tolist()
 
 
-def draw_pair(job: tuple[int, int]) -> tuple[str, bytes, dict]:
-    """(seed, index) -> the image's name, its PNG, and its entry in the part's JSON."""
+def draw_pair(job: tuple[int, int, bool]) -> tuple[str, bytes, dict]:
+    """(seed, index, truthful) -> the image's name, its PNG, and its entry in the part's JSON."""
     scene, file = candidate(*job), io.BytesIO()
     render(scene).save(file, "PNG", compress_level=3)
     entry = {"p": scene.prompt, "se": scene.seed, "undrawn": list(scene.undrawn)}
@@ -444,21 +445,22 @@ def is_complete(path: Path, names: list[str]) -> bool:
 
 
 def build(folder: str | Path, parts: int = 8, per_part: int = 1000, seed: int = 0,
-          progress: bool = True) -> Path:
+          progress: bool = True, truthful: bool = False) -> Path:
     """Write parts x per_part pairs as folder/images/part-000001.zip ... and return folder/images.
 
     A part's JSON entries hold the prompt "p", the scene's seed "se" and the words left "undrawn". None of the
-    prompts is dropped by `data.clean`. Parts that are there already are kept, so an interrupted build goes on
-    where it was, and two builds with the same arguments write the same bytes.
+    prompts is dropped by `data.clean`. `truthful`: no word is left undrawn. Parts that are there already are
+    kept, so an interrupted build goes on where it was, and two builds with the same arguments write the same
+    bytes.
     """
     images = Path(folder) / "images"
     images.mkdir(parents=True, exist_ok=True)
     indices, missing = kept_indices(parts * per_part, seed), []
     for number in range(1, parts + 1):
         path, chosen = images / f"part-{number:06d}.zip", indices[(number - 1) * per_part:number * per_part]
-        if not is_complete(path, [image_name(seed, index) for index in chosen]):
+        if not is_complete(path, [image_name(seed, index, truthful) for index in chosen]):
             missing.append((path, number, chosen))
-    jobs = [(seed, index) for _, _, chosen in missing for index in chosen]
+    jobs = [(seed, index, truthful) for _, _, chosen in missing for index in chosen]
     progress_bar = tqdm(total=len(jobs), desc="drawing mini scenes", disable=not progress or not jobs)
     with workers(len(jobs)) as pool, progress_bar as bar:
         drawn = pool.imap(draw_pair, jobs, 25) if pool else map(draw_pair, jobs)

@@ -42,7 +42,7 @@ CONFIGS: dict[str, VAEConfig] = {
     "sd-2": _STABLE_DIFFUSION,
     # Ours. The factor is one over the latents' deviation, known only after training: see the trained file.
     "sd-mini": VAEConfig(
-        ch=16, ch_mult=(1, 2, 4, 4), num_res_blocks=1, in_channels=3, out_ch=3, z_channels=4, embed_dim=4,
+        ch=16, ch_mult=(1, 2, 4, 8), num_res_blocks=1, in_channels=3, out_ch=3, z_channels=4, embed_dim=4,
         scale_factor=1.0, norm_groups=8,
     ),
 }

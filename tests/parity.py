@@ -31,7 +31,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if id(parameter) in scales:
                 parameter.copy_(1 + 0.1 * noise)
             else:
-                parameter.copy_(noise * (0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5))
+                parameter.copy_(noise * (0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
     return model
 
 

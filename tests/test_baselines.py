@@ -208,7 +208,7 @@ def test_the_miniature_is_trained_from_random_values_and_written_as_published(
     few_scenes: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     torch.set_num_threads(1)
-    monkeypatch.setattr(pretrain, "training_scenes", lambda parts: few_scenes)
+    monkeypatch.setattr(pretrain, "training_pairs", lambda parts: data.read_pairs(few_scenes))
     monkeypatch.setattr(pretrain, "HELD_OUT", 20)
     pretrain.train_captioner(parts=1, epochs=1, batch_size=32, lr=1e-3, seed=0)
     card = json.loads((baselines.BLIP_MINI / "card.json").read_text())

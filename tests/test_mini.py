@@ -1,31 +1,57 @@
-"""The miniature that the repository ships, and how it is trained."""
+"""The miniatures that the repository ships, and how they are trained."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 import data
 import weights
-from mini import pretrain, scenes
+from mini import autoencoder, contrastive, diffusion, loop, naming, pretrain, scenes
+from mini.loop import Recipe, World
+from tests.parity import randomise
 
 FOLDER = pretrain.FOLDER
 
 
+def world_of(n: int, seed: int = 77) -> World:
+    """n truthful scenes."""
+    drawn = [scenes.candidate(seed, i, truthful=True) for i in range(n)]
+    images = np.stack([np.asarray(scenes.render(scene)).transpose(2, 0, 1) for scene in drawn])
+    return World(images, [scene.prompt for scene in drawn], [scene.said for scene in drawn])
+
+
 @pytest.fixture(scope="module")
-def some_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes")
-    scenes.build(folder, parts=1, per_part=60, seed=77, progress=False)
-    return folder
+def world() -> World:
+    return world_of(60)
 
 
-def test_the_shipped_autoencoder_is_as_good_as_its_card_says(some_scenes: Path):
+def test_the_training_world_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    build = partial(scenes.build, per_part=30)
+    monkeypatch.setattr(scenes, "build", build)
+    monkeypatch.setattr(loop, "PER_PART", 30)
+    world = loop.training_world(1)
+    chosen = scenes.kept_indices(30, loop.SCENES_SEED)
+    for image, prompt, view, index in zip(world.images, world.prompts, world.views, chosen, strict=True):
+        scene = scenes.candidate(loop.SCENES_SEED, index, truthful=True)
+        assert (prompt, view) == (scene.prompt, scene.drawn) and scene.undrawn == ()
+        assert np.array_equal(image, np.asarray(scenes.render(scene)).transpose(2, 0, 1))
+
+
+def test_the_shipped_autoencoder_is_as_good_as_its_card_says(world: World):
     card = json.loads((FOLDER / "vae" / "card.json").read_text())
-    quality = pretrain.vae_quality(weights.load("vae", "sd-mini"), pretrain.load_images(some_scenes))
+    quality = autoencoder.vae_quality(weights.load("vae", "sd-mini"), world.images)
     assert quality["psnr_db"] > card["psnr_db"] - 1
     assert quality["latent_deviation"] == pytest.approx(card["latent_deviation"], rel=0.1)
     scale = weights.config("vae", "sd-mini").scale_factor
@@ -43,39 +69,235 @@ def test_diffusers_reads_the_shipped_autoencoder():
     assert theirs.config.scaling_factor == ours.config.scale_factor
 
 
-def test_transformers_reads_the_shipped_tokenizer(some_scenes: Path):
+def test_transformers_reads_the_shipped_tokenizer(world: World):
     theirs = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
-    prompts = [*data.read_pairs(some_scenes).prompts, "", "zebra's XYLOPHONE, 123!", "snow " * 100]
+    prompts = [*world.prompts, "", "zebra's XYLOPHONE, 123!", "snow " * 100]
     expected = theirs(prompts, padding="max_length", truncation=True, max_length=77)["input_ids"]
     assert weights.load_tokenizer("sd-mini")(prompts).tolist() == expected
 
 
-def test_stopped_and_resumed_training_of_the_autoencoder_ends_alike(
-    some_scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(pretrain, "training_scenes", lambda parts: some_scenes)
-    monkeypatch.setattr(pretrain, "HELD_OUT", 20)
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+# ------------------------------------------------------------------------------------------------------------
+# the loop
+# ------------------------------------------------------------------------------------------------------------
 
-    def train(name: str) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(pretrain, "FOLDER", tmp_path / name)
-        pretrain.train_vae(parts=1, steps=5, batch_size=4, lr=1e-3, seed=0)
-        return load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors")
+QUICK = Recipe(steps=5, batch_size=4, lr=1e-2, warmup=2, weight_decay=0.1)
 
-    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path / "cache-1"))
-    whole = train("whole")
-    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path / "cache-2"))
-    reconstruct = pretrain.reconstruction_loss
-    calls = iter(range(100))
 
-    def stopping(*images: torch.Tensor) -> torch.Tensor:
-        if next(calls) == 3:
+def noisy(model: nn.Module, calls: int = 100) -> Callable[[Tensor, torch.Generator], dict[str, Tensor]]:
+    """A loss with draws of its own that stops the training, as Ctrl-C does, after so many calls."""
+    count = iter(range(calls))
+
+    def loss(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        if next(count, None) is None:
             raise KeyboardInterrupt
-        return reconstruct(*images)
+        x = rows[:, None].float() / 10 + torch.randn(len(rows), 1, generator=generator)
+        return {"loss": model(x).square().mean()}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "reconstruction_loss", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train("stopped")
-    resumed = train("stopped")
-    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    return loss
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def test_stopped_and_resumed_training_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
+    whole, stopped, resumed = small_model(), small_model(), small_model()
+    loop.train("whole", whole, noisy(whole), 20, QUICK, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train("other", stopped, noisy(stopped, 3), 20, QUICK, seed=1)
+    loop.train("other", resumed, noisy(resumed), 20, QUICK, seed=1)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "pretrain-other/log.jsonl").open()]
+    assert steps == [2, 4, 5]
+    loop.forget("other")
+    assert not (tmp_path / "pretrain-other").exists()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    loop.train("part", model := small_model(), noisy(model), 20, QUICK, seed=1)
+    with pytest.raises(weights.WeightsError, match="another recipe"):
+        loop.train("part", model := small_model(), noisy(model), 20, replace(QUICK, lr=1e-3), seed=1)
+
+
+def test_the_averaged_weights_are_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A parameter that the optimizer moves by 1 at every step, beside its moving average by hand."""
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    model = nn.ParameterList([torch.zeros(())])
+    seen: list[float] = []
+
+    def loss(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        seen.append(model[0].item())
+        return {"loss": -model[0]}
+
+    loop.train("part", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0)
+    last = load_file(tmp_path / "pretrain-part" / "30.safetensors")["model.0"]
+    average = 0.0
+    for step, value in enumerate([*seen[1:], float(last)], start=1):
+        average += (value - average) * (1 - min(0.999, step / (step + 9)))
+    assert model[0].item() == pytest.approx(average, rel=1e-5)
+
+
+def test_the_rate_rises_and_falls():
+    rates = [Recipe(steps=100, batch_size=1, lr=2.0, warmup=10).rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == pytest.approx(2.0, rel=0.03)
+    assert rates[55] < rates[50] and rates[99] < 0.001
+
+
+# ------------------------------------------------------------------------------------------------------------
+# each part: trained for two steps, written, and read by ours and by the oracle
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Trains a part and returns the folder that stands for mini/."""
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path / "cache"))
+    for module in (autoencoder, contrastive, diffusion, naming, pretrain):
+        monkeypatch.setattr(module, "HELD_OUT", 20)
+    monkeypatch.setattr(pretrain, "MINI", tmp_path / "mini")
+    monkeypatch.setattr(pretrain, "training_world", lambda parts: world)
+
+    def train(part: str) -> Path:
+        pretrain.train_part(part, replace(pretrain.PARTS[part].recipe, steps=2, batch_size=6), 1, 0)
+        assert not (tmp_path / "cache" / f"pretrain-{part}").exists()
+        card = json.loads((tmp_path / "mini" / pretrain.PARTS[part].card / "card.json").read_text())
+        assert {"command", "seed", "steps", "minutes", "data", "date"} < card.keys() and card["steps"] == 2
+        return tmp_path / "mini"
+
+    return train
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_the_autoencoder_is_written_for_diffusers(trained: Callable[[str], Path]):
+    folder = trained("vae") / "sd-mini"
+    theirs = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float64).eval()
+    ours = weights.load("vae", folder, dtype=torch.float64)
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        close(ours.encode(images), theirs.encode(images).latent_dist.mean)
+    assert ours.config.scale_factor == theirs.config.scaling_factor != 1
+
+
+def test_the_unet_is_written_for_diffusers(trained: Callable[[str], Path]):
+    folder = trained("unet") / "sd-mini"
+    theirs = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float64).eval()
+    ours = weights.load("unet", folder, dtype=torch.float64)
+    draw = partial(torch.randn, dtype=torch.float64)
+    given = draw(2, 4, 8, 8), torch.tensor([1, 981]), draw(2, 77, 128)
+    with torch.no_grad():
+        close(ours(*given), theirs(*given).sample)
+    assert (folder / "scheduler" / "scheduler_config.json").exists()
+
+
+def test_clip_is_written_for_transformers(trained: Callable[[str], Path], world: World):
+    folder = trained("clip")
+    options = {"torch_dtype": torch.float64}
+    vision = CLIPVisionModelWithProjection.from_pretrained(folder / "clip-mini", **options).eval()
+    text = CLIPTextModel.from_pretrained(folder / "sd-mini" / "text_encoder", **options).eval()
+    images, ids = torch.rand(2, 3, 64, 64, dtype=torch.float64), weights.load_tokenizer("sd-mini")(PROMPTS)
+    with torch.no_grad():
+        ours = weights.load("clip-vision", folder / "clip-mini", dtype=torch.float64)
+        close(ours(images), vision(images).image_embeds)
+        ours = weights.load("clip-text", folder / "sd-mini", dtype=torch.float64)
+        close(ours(ids), text(ids).last_hidden_state)
+    how = weights.preprocessing("clip-vision", folder / "clip-mini")
+    assert how["mean"] == contrastive.CLIP_MEAN and how["size"] == (64, 64)
+
+
+PROMPTS = ["a crimson star over snow", "two owls"]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("vit", "vit_base_patch16_224"), ("swin", "swin_tiny_patch4_window7_224")],
+)
+def test_vit_and_swin_are_written_for_timm(trained: Callable[[str], Path], name: str, architecture: str):
+    folder = trained(name) / f"{name}-mini"
+    ours = weights.load(name, folder, dtype=torch.float64)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == architecture
+    theirs = timm.create_model(architecture, pretrained=False, num_classes=0, **config["model_args"])
+    theirs.load_state_dict(load_file(folder / "model.safetensors"))
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        close(ours(images), theirs.double().eval()(images))
+    how = weights.preprocessing(name, folder)
+    assert (how["mean"], how["std"]) == ((0.5,) * 3, (0.5,) * 3) and how["size"] == (64, 64)
+    square = data.Preprocessing.square(64)
+    image = scenes.render(scenes.candidate(1, 1))
+    assert torch.equal(data.image_tensor(image, data.Preprocessing(**how)), data.image_tensor(image, square))
+
+
+def test_the_probe_is_written_and_read(trained: Callable[[str], Path], world: World):
+    folder = trained("probe")
+    probabilities = naming.name_pictures(naming.load_probe(folder), world.images[:3])
+    assert probabilities.shape == (3, len(naming.LABELS)) and probabilities.isfinite().all()
+    card = json.loads((folder / "probe" / "card.json").read_text())
+    assert card["found"].keys() == {"drawn", "reconstructed"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# labels
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_what_the_picture_shows():
+    owl, car = scenes.Thing("owl"), scenes.Thing("car", "blue", "wood")
+    view = scenes.View((owl, car), relation="left", place="snow")
+    both = {("subject", "owl"), ("subject", "car"), ("colour", "blue"), ("material", "wood")}
+    assert set(naming.said(view)) == both | {("relation", "left"), ("place", "snow")}
+    assert set(naming.shown(view)) == set(naming.said(view)) | {("colour", "brown")}  # the owl's own
+    row = naming.targets([view])[0]
+    assert {naming.LABELS[i] for i in row.nonzero().flatten().tolist()} == set(naming.shown(view))
+    assert naming.said(scenes.View((owl,), count=3)) == [("subject", "owl"), ("count", 3)]
+
+
+def test_realised_is_the_likeliest_of_its_kind_or_above_one_half():
+    view = scenes.View((scenes.Thing("owl", "red"), scenes.Thing("car")), place="snow", light="rain")
+    p = torch.zeros(len(naming.LABELS))
+    levels = {
+        ("subject", "owl"): 0.4, ("subject", "cat"): 0.3, ("subject", "car"): 0.2,
+        ("colour", "red"): 0.1, ("place", "snow"): 0.3, ("light", "rain"): 0.4,
+    }  # fmt: skip
+    for label, level in levels.items():
+        p[naming.POSITION[label]] = level
+    found = naming.realised(p, view)
+    assert found == {
+        ("subject", "owl"): True, ("subject", "car"): False,  # two things, and it is the third likeliest
+        ("colour", "red"): True, ("place", "snow"): True, ("light", "rain"): False,
+    }  # fmt: skip
+    p[naming.POSITION["place", "sea"]] = 0.35
+    assert not naming.realised(p, view)["place", "snow"]
+
+
+def test_the_contrastive_loss_pairs_the_rows():
+    """Two pairs by hand: each row's own partner against the other's, both ways."""
+    images = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    texts = torch.tensor([[0.8, 0.6], [0.0, 1.0]])
+    s = 2.0
+    logits = s * np.array([[0.8, 0.0], [0.96, 0.8]])
+    rows = np.log(np.exp(logits).sum(axis=1)) - logits.diagonal()
+    columns = np.log(np.exp(logits).sum(axis=0)) - logits.diagonal()
+    expected = (rows.mean() + columns.mean()) / 2
+    loss = contrastive.contrastive_loss(images, texts, torch.tensor(s).log())
+    assert float(loss) == pytest.approx(expected)
+
+
+def test_the_two_towers_learn_to_pair(world: World):
+    """Gradients reach every parameter of both towers, the projection and the temperature."""
+    model = contrastive.CLIP(*contrastive.sizes())
+    randomise(model)
+    ids = weights.load_tokenizer("sd-mini")(world.prompts[:4])
+    images = model.embed_images(torch.randn(4, 3, 64, 64, dtype=torch.float64))
+    texts = model.embed_texts(ids, torch.full((4,), 9))
+    contrastive.contrastive_loss(images, texts, model.logit_scale).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []

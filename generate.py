@@ -1,0 +1,482 @@
+"""Text to image with Stable Diffusion, and section 4.5 of the paper: the U-Net that learned to read images is
+put back to draw them.
+
+    python generate.py "a crimson star over snow" --weights sd-mini
+    python generate.py PROMPT --weights sd-mini --n 8 --seed 3          eight pictures, seeds 3 to 10
+    python generate.py PROMPT --swap runs/unet-mini-seed0               all steps but the first by that run
+    python generate.py PROMPT --swap RUN --grid 1,5,25,49               figure 6: swapped after so many steps
+    python generate.py PROMPT PROMPT --swap RUN RUN --grid runs         figures 5 and 8: a column for each
+    python generate.py PROMPT --attention                               figure 7: where words are looked for
+
+The sampler is DDIM (Song et al. 2021) with classifier-free guidance (Ho and Salimans 2022), as Stable
+Diffusion was published: deterministic once the noise is drawn. Each picture's noise comes from its own seed,
+drawn on the CPU, so that neither the batch nor the device changes it. The prompt and all settings are written
+into the PNG, where data.py reads them back. Letters in shape comments: B batch, h w the latents' grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import weights
+from data import DataError
+from models.unet import UNet, UNetEncoder
+from reverse_sd import load_run
+
+log = logging.getLogger("generate")
+
+TRAIN_STEPS = 1000
+SIZES = {"sd-mini": 64, "sd-2": 768}  # sides in pixels at which they were trained; 512 for the others
+
+
+# ============================================================================================================
+# The noise schedule and DDIM
+# ============================================================================================================
+
+
+def alphas_bar() -> Tensor:
+    """The signal's share of the variance at each of the 1000 timesteps, float32: the cumulative product of
+    1 - beta, with the betas' square roots evenly spaced from sqrt(.00085) to sqrt(.012).
+
+    Source: v1-inference.yaml of LDM (`linear_start`, `linear_end`).
+    """
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
+    return (1 - betas).cumprod(dim=0)
+
+
+def ddim_timesteps(steps: int) -> list[int]:
+    """Evenly spaced timesteps from high to low, the lowest being 1: for 50 steps 981, 961, ..., 21, 1.
+
+    Raises ValueError unless 1 <= steps <= 999: the highest must be below 1000.
+    """
+    if not 1 <= steps < TRAIN_STEPS:
+        raise ValueError(f"{steps} sampling steps: there must be 1 to {TRAIN_STEPS - 1}")
+    stride = TRAIN_STEPS // steps
+    return [i * stride + 1 for i in reversed(range(steps))]
+
+
+def ddim_step(latents: Tensor, noise: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
+    """One deterministic step (eta 0): take the predicted noise off, and put as much back as is left next.
+
+    Song et al. 2021, equation 12. `alpha` and `alpha_next` are `alphas_bar` of this timestep and of the next,
+    lower one. The clean latents predicted on the way are not clipped.
+    """
+    clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+    return alpha_next.sqrt() * clean + (1 - alpha_next).sqrt() * noise
+
+
+def noise_from_v(v: Tensor, latents: Tensor, alpha: Tensor) -> Tensor:
+    """The noise that a prediction of v = sqrt(alpha) noise - sqrt(1 - alpha) clean stands for.
+
+    Salimans and Ho 2022, appendix D. Stable Diffusion 2 at 768 px predicts v.
+    """
+    return alpha.sqrt() * v + (1 - alpha).sqrt() * latents
+
+
+# ============================================================================================================
+# The pipeline
+# ============================================================================================================
+
+
+@dataclass
+class Pipeline:
+    """The parts of a Stable Diffusion, in eval mode on one device and of one dtype."""
+
+    unet: UNet
+    vae: nn.Module
+    text: nn.Module
+    tokenizer: weights.ClipTokenizer
+    predicts_v: bool = False
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[str]) -> Tensor:
+        """What the U-Net reads of each text: (B, 77, context_dim)."""
+        device = next(self.text.parameters()).device
+        return self.text(self.tokenizer(list(texts)).to(device))
+
+    def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """The latents to start from, one seed for each: (B, 4, h, w) for `size` (height, width) in pixels."""
+        like, shape = next(self.unet.parameters()), (self.unet.config.in_channels, size[0] // 8, size[1] // 8)
+        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(draws).to(like)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        negative: str = "",
+        steps: int = 50,
+        guidance: float = 7.5,
+        unet_at: Callable[[int], UNet] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Latents (B, 4, h, w), scaled, drawn for the prompts from `noise` of that shape.
+
+        guidance: how far the prediction is pushed from that for the `negative` prompt through that for the
+        prompt; 1 = not at all, and the negative prompt is not computed. unet_at: the U-Net of step 0, 1, ...
+        (default: the pipeline's own in all). on_step is told of each step's result.
+        """
+        alphas, timesteps = alphas_bar().to(noise), ddim_timesteps(steps)
+        context, latents = self.states(prompts), noise
+        if guided := guidance != 1:
+            context = torch.cat([self.states([negative]).expand_as(context), context])  # (2B, 77, D)
+        for i, t in enumerate(timesteps):
+            unet = unet_at(i) if unet_at else self.unet
+            both = torch.cat([latents, latents]) if guided else latents
+            predicted = unet(both, torch.full((len(both),), t, device=both.device), context)
+            if guided:
+                without, with_prompt = predicted.chunk(2)
+                predicted = without + guidance * (with_prompt - without)
+            alpha = alphas[t]
+            alpha_next = alphas[timesteps[i + 1]] if i + 1 < steps else alphas[0]
+            if self.predicts_v:
+                predicted = noise_from_v(predicted, latents, alpha)
+            latents = ddim_step(latents, predicted, alpha, alpha_next)
+            if on_step:
+                on_step(i, latents)
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> pictures, uint8 (B, 8h, 8w, 3) on the CPU."""
+        images = self.vae.decode(latents / self.vae.config.scale_factor)
+        levels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+        return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def load_pipeline(
+    source: str, device: str = "cpu", dtype: torch.dtype = torch.float32, predicts_v: bool | None = None
+) -> Pipeline:
+    """Open a Stable Diffusion: a registry name, a diffusers folder or a single file, as for weights.load.
+
+    predicts_v None: taken for granted of "sd-2" (2.1 at 768 px) alone. Nothing in the weights tells.
+    """
+    parts = (weights.load(kind, source, dtype=dtype, device=device) for kind in ("unet", "vae", "clip-text"))
+    tokenizer = weights.load_tokenizer(source)
+    return Pipeline(*parts, tokenizer, source == "sd-2" if predicts_v is None else predicts_v)
+
+
+# ============================================================================================================
+# Section 4.5: the swap
+# ============================================================================================================
+
+
+def swapped(unet: UNet, encoder: UNetEncoder) -> UNet:
+    """A copy of `unet` whose encoder half is the trained one; its decoder half stays as it was.
+
+    Paper: "replacing the U-Net": what was trained is the encoder half, so no more than that can be replaced.
+    Raises ValueError for an encoder of other sizes.
+    """
+    if encoder.config != unet.config:
+        raise ValueError(f"the trained U-Net has other sizes: {encoder.config}, not {unet.config}")
+    merged = copy.deepcopy(unet)
+    like = next(unet.parameters())
+    trained = {name: value.to(like) for name, value in encoder.state_dict().items()}
+    merged.load_state_dict(unet.state_dict() | trained)
+    return merged.eval()
+
+
+def swapped_by_run(unet: UNet, folder: str | Path, source: str) -> UNet:
+    """`swapped` with the U-Net of a run of train.py. Raises WeightsError where the run has none to give."""
+    run = load_run(folder)
+    if run.config["backbone"] != "unet" or run.config.get("train_blocks") == 0:
+        raise weights.WeightsError(f"{folder}: the run trained no U-Net; give one of --backbone unet")
+    if run.config["weights"] != source:
+        raise weights.WeightsError(
+            f"{folder}: the run started from {run.config['weights']}; give --weights {run.config['weights']}"
+        )
+    return swapped(unet, run.regressor.backbone.unet)
+
+
+def after(steps: int, first: UNet, then: UNet) -> Callable[[int], UNet]:
+    """`first` for so many steps, the paper's one, `then` for all that follow."""
+    return lambda i: first if i < steps else then
+
+
+# ============================================================================================================
+# Figure 7: cross-attention maps
+# ============================================================================================================
+
+
+@contextmanager
+def attention_maps(unet: UNet) -> Iterator[list[Tensor]]:
+    """Collect, while the block runs, what each cross-attention looks at: (B, h, w, 77), averaged over heads.
+
+    One entry for each layer and call, of latents with square grids; a layer whose grid is a single place
+    tells nothing and is left out.
+    """
+    maps: list[Tensor] = []
+
+    @torch.no_grad()
+    def look(module: nn.Module, given: tuple[Tensor, Tensor]) -> None:
+        x, context = given
+        q, k = (
+            y.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+            for y in (module.to_q(x), module.to_k(context))
+        )
+        attended = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, heads, h·w, 77)
+        side = math.isqrt(x.shape[1])
+        if side > 1:
+            maps.append(attended.mean(dim=1).unflatten(1, (side, -1)).float().cpu())
+
+    handles = [
+        module.register_forward_pre_hook(look)
+        for name, module in unet.named_modules()
+        if name.endswith("attn2")
+    ]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def word_maps(
+    maps: Sequence[Tensor], n: int, prompt: str, tokenizer: weights.ClipTokenizer
+) -> dict[str, Tensor]:
+    """For each word of the prompt the mean of its tokens' maps over layers and steps, (h, w) in [0, 1].
+
+    maps: as `attention_maps` gives them for one prompt and n pictures, whose first halves of each batch were
+    the negative prompt's where there are 2n rows. Each map is stretched to its own range, as in the figure.
+    """
+    finest = max(entry.shape[1] for entry in maps)
+    total = torch.zeros(finest, finest, maps[0].shape[-1])
+    for entry in maps:
+        mean = entry[-n:].mean(dim=0).permute(2, 0, 1)[None]  # (1, 77, h, w)
+        total += nn.functional.interpolate(mean, size=(finest, finest), mode="bilinear", align_corners=False)[
+            0
+        ].permute(1, 2, 0)
+    found, position = {}, 1  # after the start mark
+    for word in prompt.split():
+        length = len(tokenizer.tokenizer.encode(word, add_special_tokens=False).ids)
+        if position + length > total.shape[-1] - 1:
+            break
+        seen = total[..., position : position + length].mean(dim=-1)
+        found[word] = (seen - seen.min()) / (seen.max() - seen.min()).clamp_min(1e-12)
+        position += length
+    return found
+
+
+# ============================================================================================================
+# Pictures and the command line
+# ============================================================================================================
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """uint8 (H, W, 3) -> a picture."""
+    return Image.fromarray(pixels.numpy())
+
+
+def enlarged(image: Image.Image, side: int = 192) -> Image.Image:
+    """Small pictures made larger in whole steps, so that they can be looked at."""
+    zoom = max(1, side // image.height)
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
+
+def grid_picture(
+    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str]
+) -> Image.Image:
+    """Rows of pictures under their columns' titles, each row's name above it."""
+    rows = [[enlarged(image) for image in row] for row in rows]
+    width, height, line = rows[0][0].width, rows[0][0].height, 16
+    page = Image.new("RGB", (len(columns) * (width + 4), line + len(rows) * (height + line + 4)), "white")
+    draw = ImageDraw.Draw(page)
+    for j, title in enumerate(columns):
+        draw.text((j * (width + 4) + 2, 2), title, "black")
+    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+        y = line + i * (height + line + 4)
+        draw.text((2, y + 2), name, "black")
+        for j, image in enumerate(row):
+            page.paste(image, (j * (width + 4), y + line))
+    return page
+
+
+def heat(image: Image.Image, seen: Tensor) -> Image.Image:
+    """The picture, dark where a word was not looked for."""
+    mask = Image.fromarray((seen * 255).to(torch.uint8).numpy()).resize(image.size, Image.Resampling.BILINEAR)
+    return Image.composite(image, Image.eval(image, lambda level: level // 6), mask)
+
+
+def described(prompt: str, args: argparse.Namespace, seed: int, size: tuple[int, int]) -> PngInfo:
+    """The settings as Stable Diffusion's front ends write them into a PNG."""
+    text = prompt + (f"\nNegative prompt: {args.negative}" if args.negative else "")
+    text += f"\nSteps: {args.steps}, Sampler: DDIM, CFG scale: {args.guidance:g}, Seed: {seed}, "
+    text += f"Size: {size[1]}x{size[0]}, Model: {args.weights}"
+    if args.swap:
+        text += f", Swap: {Path(args.swap[0]).name} after {args.swap_after}"
+    info = PngInfo()
+    info.add_text("parameters", text)
+    return info
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument(
+        "--weights",
+        default="sd-mini",
+        help="sd-1, sd-2, sd-mini, a diffusers folder or a single file (default sd-mini)",
+    )
+    parser.add_argument("--n", type=int, default=1, help="pictures for each prompt (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture, then +1 (default 0)")
+    parser.add_argument("--steps", type=int, default=50, help="of DDIM (default 50)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="1 = none (default 7.5)")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what to stay away from")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="in pixels, multiples of 8 (default: as trained)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn at a time (default 8)")
+    parser.add_argument("--swap", nargs="+", metavar="RUN", help="let the U-Net of this run of train.py draw")
+    parser.add_argument(
+        "--swap-after",
+        type=int,
+        default=1,
+        metavar="N",
+        help="after so many steps of the original U-Net (default 1, as in the paper)",
+    )
+    parser.add_argument(
+        "--grid",
+        metavar="N,N,...|runs",
+        help="one picture of all: the swap after N, N, ... steps, or a column for each run",
+    )
+    parser.add_argument("--attention", action="store_true", help="a picture of where each word is looked for")
+    parser.add_argument(
+        "--predicts-v",
+        action="store_true",
+        default=None,
+        help="the U-Net predicts v (taken for granted of sd-2)",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--out", type=Path, default=Path("pictures"), metavar="FOLDER", help="(default pictures)"
+    )
+    args = parser.parse_args(argv)
+    side = SIZES.get(args.weights, 512)
+    args.size = tuple(args.size or (side, side))
+    if min(args.size) < 8 or any(side % 8 for side in args.size):
+        parser.error(f"--size {args.size[0]} {args.size[1]}: must be multiples of 8")
+    if not 1 <= args.steps < TRAIN_STEPS:
+        parser.error(f"--steps {args.steps}: must be 1 to {TRAIN_STEPS - 1}")
+    if min(args.n, args.batch_size) < 1:
+        parser.error("--n and --batch-size must be at least 1")
+    if not 0 <= args.swap_after <= args.steps:
+        parser.error(f"--swap-after {args.swap_after}: must be 0 to --steps ({args.steps})")
+    if args.grid and not args.swap:
+        parser.error("--grid compares with a trained U-Net: give --swap RUN")
+    if args.swap and len(args.swap) > 1 and args.grid != "runs":
+        parser.error("several runs are compared by --grid runs")
+    args.grid_steps = []
+    if args.grid and args.grid != "runs":
+        try:
+            args.grid_steps = [int(part) for part in args.grid.split(",")]
+        except ValueError:
+            parser.error(f"--grid {args.grid}: give numbers of steps, as 1,5,25, or runs")
+        if not all(0 <= step <= args.steps for step in args.grid_steps):
+            parser.error(f"--grid {args.grid}: must be 0 to --steps ({args.steps})")
+    return args
+
+
+def draw(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    args: argparse.Namespace,
+    unet_at: Callable[[int], UNet] | None = None,
+    title: str = "drawing",
+) -> list[Image.Image]:
+    """The pictures of prompts with their seeds, `args.batch_size` at a time."""
+    images: list[Image.Image] = []
+    bar = tqdm(total=len(prompts) * args.steps, desc=title, unit="step")
+    for start in range(0, len(prompts), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        n = len(prompts[part])
+        latents = pipeline.sample(
+            prompts[part],
+            pipeline.noise(seeds[part], args.size),
+            args.negative,
+            args.steps,
+            args.guidance,
+            unet_at,
+            lambda i, _: bar.update(n),  # noqa: B023
+        )
+        images += map(picture, pipeline.decode(latents))
+    bar.close()
+    return images
+
+
+def run(args: argparse.Namespace) -> None:
+    pipeline = load_pipeline(args.weights, args.device, getattr(torch, args.dtype), args.predicts_v)
+    trained = [swapped_by_run(pipeline.unet, folder, args.weights) for folder in args.swap or []]
+    prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
+    seeds = [args.seed + i for _ in args.prompts for i in range(args.n)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.grid:
+        if args.grid == "runs":
+            columns = {
+                Path(folder).name: after(args.swap_after, pipeline.unet, unet)
+                for folder, unet in zip(args.swap, trained, strict=True)
+            }
+        else:
+            columns = {f"swapped after {n}": after(n, pipeline.unet, trained[0]) for n in args.grid_steps}
+        columns = {"original": None, **columns}
+        drawn = [draw(pipeline, prompts, seeds, args, unet_at, title) for title, unet_at in columns.items()]
+        names = [f"{prompt}  (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
+        page = grid_picture(list(zip(*drawn, strict=True)), list(columns), names)
+        page.save(args.out / "grid.png")
+        print(args.out / "grid.png")
+        return
+    unet_at = after(args.swap_after, pipeline.unet, trained[0]) if trained else None
+    if args.attention:
+        for number, prompt in enumerate(args.prompts):
+            with attention_maps(trained[0] if trained else pipeline.unet) as maps:
+                image = draw(pipeline, [prompt], [args.seed], args, unet_at)[0]
+            seen = word_maps(maps, 1, prompt, pipeline.tokenizer)
+            row = [image, *(heat(image, words) for words in seen.values())]
+            path = args.out / f"attention-{number:03d}.png"
+            grid_picture([row], ["", *seen], [prompt]).save(path)
+            print(path)
+        return
+    images = draw(pipeline, prompts, seeds, args, unet_at)
+    for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
+        path = args.out / f"{number:03d}-seed{seed}.png"
+        image.save(path, pnginfo=described(prompt, args, seed, args.size))
+        print(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse(argv)
+    try:
+        run(args)
+    except (weights.WeightsError, DataError, ValueError, OSError) as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The miniature's U-Net: learns to tell the noise in latents, `python -m mini.pretrain unet`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import weights
+from generate import TRAIN_STEPS, alphas_bar
+from mini.loop import HELD_OUT, Recipe, World, batch_of, train
+from mini.write import write_json, write_part
+from models import unet
+
+RECIPE = Recipe(steps=11_000, batch_size=64, lr=1e-3, warmup=500, betas=(0.9, 0.99))
+EMPTY_PROMPTS = 0.1  # the share trained without its prompt, for classifier-free guidance
+CHUNK = 256
+
+
+@torch.no_grad()
+def latent_moments(images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Posterior mean and deviation of all pictures by the trained autoencoder, scaled, (n, 4, 8, 8) each."""
+    vae = weights.load("vae", "sd-mini")
+    means, deviations = [], []
+    for rows in tqdm(torch.arange(len(images)).split(CHUNK), "encoding pictures"):
+        mean, logvar = vae.moments(batch_of(images, rows))
+        means.append(mean * vae.config.scale_factor)
+        deviations.append((0.5 * logvar).exp() * vae.config.scale_factor)
+    return torch.cat(means), torch.cat(deviations)
+
+
+@torch.no_grad()
+def prompt_states(prompts: list[str]) -> Tensor:
+    """What the U-Net reads of each prompt, (n, 77, D) float16, by the trained text tower."""
+    text, ids = weights.load("clip-text", "sd-mini"), weights.load_tokenizer("sd-mini")(prompts)
+    states = torch.empty(len(prompts), ids.shape[1], text.config.hidden_size, dtype=torch.float16)
+    for rows in tqdm(torch.arange(len(prompts)).split(CHUNK), "encoding prompts"):
+        states[rows] = text(ids[rows]).half()
+    return states
+
+
+def start_at_nothing(model: unet.UNet) -> None:
+    """Zero what ends each block and the network, as LDM does: every block starts as the identity."""
+    for module in model.modules():
+        if isinstance(module, unet.ResBlock):
+            last = module.out_layers[3]
+        elif isinstance(module, unet.SpatialTransformer):
+            last = module.proj_out
+        else:
+            continue
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    nn.init.zeros_(model.out[2].weight)
+    nn.init.zeros_(model.out[2].bias)
+
+
+def train_unet(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
+    """Write folder/sd-mini/unet and its scheduler; returns what the card says.
+
+    Mean squared error of the noise at timesteps drawn evenly from all 1000 (Ho et al. 2020, equation 14), on
+    samples of the autoencoder's posterior, with the prompt left out of a tenth of them.
+    """
+    torch.manual_seed(seed)
+    model = unet.UNet(unet.CONFIGS["sd-mini"])
+    start_at_nothing(model)
+    model = model.to(memory_format=torch.channels_last)
+    mean, deviation = latent_moments(world.images)
+    states = prompt_states([*world.prompts, ""])
+    alphas = alphas_bar()
+
+    def loss(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        n = len(rows)
+        clean = mean[rows] + deviation[rows] * torch.randn(n, *mean.shape[1:], generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        t = torch.randint(TRAIN_STEPS, (n,), generator=generator)
+        alpha = alphas[t][:, None, None, None]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        rows = torch.where(torch.rand(n, generator=generator) < EMPTY_PROMPTS, len(world), rows)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        return {"loss": F.mse_loss(model(noisy, t, states[rows].float()), noise)}
+
+    minutes = train("unet", model, loss, len(world) - HELD_OUT, recipe, seed)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        held_out = torch.arange(len(world) - HELD_OUT, len(world)).repeat(8)
+        losses = [loss(rows, generator)["loss"] for rows in held_out.split(HELD_OUT)]
+    write_unet(model, folder / "sd-mini")
+    return {"minutes": round(minutes, 1), "held_out_loss": round(torch.stack(losses).mean().item(), 4)}
+
+
+def write_unet(model: unet.UNet, folder: Path) -> None:
+    """As diffusers' UNet2DConditionModel, and the settings of the sampler beside it."""
+    sizes = model.config
+    levels = range(len(sizes.channel_mult))
+    kinds = ["CrossAttn" if level in sizes.attention_levels else "" for level in levels]
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": sizes.num_heads,  # diffusers' name for their number
+        "block_out_channels": [sizes.model_channels * mult for mult in sizes.channel_mult],
+        "cross_attention_dim": sizes.context_dim,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "in_channels": sizes.in_channels,
+        "layers_per_block": sizes.num_res_blocks,
+        "norm_eps": 1e-5,
+        "norm_num_groups": unet.GROUPS,
+        "out_channels": sizes.out_channels,
+        "sample_size": 8,
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "use_linear_projection": sizes.use_linear_in_transformer,
+    }
+    write_part("unet", model, folder / "unet", config)
+    scheduler = {
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": TRAIN_STEPS,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }
+    write_json(scheduler, folder / "scheduler" / "scheduler_config.json")

@@ -1,0 +1,258 @@
+"""generate.py against diffusers' pipeline in float64, the swap, the attention maps, and the command."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train_here
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import data
+import generate
+import weights
+from generate import Pipeline
+from mini.pretrain import FOLDER
+from models import clip, unet, vae
+from tests.parity import parameters, randomise
+from weights import to_home
+
+PROMPTS = ["a crimson star over snow", "two owls, highly detailed"]
+
+
+def their_unet(config: unet.UNetConfig) -> UNet2DConditionModel:
+    widths = [config.model_channels * m for m in config.channel_mult]
+    cross = ["CrossAttn" if level in config.attention_levels else "" for level in range(len(widths))]
+    return UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=widths, layers_per_block=config.num_res_blocks,
+        cross_attention_dim=config.context_dim, attention_head_dim=config.num_heads, sample_size=8,
+        down_block_types=[f"{kind}DownBlock2D" for kind in cross],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(cross)],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[Pipeline, StableDiffusionPipeline]:
+    """The miniature's sizes, but for fewer channels, with random weights in float64: ours and diffusers'."""
+    sizes = replace(unet.CONFIGS["sd-mini"], model_channels=32, channel_mult=(1, 2), attention_levels=(0,))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=1024, hidden_size=128, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu",
+            pad_token_id=1023, bos_token_id=1022, eos_token_id=1023,
+        )
+    )  # fmt: skip
+    autoencoder = AutoencoderKL(
+        block_out_channels=[16, 16, 32, 32], layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        scaling_factor=0.7,
+    )  # fmt: skip
+    parts = [randomise(part, seed) for seed, part in enumerate((their_unet(sizes), autoencoder, text))]
+    scheduler = DDIMScheduler.from_pretrained(FOLDER / "scheduler")
+    # theirs are float32 scalars, whose roots it takes in float32
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    theirs = StableDiffusionPipeline(
+        vae=parts[1], text_encoder=parts[2], tokenizer=CLIPTokenizer.from_pretrained(FOLDER / "tokenizer"),
+        unet=parts[0], scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    theirs.set_progress_bar_config(disable=True)
+    ours = [
+        unet.UNet(sizes),
+        vae.VAE(
+            replace(vae.CONFIGS["sd-mini"], ch_mult=(1, 1, 2, 2), scale_factor=0.7),
+        ),
+        clip.CLIPText(
+            replace(clip.CONFIGS["sd-mini"], intermediate_size=96, num_hidden_layers=2),
+        ),
+    ]
+    for kind, model, part in zip(("unet", "vae", "clip-text"), ours, parts, strict=True):
+        model.double().eval().load_state_dict(to_home(kind, parameters(part)))
+    return Pipeline(*ours, weights.load_tokenizer("sd-mini")), theirs
+
+
+def steps_of(theirs: StableDiffusionPipeline, noise: Tensor, **options: object) -> list[Tensor]:
+    seen: list[Tensor] = []
+
+    def keep(pipeline: object, i: int, t: int, state: dict) -> dict:
+        seen.append(state["latents"].clone())
+        return state
+
+    theirs(PROMPTS, latents=noise, output_type="latent", callback_on_step_end=keep, **options)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "negative", "v"),
+    [(5, 7.5, "", False), (7, 3.0, "blurry, a cat", False), (3, 1.0, "", False), (6, 5.0, "", True)],
+)
+def test_every_step_is_that_of_diffusers(both: tuple, steps: int, guidance: float, negative: str, v: bool):
+    ours, theirs = both
+    prediction = "v_prediction" if v else "epsilon"
+    scheduler = theirs.scheduler
+    scheduler.register_to_config(prediction_type=prediction)
+    noise = ours.noise([3, 4], (32, 48))
+    expected = steps_of(
+        theirs, noise, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=[negative] * 2
+    )
+    seen: list[Tensor] = []
+    final = replace(ours, predicts_v=v).sample(
+        PROMPTS, noise, negative, steps, guidance, on_step=lambda i, latents: seen.append(latents)
+    )
+    assert len(seen) == len(expected) == steps
+    for a, b in zip(seen, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    decoded = theirs.vae.decode(final / theirs.vae.config.scaling_factor).sample
+    levels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert (ours.decode(final).int() - levels.int()).abs().max() <= 1  # a rounding at .5
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 50, 999])
+def test_the_schedule_is_that_of_diffusers(steps: int):
+    scheduler = DDIMScheduler.from_pretrained(FOLDER / "scheduler")
+    scheduler.set_timesteps(steps)
+    assert generate.ddim_timesteps(steps) == scheduler.timesteps.tolist()
+    assert torch.equal(generate.alphas_bar(), scheduler.alphas_cumprod)
+    assert scheduler.final_alpha_cumprod == generate.alphas_bar()[0]
+
+
+def test_fifty_steps_are_those_of_the_paper():
+    assert generate.ddim_timesteps(50)[:2] == [981, 961] and generate.ddim_timesteps(50)[-2:] == [21, 1]
+
+
+def test_a_picture_depends_on_its_own_seed_alone(both: tuple):
+    ours = both[0]
+    draw = partial(ours.sample, steps=3)
+    together = draw(PROMPTS, ours.noise([8, 9], (16, 16)))
+    alone = draw(PROMPTS[1:], ours.noise([9], (16, 16)))
+    torch.testing.assert_close(together[1:], alone, atol=1e-10, rtol=1e-10)
+    assert not torch.allclose(together[1:], draw(PROMPTS[1:], ours.noise([8], (16, 16))))
+
+
+def other_encoder(whole: unet.UNet, seed: int) -> unet.UNetEncoder:
+    return randomise(unet.UNetEncoder(whole.config), seed)
+
+
+def test_the_swap_takes_the_encoder_and_leaves_the_decoder(both: tuple):
+    whole = both[0].unet
+    encoder = other_encoder(whole, 7)
+    merged = generate.swapped(whole, encoder).state_dict()
+    ours, trained = whole.state_dict(), encoder.state_dict()
+    assert merged.keys() == ours.keys() and trained.keys() < ours.keys()
+    for name, value in merged.items():
+        assert torch.equal(value, trained.get(name, ours[name])), name
+    with pytest.raises(ValueError, match="other sizes"):
+        generate.swapped(whole, unet.UNetEncoder(replace(whole.config, num_res_blocks=2)))
+
+
+def test_swapping_after_n_steps_uses_the_original_for_n(both: tuple):
+    ours = both[0]
+    noise, trained = ours.noise([1], (16, 16)), generate.swapped(ours.unet, other_encoder(ours.unet, 7))
+
+    def latents(n: int) -> list[Tensor]:
+        seen: list[Tensor] = []
+        at = generate.after(n, ours.unet, trained)
+        ours.sample(PROMPTS[:1], noise, "", 4, 2.0, at, lambda i, x: seen.append(x))
+        return seen
+
+    original, swapped_at_once = latents(4), latents(0)
+    plain: list[Tensor] = []
+    ours.sample(PROMPTS[:1], noise, "", 4, 2.0, on_step=lambda i, x: plain.append(x))
+    assert all(torch.equal(a, b) for a, b in zip(original, plain, strict=True))
+    for n in (1, 3):
+        same = [torch.equal(a, b) for a, b in zip(latents(n), original, strict=True)]
+        assert same == [True] * n + [False] * (4 - n)
+    assert not torch.equal(swapped_at_once[0], original[0])
+
+
+def test_attention_maps_are_what_the_layers_attend_with(both: tuple):
+    """With one head, the map times the values, projected, is the layer's output."""
+    sizes = replace(both[0].unet.config, num_heads=1)
+    model = randomise(unet.UNet(sizes))
+    context = torch.randn(2, 77, sizes.context_dim, dtype=torch.float64)
+    outputs: list[Tensor] = []
+    layers = [m for name, m in model.named_modules() if name.endswith("attn2")]
+    values = [layer.to_v(context) for layer in layers]
+    for layer in layers:
+        layer.register_forward_hook(lambda module, given, output: outputs.append(output))
+    with generate.attention_maps(model) as maps:
+        model(torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.tensor([5, 5]), context)
+    assert len(maps) == len(layers) == 4  # one going down, the middle, two going up
+    torch.testing.assert_close(maps[0].sum(dim=-1), torch.ones(2, 4, 4))
+    rebuilt = layers[0].to_out(maps[0].double().flatten(1, 2) @ values[0])
+    torch.testing.assert_close(rebuilt, outputs[0], atol=1e-5, rtol=1e-5)
+    model(torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.tensor([5, 5]), context)
+    assert len(maps) == 4  # nothing listens any more
+    with generate.attention_maps(model) as maps:
+        model(torch.randn(2, 4, 2, 2, dtype=torch.float64), torch.tensor([5, 5]), context)
+    assert len(maps) == 3  # the middle block had one place only
+
+
+def test_each_word_has_the_map_of_its_tokens(both: tuple):
+    tokenizer = both[0].tokenizer
+    prompt = "a crimson zebra"  # the last word is no token of its own
+    lengths = [len(tokenizer.tokenizer.encode(word).ids) for word in prompt.split()]
+    assert lengths[:2] == [1, 1] and lengths[2] > 1
+    maps = [torch.rand(2, side, side, 77) for side in (4, 2)]
+    found = generate.word_maps(maps, 1, prompt, tokenizer)
+    assert list(found) == prompt.split()
+    large = maps[0][1][..., 2] + torch.nn.functional.interpolate(
+        maps[1][1:, ..., 2][None], size=(4, 4), mode="bilinear", align_corners=False
+    )[0, 0]
+    torch.testing.assert_close(found["crimson"], (large - large.min()) / (large.max() - large.min()))
+
+
+def test_the_command_writes_pictures_that_hold_their_prompts(tmp_path: Path, capsys: pytest.CaptureFixture):
+    asked = [*PROMPTS, "--steps", "2", "--n", "2", "--seed", "5", "--out", str(tmp_path), "--negative", "fog"]
+    assert generate.main([*asked, "--batch-size", "3"]) == 0
+    paths = sorted(tmp_path.iterdir())
+    assert [str(path) for path in paths] == capsys.readouterr().out.split()
+    assert [path.name for path in paths] == [f"00{i}-seed{5 + i % 2}.png" for i in range(4)]
+    prompt, settings = data.embedded_prompt(paths[3])
+    assert prompt == PROMPTS[1] and settings["se"] == 6 and settings["st"] == 2
+    assert Image.open(paths[0]).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--steps", "1000"], "--steps 1000"),
+        (["--size", "60", "64"], "multiples of 8"),
+        (["--swap-after", "60"], "--swap-after 60"),
+        (["--grid", "1,5"], "--swap RUN"),
+        (["--weights", "no-such-thing"], "no-such-thing"),
+        (["--swap", "no-such-run"], "no-such-run"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(flags: list[str], said: str, tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(generate.main(["a cat", "--out", str(tmp_path), *flags]))
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and said in printed[-1] and "Traceback" not in "".join(printed)
+
+
+@pytest.fixture(scope="module")
+def run(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_here(few_scenes, tmp_path_factory.mktemp("runs") / "unet", "--backbone", "unet")
+
+
+def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    asked = ["a red cat", "--steps", "3", "--swap", str(run), "--out", str(tmp_path)]
+    assert generate.main(asked) == 0
+    assert generate.main([*asked, "--grid", "0,1,3"]) == 0
+    assert generate.main([*asked[:-2], str(run), *asked[-2:], "--grid", "runs"]) == 0
+    assert generate.main([*asked, "--attention"]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"000-seed0.png", "grid.png", "attention-000.png"}
+    pipeline = generate.load_pipeline("sd-mini")
+    trained = generate.swapped_by_run(pipeline.unet, run, "sd-mini")
+    changed = [name for name, value in trained.state_dict().items()
+               if not torch.equal(value, pipeline.unet.state_dict()[name])]
+    assert changed and not any(name.startswith(("output_blocks", "out.")) for name in changed)
+    with pytest.raises(weights.WeightsError, match="started from sd-mini"):
+        generate.swapped_by_run(pipeline.unet, run, "sd-1")
