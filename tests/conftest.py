@@ -1,11 +1,13 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 import weights
@@ -63,3 +65,31 @@ def cache(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Iter
 def environment(**extra: str) -> dict[str, str]:
     """For subprocesses: this process's environment, one thread, and the project importable from anywhere."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | extra
+
+
+def entries(run: Path) -> list[dict]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in entries(run) if "loss" in entry]
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """The same losses, the same bits in the best and in the last weights and optimizer states, and the same
+    result where both have one."""
+    assert losses(a) == losses(b)
+    last = [next((run / "last").glob("step-*.safetensors")) for run in (a, b)]
+    for x, y in ((a / "model.safetensors", b / "model.safetensors"), last):
+        x, y = load_file(x), load_file(y)
+        assert x.keys() == y.keys()
+        assert [name for name in x if not torch.equal(x[name], y[name])] == []
+    results = [result_of(run) for run in (a, b)]
+    assert None in results or results[0] == results[1]
+
+
+def result_of(run: Path) -> dict | None:
+    """result.json but for the time it took; None for a phase 1, which has none."""
+    path = run / "result.json"
+    return json.loads(path.read_text()) | {"seconds": 0} if path.exists() else None

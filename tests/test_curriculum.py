@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, train_here
-from safetensors.torch import load_file
+from conftest import SMALL, assert_same_end, entries, losses, train_here
 
 import baselines
 import eval
@@ -19,24 +18,6 @@ import reverse_sd
 import train
 import weights
 from mini import scenes
-
-
-def entries(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> list[float]:
-    return [e["loss"] for e in entries(run) if "loss" in e]
-
-
-def assert_same_end(a: Path, b: Path) -> None:
-    """The same losses, and the same bits in the best and in the last weights and optimizer states."""
-    assert losses(a) == losses(b)
-    last = [next((run / "last").glob("step-*.safetensors")) for run in (a, b)]
-    for x, y in ((a / "model.safetensors", b / "model.safetensors"), last):
-        x, y = load_file(x), load_file(y)
-        assert x.keys() == y.keys()
-        assert [name for name in x if not torch.equal(x[name], y[name])] == []
 
 
 def stop_at(patch: pytest.MonkeyPatch, step: int, phase: str) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, SMALL, environment, train_here
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, SHARED, SMALL, assert_same_end, environment, losses, train_here
+from safetensors.torch import save_file
 
 import data
 import eval
@@ -24,23 +24,6 @@ import weights
 from mini import scenes
 from models import blip
 from tables.merit import average_precision, bootstrap_interval
-
-
-def losses(run: Path) -> list[float]:
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [e["loss"] for e in entries if "loss" in e]
-
-
-def assert_same_end(a: Path, b: Path) -> None:
-    """The same losses, and the same bits in the best and in the last weights and optimizer states."""
-    assert losses(a) == losses(b)
-    last = [next((run / "last").glob("step-*.safetensors")) for run in (a, b)]
-    for x, y in ((a / "model.safetensors", b / "model.safetensors"), last):
-        x, y = load_file(x), load_file(y)
-        assert x.keys() == y.keys()
-        assert [name for name in x if not torch.equal(x[name], y[name])] == []
-    ours, theirs = (json.loads((run / "result.json").read_text()) for run in (a, b))
-    assert ours | {"seconds": 0} == theirs | {"seconds": 0}
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +120,11 @@ def test_accumulation_does_not_change_the_losses(
     np.testing.assert_allclose(losses(parts)[:3], losses(uninterrupted)[:3], atol=1e-6)
 
 
-def test_two_processes_have_the_losses_of_one(few_scenes: Path, cache: Path, tmp_path: Path):
+@pytest.mark.parametrize("curriculum", ["none", "difficulty"])
+def test_two_processes_have_the_losses_of_one(few_scenes: Path, cache: Path, tmp_path: Path, curriculum: str):
     # 59 training pairs in batches of 29: the last batch is one sample, so one process has none
     flags = ["--data", str(few_scenes), *SMALL, "--batch-size", "29", "--val-size", "13", "--device", "cpu"]
+    flags += ["--curriculum", curriculum]
     one, two = tmp_path / "one", tmp_path / "two"
     torch.set_num_threads(1)
     assert train.main([*flags, "--out", str(one)]) == 0
