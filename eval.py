@@ -11,8 +11,9 @@ beside the baseline that predicts the mean training embedding for every image. W
 RUN/predictions/*.npy (the unit-length predicted embeddings of each split and their targets, in the order of
 RUN/predictions/rows.json) and RUN/examples.png.
 
---table (1 heads and curriculum, 2 heads, 7 curricula, 8 ensemble and DAKL, 9 parts of the ensemble, 10 DAKL,
-11 other models; and captions, beyond the paper: what the U-Net reads) and --figure (9 difficulty, 11 the
+--table (1 heads and curriculum, 2 heads, 5 and 6 the trained U-Net put back to draw, 7 curricula, 8 ensemble
+and DAKL, 9 parts of the ensemble, 10 DAKL, 11 other models; noise, section 4.7; and captions, beyond the
+paper: what the U-Net reads) and --figure (9 difficulty, 11 the
 ensemble) train what is missing, a run for each row and seed, and go on where a former call was stopped. They
 write results/table-N.md and .json, ours beside the paper's. All other flags are train.py's and hold for every
 run, as --epochs (here 3).
@@ -44,12 +45,15 @@ import weights
 from reverse_sd import load_run, predict
 from tables.compute import compute_table, table_text, write_result
 from tables.figures import FIGURES, compute_figure_9, compute_figure_11, figure_9_text, figure_11_text
+from tables.generation import DRAWN, RUN
 from tables.merit import average_precision, bootstrap_interval, cosines
 from tables.pictures import examples_picture
 from tables.rows import TABLES
 from tables.runs import DECIDED, EPOCHS, SOURCES, Plan, cores, train_missing, with_phase_1
 
 log = logging.getLogger("eval")
+
+NUMBERS = sorted([*TABLES, *DRAWN], key=lambda n: (isinstance(n, str), n))
 
 
 def evaluate(folder: Path, prepared: train.Prepared, device: str, seconds: float = 0.0) -> dict:
@@ -129,6 +133,11 @@ def asked_for(given: str, known: Iterable[int | str], what: str) -> list[int | s
     return [key for name, key in by_name.items() if name in parts]
 
 
+def runs_of(number: int | str) -> list[str]:
+    """The runs that a table is made of."""
+    return [RUN] if number in DRAWN else [run for row in TABLES[number].rows for run in row.runs]
+
+
 def seeds_of(given: str) -> tuple[int, ...]:
     parts = given.split(",")
     if not all(part.isdigit() for part in parts) or len(set(map(int, parts))) < len(parts):
@@ -172,7 +181,7 @@ def train_fields(flags: list[str]) -> dict[str, Any]:
 
 def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
     """The tables and figures asked for. Returns the exit status."""
-    tables = asked_for(args.table, TABLES, "table") if args.table else []
+    tables = asked_for(args.table, NUMBERS, "table") if args.table else []
     sheets = asked_for(args.figure, FIGURES, "figure") if args.figure else []
     seeds, sources = seeds_of(args.seeds), sources_of(args.weights)
     given = {"epochs": EPOCHS} | train_fields(flags)
@@ -183,7 +192,7 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
     plan = Plan(
         args.data, sources, seeds, args.folder or Path("runs") / f"tables-{name}{kind}", jobs, device, given
     )
-    runs = {("table", n): [run for row in TABLES[n].rows for run in row.runs] for n in tables}
+    runs = {("table", n): runs_of(n) for n in tables}
     runs |= {("figure", n): FIGURES[n] for n in sheets}
     failed = train_missing(plan, [run for needed in runs.values() for run in needed])
     for (what, n), needed in runs.items():
@@ -192,7 +201,11 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
             log.error("%s %s: not written, %d of its trainings failed", what, n, len(missing))
             continue
         args.results.mkdir(parents=True, exist_ok=True)
-        if what == "table":
+        if what == "table" and n in DRAWN:
+            compute, text = DRAWN[n]
+            result = compute(plan, command, args.drawbench)
+            write_result(args.results, f"table-{n}", result, text(result))
+        elif what == "table":
             result = compute_table(plan, n, command)
             write_result(args.results, f"table-{n}", result, table_text(result))
         elif n == 9:
@@ -215,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
         usage="%(prog)s RUN [RUN ...] | --table N | --figure N   [flags]",
     )
-    parser.add_argument("--table", metavar="N", help=f"{', '.join(map(str, TABLES))}, several as 1,2, or all")
+    numbers = ", ".join(map(str, NUMBERS))
+    parser.add_argument("--table", metavar="N", help=f"{numbers}, several as 1,2, or all")
     parser.add_argument("--figure", metavar="N", help=f"{', '.join(map(str, FIGURES))} or all")
     parser.add_argument("--data", default="mini", help="mini or a folder, as in train.py (default: mini)")
     parser.add_argument(
@@ -233,6 +247,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="(default: results)"
+    )
+    parser.add_argument(
+        "--drawbench", type=Path, metavar="CSV",
+        help="DrawBench's prompts for table 6 (default: those of mini/drawbench.py)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     making = any(flag.split("=")[0] in ("--table", "--figure") for flag in argv)

@@ -898,33 +898,43 @@ def nearest(query: np.ndarray, rows: np.ndarray, n: int) -> list[tuple[int, floa
     return [(int(i), float(similarities[i])) for i in order]
 
 
-def read_images(
-    run: Run, images: Sequence[Any], captions: Sequence[str] | None, device: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predictions (see `predict`) of a run for PIL images, prepared as its training images were.
+def reader(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
+    """A function from PIL images to a run's predictions (see `predict`); they are prepared as in training.
 
-    The U-Net reads the captions given; None = those of the captioner that the run used, else the empty text.
+    Its second argument is what the U-Net reads of them; None = the captions of the captioner that the run
+    used, else the empty text. The models that the run reads through are loaded once, here.
     """
     import data
     import weights
 
     name, source = run.config["backbone"], run.config["weights"]
     how = data.Preprocessing(**run.config["preprocessing"])
-    inputs = (torch.stack([data.image_tensor(image, how) for image in images]).to(device),)
-    with torch.no_grad():
+    captioner = captioner_of(run.config["captions"]) if name == "unet" else None
+    blip = None
+    if name == "unet":
+        vae = weights.load("vae", source, device=device)
+        text = weights.load("clip-text", source, device=device)
+        tokenizer = weights.load_tokenizer(source)
+    frozen = run.config.get("train_blocks") == 0
+    backbone = as_backbone(name, weights.load(BACKBONES[name], source, device=device)) if frozen else None
+
+    @torch.no_grad()
+    def read(images: Sequence[Any], captions: Sequence[str] | None = None) -> tuple:
+        nonlocal blip
+        inputs = (torch.stack([data.image_tensor(image, how) for image in images]).to(device),)
         if name == "unet":
-            vae = weights.load("vae", source, device=device)
-            text = weights.load("clip-text", source, device=device)
-            if captions is None and (captioner := captioner_of(run.config["captions"])):
+            if captions is None and captioner:
+                blip = blip or weights.load("blip", captioner, device=device)
                 reads = data.Preprocessing(**weights.preprocessing("blip", captioner))
                 pictures = torch.stack([data.image_tensor(image, reads) for image in images])
-                captions = weights.load("blip", captioner, device=device).generate(pictures.to(device))
-            ids = weights.load_tokenizer(source)(list(captions or [""] * len(images)))
+                captions = blip.generate(pictures.to(device))
+            ids = tokenizer(list(captions or [""] * len(images)))
             inputs = (vae.encode(*inputs) * vae.config.scale_factor, text(ids.to(device)))
-        if run.config.get("train_blocks") == 0:
-            backbone = as_backbone(name, weights.load(BACKBONES[name], source, device=device))
+        if backbone is not None:
             inputs = (backbone(*inputs),)
         return predict(run.regressor, [inputs])
+
+    return read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -967,6 +977,7 @@ def main(argv: list[str] | None = None) -> int:
             raise data.DataError(
                 f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}"
             ) from error
+        read = reader(run, args.device)
         asked = weights.load("minilm").encode([args.prompt])[0].numpy() if args.prompt else None
         for path in args.images:
             try:
@@ -975,9 +986,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"skipped: {error}", file=sys.stderr)
                 failed += 1
                 continue
-            embeddings, probabilities = read_images(
-                run, [image], None if args.caption is None else [args.caption], args.device
-            )
+            embeddings, probabilities = read([image], None if args.caption is None else [args.caption])
             print(path)
             for i, similarity in nearest(embeddings[0], train_targets, args.n):
                 print(f"  {similarity:.3f}  {train_prompts[i]}")

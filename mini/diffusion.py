@@ -16,7 +16,7 @@ from mini.loop import HELD_OUT, Recipe, World, batch_of, train
 from mini.write import write_json, write_part
 from models import unet
 
-RECIPE = Recipe(steps=11_000, batch_size=64, lr=1e-3, warmup=500, betas=(0.9, 0.99))
+RECIPE = Recipe(steps=10_000, batch_size=64, lr=1e-3, warmup=500, betas=(0.9, 0.99))
 EMPTY_PROMPTS = 0.1  # the share trained without its prompt, for classifier-free guidance
 CHUNK = 256
 

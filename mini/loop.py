@@ -28,7 +28,6 @@ from mini import scenes
 
 log = logging.getLogger("pretrain")
 
-SCENES_SEED = 1_000_003  # the default data set is drawn with seed 0
 HELD_OUT = 500  # pictures on which the quality is measured, the last ones
 CHECKPOINT_EVERY = 500  # steps
 PER_PART = 1000  # pictures
@@ -66,7 +65,7 @@ class World:
 def training_pairs(parts: int) -> Pairs:
     """`parts` thousand truthful scenes, drawn into the cache unless they are there."""
     folder = weights.cache_dir() / f"pretrain-scenes-{scenes.VERSION}-truthful"
-    images = scenes.build(folder, parts=parts, seed=SCENES_SEED, truthful=True)
+    images = scenes.build(folder, parts=parts, seed=scenes.PRETRAIN_SEED, truthful=True)
     return read_pairs(images).subset(np.arange(parts * PER_PART))
 
 
@@ -84,8 +83,8 @@ def training_world(parts: int) -> World:
         lambda batch: ((batch + 1) * 127.5).round().to(torch.uint8),
         batch_size=256,
     )
-    chosen = scenes.kept_indices(parts * PER_PART, SCENES_SEED)
-    views = [scenes.candidate(SCENES_SEED, index, truthful=True).said for index in chosen]
+    chosen = scenes.kept_indices(parts * PER_PART, scenes.PRETRAIN_SEED)
+    views = [scenes.candidate(scenes.PRETRAIN_SEED, index, truthful=True).said for index in chosen]
     return World(pixels, pairs.prompts, views)
 
 

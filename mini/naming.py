@@ -26,6 +26,7 @@ from mini.subjects import SHAPES
 from mini.write import write_json, write_tensors
 from models import swin, vit
 
+FOLDER = Path(__file__).parent
 RECIPE = Recipe(steps=4000, batch_size=64, lr=1e-3, warmup=300, weight_decay=0.05, betas=(0.9, 0.99))
 PROBE_STEPS = 6000
 TABLES = {

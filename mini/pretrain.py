@@ -45,7 +45,7 @@ from mini.contrastive import RECIPE as CLIP_RECIPE
 from mini.contrastive import train_clip
 from mini.diffusion import RECIPE as UNET_RECIPE
 from mini.diffusion import train_unet
-from mini.loop import HELD_OUT, SCENES_SEED, Recipe, World, forget, training_pairs, training_world
+from mini.loop import HELD_OUT, Recipe, World, forget, training_pairs, training_world
 from mini.naming import PROBE_STEPS, train_namer
 from mini.naming import RECIPE as NAMING_RECIPE
 from mini.write import write_json
@@ -75,7 +75,7 @@ PARTS = {
 
 
 def data_said(n: int) -> str:
-    return f"{n:,} truthful mini scenes, version {scenes.VERSION}, seed {SCENES_SEED}"
+    return f"{n:,} truthful mini scenes, version {scenes.VERSION}, seed {scenes.PRETRAIN_SEED}"
 
 
 def train_part(name: str, recipe: Recipe, parts: int, seed: int) -> None:
@@ -99,8 +99,8 @@ def train_part(name: str, recipe: Recipe, parts: int, seed: int) -> None:
 
 def training_prompts(parts: int) -> list[str]:
     """The prompts of `parts` thousand scenes."""
-    chosen = scenes.kept_indices(parts * 1000, SCENES_SEED)
-    return [scenes.candidate(SCENES_SEED, index).prompt for index in chosen]
+    chosen = scenes.kept_indices(parts * 1000, scenes.PRETRAIN_SEED)
+    return [scenes.candidate(scenes.PRETRAIN_SEED, index).prompt for index in chosen]
 
 
 # ------------------------------------------------------------------------------------------------------------

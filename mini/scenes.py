@@ -35,6 +35,8 @@ from mini.pen import INK, PAINT, SHADE, Pen, floats, gradient, mix, pick, pictur
 from mini.styles import STYLE_PAINT
 from mini.subjects import SHAPES, draw_thing
 
+PARTS, PER_PART = 8, 1000      # of the default data set, which is drawn with seed 0
+PRETRAIN_SEED = 1_000_003      # of the scenes that the miniatures learn from
 VERSION = 5                    # part of every image's name: raise it when words or drawings change
 OVERSAMPLE = 3                 # pictures are drawn three times as large and averaged down
 NOISE = (0.20, 2.80)           # Beta(a, b) of a sample's noise level: mean 0.07, most near 0, a few above 0.5
@@ -444,7 +446,7 @@ def is_complete(path: Path, names: list[str]) -> bool:
         return False
 
 
-def build(folder: str | Path, parts: int = 8, per_part: int = 1000, seed: int = 0,
+def build(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed: int = 0,
           progress: bool = True, truthful: bool = False) -> Path:
     """Write parts x per_part pairs as folder/images/part-000001.zip ... and return folder/images.
 

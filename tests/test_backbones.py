@@ -19,7 +19,7 @@ def assert_reads_images_as_evaluated(run: Path, few_scenes: Path) -> None:
     rows = json.loads((run / "predictions" / "rows.json").read_text())["test"]
     pairs = data.read_pairs(few_scenes)
     image = pairs.image(pairs.prompts.index(rows[0]["prompt"]))
-    embedding, _ = reverse_sd.read_images(reverse_sd.load_run(run), [image], None, "cpu")
+    embedding, _ = reverse_sd.reader(reverse_sd.load_run(run), "cpu")([image])
     evaluated = np.load(run / "predictions" / "test.npy")[0]
     assert float(embedding[0] @ evaluated) > 0.999
 

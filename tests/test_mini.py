@@ -42,9 +42,9 @@ def test_the_training_world_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(scenes, "build", build)
     monkeypatch.setattr(loop, "PER_PART", 30)
     world = loop.training_world(1)
-    chosen = scenes.kept_indices(30, loop.SCENES_SEED)
+    chosen = scenes.kept_indices(30, scenes.PRETRAIN_SEED)
     for image, prompt, view, index in zip(world.images, world.prompts, world.views, chosen, strict=True):
-        scene = scenes.candidate(loop.SCENES_SEED, index, truthful=True)
+        scene = scenes.candidate(scenes.PRETRAIN_SEED, index, truthful=True)
         assert (prompt, view) == (scene.prompt, scene.drawn) and scene.undrawn == ()
         assert np.array_equal(image, np.asarray(scenes.render(scene)).transpose(2, 0, 1))
 

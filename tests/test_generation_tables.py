@@ -1,0 +1,148 @@
+"""Tables 5 and 6 and the noise study, on few scenes and with few pictures."""
+
+import json
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_tables import make, read, trained_here  # noqa: F401  (fixtures)
+
+import data
+import eval
+import weights
+from mini import drawbench, naming, scenes
+from tables import generation
+from tables.merit import cosines
+from tables.runs import SOURCES, Plan
+
+QUICK = shlex.split("--epochs 1 --batch-size 12 --val-size 12 --test-size 12")
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    few = {"STEPS": 2, "MINI_PROMPTS": 6, "VOTES": 5, "NOISE_PROMPTS": 3, "NOISE_SEEDS": 4}
+    for name, value in few.items():
+        monkeypatch.setattr(generation, name, value)
+    monkeypatch.setattr(drawbench, "LEARNT_FROM", 10)
+    monkeypatch.setattr(drawbench, "prompts", partial(drawbench.prompts, per_category=1))
+
+
+def plan_of(folder: Path) -> Plan:
+    return Plan("-", SOURCES["mini"], (0, 1), folder / "runs", 1, "cpu", {})
+
+
+def test_table_6_is_what_the_judges_read(make: Callable[..., Path]):  # noqa: F811
+    folder = make("--table", "6", "--seeds", "0,1", *QUICK)
+    rows = {(row["prompts"], row["judge"]): row for row in read(folder, "table-6")["rows"]}
+    judges = ("itself", "a run of another seed")
+    assert rows.keys() == {(name, judge) for name in ("DrawBench", "test prompts") for judge in judges}
+    assert [rows[name, "itself"]["n_prompts"] for name in ("DrawBench", "test prompts")] == [8, 6]
+    assert rows["DrawBench", "itself"]["paper"] == [0.4594, 0.5067]
+
+    plan = plan_of(folder)
+    expected: dict[str, list[np.ndarray]] = {"itself": [], "a run of another seed": []}
+    for seed in (0, 1):
+        asked = generation.prompt_sets(plan, seed, None)["test prompts"]
+        prompts = [one.prompt for one in asked]
+        pictures = generation.drawn(plan, None, prompts, list(range(6)), seed)  # kept: nothing is drawn again
+        targets = weights.load("minilm").encode(prompts).numpy()
+        for judge, run in (("itself", seed), ("a run of another seed", 1 - seed)):
+            expected[judge].append(cosines(generation.predicted(plan, run, pictures, "cpu"), targets))
+    for judge in judges:
+        assert rows["test prompts", judge]["trained"] == pytest.approx(np.mean(expected[judge]))
+    text = (folder / "results" / "table-6.md").read_text()
+    assert "| DrawBench | 8 | itself |" in text and "| .4594 | .5067 |" in text
+
+
+def test_pictures_of_the_two_unets_start_from_the_same_noise(make: Callable[..., Path], monkeypatch):  # noqa: F811
+    """Swapped after all steps the trained U-Net draws what the original draws."""
+    folder = make("--table", "6", "--seeds", "0", *QUICK)
+    plan = plan_of(folder)
+    pipeline, _ = generation.open_pipeline(plan)
+    original = generation.drawn(plan, pipeline, ["a red cat"], [3], None)
+    assert not np.array_equal(original, generation.drawn(plan, pipeline, ["a red cat"], [3], 0))
+    monkeypatch.setattr(generation, "SWAP_AFTER", 2)
+    assert np.array_equal(original, generation.drawn(plan, pipeline, ["a red cat"], [3], 0))
+
+
+@pytest.fixture
+def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe of random weights, with a card."""
+    torch.manual_seed(0)
+    model = naming.Namer(naming.swin.Swin(naming.PROBE))
+    naming.write_tensors(model.state_dict(), tmp_path / "probe" / "model.safetensors")
+    card = {"found": {"drawn": {"subject": 0.9}}}
+    (tmp_path / "probe" / "card.json").write_text(json.dumps(card))
+    monkeypatch.setattr(naming, "FOLDER", tmp_path)
+
+
+def test_table_5_counts_what_the_probe_finds(make: Callable[..., Path], probe: None):  # noqa: F811
+    folder = make("--table", "5", "--seeds", "0,1", *QUICK)
+    result = read(folder, "table-5")
+    plan = plan_of(folder)
+    assert result["n"] == 5 and [sum(votes) for votes in result["votes"]] == [5, 5]
+    for i, seed in enumerate((0, 1)):
+        asked = generation.prompt_sets(plan, seed, None)["test prompts"][:5]
+        prompts = [one.prompt for one in asked]
+        shares = [
+            generation.words_shown(generation.drawn(plan, None, prompts, list(range(5)), run), asked)
+            for run in (seed, None)
+        ]
+        assert result["votes"][i][0] == int((shares[0] > shares[1]).sum())
+        assert result["test"]["per_seed"][i] == pytest.approx(float((shares[0] - shares[1]).mean()))
+    assert "subject 90.0%" in (folder / "results" / "table-5.md").read_text()
+
+
+def test_the_share_of_words_shown_is_that_of_the_probes_findings(probe: None):
+    scene = scenes.candidate(3, 4, truthful=True)
+    picture = np.asarray(scenes.render(scene))[None]
+    asked = generation.Asked(scene.prompt, scene.said)
+    row = naming.name_pictures(naming.load_probe(naming.FOLDER), picture.transpose(0, 3, 1, 2).copy())[0]
+    found = list(naming.realised(row, scene.said).values())
+    assert generation.words_shown(picture, [asked])[0] == pytest.approx(sum(found) / len(found))
+
+
+def test_the_noise_study_by_hand(make: Callable[..., Path]):  # noqa: F811
+    folder = make("--table", "noise", "--seeds", "0", *QUICK)
+    (entry,) = read(folder, "table-noise")["per_seed"]
+    plan = plan_of(folder)
+    prompts = [one.prompt for one in generation.prompt_sets(plan, 0, None)["test prompts"][:3]]
+    pictures = generation.drawn(
+        plan, None, [p for p in prompts for _ in range(4)], [0, 1, 2, 3] * 3, None
+    )
+    deviations = []
+    for i in range(3):
+        rows = generation.predicted(plan, 0, pictures[4 * i : 4 * i + 4], "cpu").astype(np.float64)
+        mean = rows.sum(axis=0) / np.linalg.norm(rows.sum(axis=0))
+        deviations.append(np.std(rows @ mean))
+    assert entry["deviation"] == pytest.approx(np.mean(deviations), rel=1e-4)
+
+
+def test_drawbench_is_read_from_its_file(tmp_path: Path):
+    path = tmp_path / "drawbench.csv"
+    path.write_text('Prompts,Category\nA red car.,Colors\n"A cat, left of a dog.",Positional\n')
+    assert generation.read_drawbench(path) == ["A red car.", "A cat, left of a dog."]
+    path.write_text("prompt\nA red car.\n")
+    with pytest.raises(data.DataError, match="no column Prompts"):
+        generation.read_drawbench(path)
+    with pytest.raises(data.DataError, match="cannot be read"):
+        generation.read_drawbench(tmp_path / "missing.csv")
+
+
+def test_the_little_drawbench_asks_for_what_it_says():
+    asked = drawbench.prompts(set())
+    again = drawbench.prompts({asked[0].prompt})
+    assert [one.category for one in asked] == list(drawbench.CATEGORIES)
+    assert again[0].prompt != asked[0].prompt and again[1:] == asked[1:]
+    for one in asked:
+        for _, key in naming.said(one.view):
+            tables = [table for table in naming.TABLES.values() if key in table]
+            assert any(word in one.prompt for table in tables for _, word in scenes.words_of(table, key)), one
+
+
+def test_all_tables_are_known_by_name():
+    assert eval.NUMBERS == [1, 2, 5, 6, 7, 8, 9, 10, 11, "captions", "noise"]
