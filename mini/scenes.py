@@ -492,16 +492,21 @@ def workers(jobs: int):
         yield pool
 
 
-def contact_sheet(scenes: list[Scene], columns: int = 8, zoom: int = 2, size: int = 64) -> Image.Image:
-    """Pictures with their prompts underneath; undrawn words in brackets."""
+def captioned(scene: Scene) -> tuple[Image.Image, str]:
+    """A scene's picture, and its prompt with the undrawn words in brackets."""
+    return render(scene), scene.prompt + (f" [{', '.join(scene.undrawn)}]" if scene.undrawn else "")
+
+
+def contact_sheet(pictures: list[tuple[Image.Image, str]], columns: int = 8, zoom: int = 2) -> Image.Image:
+    """Pictures of one size with their texts underneath."""
+    size = pictures[0][0].width
     cell, caption = size * zoom + 8, 62
-    rows = -(-len(scenes) // columns)
+    rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * cell + 8, rows * (cell + caption) + 8), (250, 248, 244))
     draw = ImageDraw.Draw(sheet)
-    for i, scene in enumerate(scenes):
+    for i, (image, text) in enumerate(pictures):
         x, y = 8 + i % columns * cell, 8 + i // columns * (cell + caption)
-        sheet.paste(render(scene, size).resize((size * zoom,) * 2, Image.Resampling.NEAREST), (x, y))
-        text = scene.prompt + (f" [{', '.join(scene.undrawn)}]" if scene.undrawn else "")
+        sheet.paste(image.resize((size * zoom,) * 2, Image.Resampling.NEAREST), (x, y))
         lines = textwrap.wrap(text, size * zoom // 6)[:5]
         draw.multiline_text((x, y + size * zoom + 2), "\n".join(lines), INK, spacing=1)
     return sheet
@@ -520,7 +525,8 @@ def main() -> None:
     if not (arguments.sheet or arguments.build):
         parser.error("nothing to do: give --sheet PNG, --build FOLDER or both")
     if arguments.sheet:
-        contact_sheet([candidate(arguments.seed, i) for i in range(arguments.n)]).save(arguments.sheet)
+        drawn = [captioned(candidate(arguments.seed, i)) for i in range(arguments.n)]
+        contact_sheet(drawn).save(arguments.sheet)
     if arguments.build:
         build(arguments.build, seed=arguments.seed)
 

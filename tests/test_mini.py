@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import timm
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -17,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 import data
 import weights
-from mini import autoencoder, contrastive, diffusion, loop, naming, pretrain, scenes
+from mini import autoencoder, contrastive, diffusion, judge, loop, naming, pretrain, scenes
 from mini.loop import Recipe, World
 from tests.parity import randomise
 
@@ -301,3 +302,51 @@ def test_the_two_towers_learn_to_pair(world: World):
     contrastive.contrastive_loss(images, texts, model.logit_scale).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the judge
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_new_scenes_are_truthful_and_have_not_been_seen(monkeypatch: pytest.MonkeyPatch):
+    first = judge.new_scenes(3, 2)
+    assert all(len(scene.said.things) == 2 and not scene.undrawn for scene in first)
+    monkeypatch.setattr(judge.drawbench, "learnt_from", lambda: frozenset({first[0].prompt}))
+    assert judge.new_scenes(2, 2) == first[1:]
+
+
+def test_the_judge_counts_what_the_probe_finds(world: World):
+    torch.manual_seed(0)
+    probe = naming.Namer(naming.swin.Swin(naming.PROBE)).eval()
+    chosen = judge.new_scenes(8, 1)
+    images = judge.drawings(chosen)
+    found = judge.shares(probe, images, chosen)
+    rows = naming.name_pictures(probe, images)
+    places = [
+        naming.realised(row, scene.said)["place", scene.said.place]
+        for row, scene in zip(rows, chosen, strict=True)
+        if scene.said.place
+    ]
+    assert found["place"]["said"] == len(places) and found["place"]["found"] == np.mean(places)
+
+
+def test_wilson_s_interval_is_that_of_scipy():
+    for hits, n in ((0, 10), (7, 10), (431, 500)):
+        theirs = scipy.stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+        assert judge.wilson(hits, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+
+
+def test_the_judge_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    torch.manual_seed(0)
+    probe = naming.Namer(naming.swin.Swin(naming.PROBE)).eval()
+    monkeypatch.setattr(naming, "load_probe", lambda folder: probe)
+    monkeypatch.setattr("sys.argv", ["judge", "--n", "3", "--steps", "2", "--results", str(tmp_path)])
+    judge.main()
+    result = json.loads((tmp_path / "generated.json").read_text())
+    assert result["shares"].keys() == {"one subject", "two subjects"}
+    assert result["shares"]["two subjects"]["generated"]["subject"]["said"] == 6
+    assert "| two subjects | said | generated |" in (tmp_path / "generated.md").read_text()
+    monkeypatch.setattr("sys.argv", ["judge", "--steps", "1", "--sheet", str(tmp_path / "sheet.png")])
+    judge.main()
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000

@@ -1,0 +1,149 @@
+"""How well the miniature draws what its prompts say, by the probe.
+
+    python -m mini.judge                     500 one-subject and 500 two-subject prompts: shares realised
+    python -m mini.judge --sheet FILE.png    64 pictures with their prompts, to look at
+
+The prompts are new: none is among those that the miniatures learnt from. Each picture has a seed of its own.
+The same is asked of drawings that show all they say, and of these through the autoencoder: what the probe
+does not find there is its own fault, or the autoencoder's. Writes results/generated.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import generate
+from data import atomic_write
+from mini import drawbench, naming, scenes
+from mini.scenes import Scene
+
+SEED = 3_000_007
+BATCH = 50
+
+
+def new_scenes(n: int, things: int, seed: int = SEED) -> list[Scene]:
+    """n truthful scenes of so many things whose prompts the miniatures have not seen."""
+    found, index, seen = [], 0, set(drawbench.learnt_from())
+    while len(found) < n:
+        scene = scenes.candidate(seed, index, truthful=True)
+        index += 1
+        if len(scene.said.things) == things and scene.prompt not in seen:
+            found.append(scene)
+            seen.add(scene.prompt)
+    return found
+
+
+def generated(
+    pipeline: generate.Pipeline, prompts: list[str], first_seed: int, steps: int, guidance: float
+) -> np.ndarray:
+    """Pictures uint8 (n, 3, 64, 64), with seeds first_seed, first_seed + 1, ..."""
+    pictures = []
+    for start in tqdm(range(0, len(prompts), BATCH), "drawing"):
+        part = prompts[start : start + BATCH]
+        noise = pipeline.noise(range(first_seed + start, first_seed + start + len(part)), (64, 64))
+        pictures.append(pipeline.decode(pipeline.sample(part, noise, "", steps, guidance)))
+    return torch.cat(pictures).permute(0, 3, 1, 2).contiguous().numpy()
+
+
+def drawings(chosen: list[Scene]) -> np.ndarray:
+    """The same scenes as they are drawn, uint8 (n, 3, 64, 64)."""
+    return np.stack([np.asarray(scenes.render(scene)).transpose(2, 0, 1) for scene in chosen])
+
+
+def shares(probe: naming.Namer, images: np.ndarray, chosen: list[Scene]) -> dict[str, dict]:
+    """For each kind of label: how many are said, and the share found with its 95 % interval (Wilson's)."""
+    tally: dict[str, list[bool]] = {slot: [] for slot in naming.TABLES}
+    for row, scene in zip(naming.name_pictures(probe, images), chosen, strict=True):
+        for (slot, _), found in naming.realised(row, scene.said).items():
+            tally[slot].append(found)
+    return {
+        slot: {"said": len(found), "found": float(np.mean(found)), "95": wilson(sum(found), len(found))}
+        for slot, found in tally.items()
+        if found
+    }
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, p = 1.959964, hits / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5)
+    return middle - half, middle + half
+
+
+def text_of(result: dict) -> str:
+    """The shares as Markdown."""
+    lines = [
+        "# What the miniature draws of what its prompts say",
+        "",
+        f"`{result['command']}`, {result['date']}. {result['n']} new prompts with one subject and as many "
+        f"with two, a picture each: DDIM, {result['steps']} steps, guidance {result['guidance']:g}, seeds "
+        "from 0. The share of the things said that the probe finds in the pictures; beside it what it finds in "
+        "drawings that show all they say, and in these after the autoencoder.",
+    ]
+    for things, by_kind in result["shares"].items():
+        lines += ["", f"| {things} | said | generated | 95 % interval | drawn | through the autoencoder |"]
+        lines.append("|---|---|---|---|---|---|")
+        for slot, of in by_kind["generated"].items():
+            low, high = of["95"]
+            drawn, rebuilt = (by_kind[kind][slot]["found"] for kind in ("drawn", "reconstructed"))
+            lines.append(
+                f"| {slot} | {of['said']} | {of['found']:.1%} | {low:.1%} to {high:.1%} | {drawn:.1%} | "
+                f"{rebuilt:.1%} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mini.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--n", type=int, default=500, help="prompts of each kind (default 500)")
+    parser.add_argument("--steps", type=int, default=50, help="of DDIM (default 50)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="(default 7.5)")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw 64 pictures and nothing else")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
+    args = parser.parse_args()
+    pipeline = generate.load_pipeline("sd-mini")
+    if args.sheet:
+        some = [scenes.candidate(SEED, i, truthful=True).prompt for i in range(64)]
+        images = generated(pipeline, some, 0, args.steps, args.guidance)
+        pictures = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in images]
+        scenes.contact_sheet(list(zip(pictures, some, strict=True))).save(args.sheet)
+        return
+    probe, found = naming.load_probe(naming.FOLDER), {}
+    for things, name in ((1, "one subject"), (2, "two subjects")):
+        chosen = new_scenes(args.n, things)
+        drawn = drawings(chosen)
+        kinds = {
+            "generated": generated(
+                pipeline, [scene.prompt for scene in chosen], 0, args.steps, args.guidance
+            ),
+            "drawn": drawn,
+            "reconstructed": naming.reconstructed(drawn),
+        }
+        found[name] = {kind: shares(probe, images, chosen) for kind, images in kinds.items()}
+    result = {
+        "command": f"python -m mini.judge --n {args.n} --steps {args.steps} --guidance {args.guidance:g}",
+        "date": datetime.date.today().isoformat(),
+        "n": args.n,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "shares": found,
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    atomic_write(args.results / "generated.json", json.dumps(result, indent=1) + "\n")
+    atomic_write(args.results / "generated.md", text_of(result))
+    print(text_of(result))
+
+
+if __name__ == "__main__":
+    main()
