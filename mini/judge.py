@@ -85,8 +85,8 @@ def text_of(result: dict) -> str:
         "# What the miniature draws of what its prompts say",
         "",
         f"`{result['command']}`, {result['date']}. {result['n']} new prompts with one subject and as many "
-        f"with two, a picture each: DDIM, {result['steps']} steps, guidance {result['guidance']:g}, seeds "
-        "from 0. The share of the things said that the probe finds in the pictures; beside it what it finds in "
+        f"with two, a picture each: DDIM, {result['steps']} steps, guidance {result['guidance']:g}, "
+        "seeds from 0. The share of the things said that the probe finds in the pictures; what it finds in "
         "drawings that show all they say, and in these after the autoencoder.",
     ]
     for things, by_kind in result["shares"].items():

@@ -41,21 +41,19 @@ HALF = 0.5  # mean and deviation of the pixels that these networks read
 PROBE = replace(swin.CONFIGS["swin-mini"], embed_dim=32, num_heads=(2, 4, 8))
 
 
-def shown(view: scenes.View) -> list[tuple[str, str]]:
-    """The labels of a view that is drawn; a thing of no said colour shows its own."""
-    found = []
-    for thing in view.things:
-        found += [("subject", thing.subject), ("colour", thing.colour or SHAPES[thing.subject].colour)]
-        found += [("material", thing.material)] * (thing.material is not None)
-    found += [("count", view.count)] * (view.count > 1)
-    others = ((slot, getattr(view, slot)) for slot in ("relation", "position", "place", "light", "style"))
-    return found + [label for label in others if label[1] is not None]
-
-
 def said(view: scenes.View) -> list[tuple[str, str]]:
-    """The labels of a view that its prompt names: as `shown`, without the colours that go unsaid."""
-    colours = {thing.colour for thing in view.things}
-    return [label for label in shown(view) if label[0] != "colour" or label[1] in colours]
+    """The labels of a view that its prompt names, one for each of `scenes.Scene.words` and in their order."""
+    found = [("count", view.count)] * (view.count > 1)
+    for thing in view.things:
+        found += [("colour", thing.colour), ("material", thing.material), ("subject", thing.subject)]
+    found += [(slot, getattr(view, slot)) for slot in ("relation", "position", "place", "light", "style")]
+    return [label for label in found if label[1] is not None]
+
+
+def shown(view: scenes.View) -> list[tuple[str, str]]:
+    """The labels of a view that is drawn: a thing whose colour goes unsaid shows its own."""
+    own = [("colour", SHAPES[thing.subject].colour) for thing in view.things if thing.colour is None]
+    return said(view) + own
 
 
 def targets(views: Sequence[scenes.View]) -> Tensor:

@@ -33,7 +33,7 @@ ALLOWED = {
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
     "mini/pretrain.py": TRAINING | {"tokenizers", "baselines"},
     "mini/diffusion.py": TRAINING | {"generate"},
-    "mini/judge.py": TRAINING | {"PIL", "generate"},
+    **{f"mini/{name}.py": TRAINING | {"PIL", "generate"} for name in ("judge", "generated")},
     **{f"mini/{name}.py": TRAINING for name in ("loop", "write", "autoencoder", "contrastive", "naming")},
     "mini/*.py": {"numpy", "PIL", "tqdm", "data", "mini"},
     "train.py": COMPOSITION,
@@ -90,7 +90,7 @@ def test_nothing_banned(path: Path):
 MAY_IMPORT = {
     "train": ("eval.py", "baselines.py", "tables/*.py"),
     "eval": ("train.py",),
-    "generate": ("mini/diffusion.py", "mini/judge.py", "tables/*.py"),
+    "generate": ("mini/diffusion.py", "mini/judge.py", "mini/generated.py", "tables/*.py"),
     "tables": ("eval.py", "tables/*.py"),
 }
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 import data
+import generate
 import weights
-from mini import autoencoder, contrastive, diffusion, judge, loop, naming, pretrain, scenes
+from mini import autoencoder, contrastive, diffusion, generated, judge, loop, naming, pretrain, scenes
 from mini.loop import Recipe, World
 from tests.parity import randomise
 
@@ -258,7 +259,16 @@ def test_labels_are_what_the_picture_shows():
     assert set(naming.shown(view)) == set(naming.said(view)) | {("colour", "brown")}  # the owl's own
     row = naming.targets([view])[0]
     assert {naming.LABELS[i] for i in row.nonzero().flatten().tolist()} == set(naming.shown(view))
-    assert naming.said(scenes.View((owl,), count=3)) == [("subject", "owl"), ("count", 3)]
+    assert naming.said(scenes.View((owl,), count=3)) == [("count", 3), ("subject", "owl")]
+
+
+def test_what_is_said_is_a_label_for_each_word():
+    for i in range(60):
+        scene = scenes.candidate(5, i)
+        for (slot, key), word in zip(naming.said(scene.said), scene.words, strict=True):
+            words = [known for _, known in scenes.words_of(naming.TABLES[slot], key)]
+            plurals = [scenes.PLURALS.get(known, known + "s") for known in words]
+            assert word in words + plurals * (slot == "subject"), (word, words)
 
 
 def test_realised_is_the_likeliest_of_its_kind_or_above_one_half():
@@ -350,3 +360,39 @@ def test_the_judge_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("sys.argv", ["judge", "--steps", "1", "--sheet", str(tmp_path / "sheet.png")])
     judge.main()
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the generated pairs
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def any_probe(monkeypatch: pytest.MonkeyPatch) -> naming.Namer:
+    torch.manual_seed(0)
+    probe = naming.Namer(naming.swin.Swin(naming.PROBE)).eval()
+    monkeypatch.setattr(naming, "load_probe", lambda folder: probe)
+    return probe
+
+
+def test_generated_pairs_are_read_and_say_how_they_were_made(
+    tmp_path: Path, any_probe: naming.Namer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(generated, "BATCH", 3)
+    images = generated.build(tmp_path, parts=2, per_part=4, steps=2)
+    pairs = data.read_pairs(images)
+    chosen = [scenes.candidate(0, index) for index in scenes.kept_indices(8, 0)]
+    assert pairs.prompts == [scene.prompt for scene in chosen]
+    pipeline = generate.load_pipeline("sd-mini")
+    for i, (scene, meta) in enumerate(zip(chosen, pairs.meta, strict=True)):
+        assert (meta["se"], meta["c"], meta["st"], meta["sa"]) == (scene.seed, 7.5, 2, "ddim")
+        drawn = pipeline.sample([scene.prompt], pipeline.noise([scene.seed], (64, 64)), "", 2, 7.5)
+        levels = np.asarray(pairs.image(i)).astype(int) - pipeline.decode(drawn)[0].numpy()
+        assert np.abs(levels).max() <= 1  # float32, in other batches
+        row = naming.name_pictures(any_probe, np.asarray(pairs.image(i)).transpose(2, 0, 1)[None].copy())[0]
+        found = naming.realised(row, scene.said).values()
+        assert len(meta["undrawn"]) == len(found) - sum(found)
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    (images / "part-000002.zip").unlink()
+    generated.build(tmp_path, parts=2, per_part=4, steps=2)
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before

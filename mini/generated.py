@@ -1,0 +1,102 @@
+"""The embedded default: image-prompt pairs drawn by the miniature Stable Diffusion, as DiffusionDB parts.
+
+    python -m mini.generated FOLDER              8,000 pictures, 8 parts; goes on where it was stopped
+
+The prompts are those of the drawn default, the pictures lossless WebP, as in DiffusionDB's large set. An
+entry of a part's JSON has the prompt "p", the seed "se", the guidance "c", the steps "st" and the sampler
+"sa", as DiffusionDB's; and "undrawn", the words that the probe does not find in the picture: what the
+miniature misread, where drawn scenes state what was left out on purpose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import generate
+import weights
+from data import atomic_write
+from mini import naming, scenes
+from mini.scenes import Scene
+
+STEPS, GUIDANCE, SAMPLER = 50, 7.5, "ddim"
+BATCH = 50
+
+
+def image_name(scene: Scene, version: str) -> str:
+    """A uuid, as DiffusionDB names its images, made of the weights' version and of the prompt."""
+    digest = hashlib.sha256(f"{version} {scene.seed} {scene.prompt}".encode()).hexdigest()
+    return f"{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}.webp"
+
+
+def version() -> str:
+    """Of the miniature: changes with its weights."""
+    return " ".join(weights.fingerprint(kind, "sd-mini") for kind in ("unet", "vae", "clip-text"))
+
+
+def unread(probe: naming.Namer, images: np.ndarray, chosen: list[Scene]) -> list[list[str]]:
+    """For each picture the words of its prompt that the probe does not find in it."""
+    missing = []
+    for row, scene in zip(naming.name_pictures(probe, images), chosen, strict=True):
+        found = naming.realised(row, scene.said)
+        labels = zip(naming.said(scene.said), scene.words, strict=True)
+        missing.append([word for label, word in labels if not found[label]])
+    return missing
+
+
+def webp(pixels: np.ndarray) -> bytes:
+    """uint8 (3, H, W) as lossless WebP."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "WEBP", lossless=True, quality=100, method=6)
+    return file.getvalue()
+
+
+def build(
+    folder: Path, parts: int = scenes.PARTS, per_part: int = scenes.PER_PART, steps: int = STEPS
+) -> Path:
+    """Write folder/images/part-000001.zip ... and return folder/images. Parts that are whole are kept."""
+    pipeline, probe = generate.load_pipeline("sd-mini"), naming.load_probe(naming.FOLDER)
+    images, made = folder / "images", version()
+    images.mkdir(parents=True, exist_ok=True)
+    everything = [scenes.candidate(0, index) for index in scenes.kept_indices(parts * per_part, 0)]
+    for number in range(1, parts + 1):
+        chosen = everything[(number - 1) * per_part : number * per_part]
+        names = [image_name(scene, made) for scene in chosen]
+        path = images / f"part-{number:06d}.zip"
+        if scenes.is_complete(path, names):
+            continue
+        pairs = []
+        for start in tqdm(range(0, per_part, BATCH), f"drawing part {number} of {parts}"):
+            some = chosen[start : start + BATCH]
+            prompts, seeds = [scene.prompt for scene in some], [scene.seed for scene in some]
+            latents = pipeline.sample(prompts, pipeline.noise(seeds, (64, 64)), "", steps, GUIDANCE)
+            drawn = pipeline.decode(latents).permute(0, 3, 1, 2).contiguous().numpy()
+            for scene, pixels, undrawn in zip(some, drawn, unread(probe, drawn, some), strict=True):
+                entry = {"p": scene.prompt, "se": scene.seed, "c": GUIDANCE, "st": steps, "sa": SAMPLER}
+                pairs.append((image_name(scene, made), webp(pixels), entry | {"undrawn": undrawn}))
+        atomic_write(path, scenes.part_bytes(number, pairs))
+    return images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mini.generated",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--parts", type=int, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(build(args.folder, args.parts))
+
+
+if __name__ == "__main__":
+    main()
