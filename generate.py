@@ -196,6 +196,8 @@ def swapped_by_run(unet: UNet, folder: str | Path, source: str) -> UNet:
     run = load_run(folder)
     if run.config["backbone"] != "unet" or run.config.get("train_blocks") == 0:
         raise weights.WeightsError(f"{folder}: the run trained no U-Net; give one of --backbone unet")
+    if run.config.get("random_start"):
+        raise weights.WeightsError(f"{folder}: its U-Net started from random values: no half of any other")
     if run.config["weights"] != source:
         raise weights.WeightsError(
             f"{folder}: the run started from {run.config['weights']}; give --weights {run.config['weights']}"

@@ -115,3 +115,21 @@ def test_a_broken_image_is_left_out(few_scenes: Path, cache: Path, tmp_path: Pat
     assert len(rows) == 11
     assert {prepared.pairs.where(int(row)).rpartition("/")[2] for row in rows} == {
         f"{i}.png" for i in range(12) if i != 3}
+
+
+def test_a_random_start_is_always_the_same_and_not_the_pretrained_one():
+    def start(**fields) -> dict[str, torch.Tensor]:
+        config = train.resolve(train.TrainConfig(backbone="clip", **fields))
+        return train.load_backbone(config).state_dict()
+
+    random, again, pretrained = start(random_start=True), start(random_start=True, seed=5), start()
+    assert random.keys() == pretrained.keys()
+    assert all(torch.equal(random[name], again[name]) for name in random)
+    shipped = weights.load("clip-vision", "clip-mini").state_dict()
+    assert all(torch.equal(pretrained[name], shipped[name]) for name in shipped)
+    assert not any(torch.equal(random[name], shipped[name]) for name in shipped if shipped[name].dim() > 1)
+
+
+def test_a_random_start_trains_all_blocks():
+    with pytest.raises(data.DataError, match="--random-start: all blocks"):
+        train.resolve(train.TrainConfig(backbone="vit", random_start=True, train_blocks=1))
