@@ -46,8 +46,8 @@ from mini.contrastive import train_clip
 from mini.diffusion import RECIPE as UNET_RECIPE
 from mini.diffusion import train_unet
 from mini.loop import HELD_OUT, Recipe, World, forget, training_pairs, training_world
-from mini.naming import PROBE_STEPS, train_namer
 from mini.naming import RECIPE as NAMING_RECIPE
+from mini.naming import train_namer
 from mini.write import write_json
 from models import blip, clip
 
@@ -70,7 +70,7 @@ PARTS = {
     "unet": Part(UNET_RECIPE, train_unet, "sd-mini/unet"),
     "vit": Part(NAMING_RECIPE, partial(train_namer, "vit"), "vit-mini"),
     "swin": Part(NAMING_RECIPE, partial(train_namer, "swin"), "swin-mini"),
-    "probe": Part(replace(NAMING_RECIPE, steps=PROBE_STEPS), partial(train_namer, "probe"), "probe"),
+    "probe": Part(NAMING_RECIPE, partial(train_namer, "probe"), "probe"),
 }
 
 
