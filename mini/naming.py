@@ -3,14 +3,15 @@
     python -m mini.pretrain vit|swin|probe
 
 A label is one thing that a picture can show, as ("place", "snow"); a picture has several. ViT and Swin learn
-them as their namesakes learnt ImageNet's, and are shipped without the classifier. The probe keeps it, and is
-trained on drawings and on what the autoencoder makes of them alike: it must read generated pictures.
+them as their namesakes learnt ImageNet's, and are shipped without the classifier. The probe, a smaller Swin,
+keeps it, and is trained on drawings and on what the autoencoder makes of them alike: it must read generated
+pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ LABELS = [(slot, key) for slot, table in TABLES.items() for key in table]
 POSITION = {label: i for i, label in enumerate(LABELS)}
 SLOTS = {slot: [i for i, label in enumerate(LABELS) if label[0] == slot] for slot in TABLES}
 HALF = 0.5  # mean and deviation of the pixels that these networks read
-PROBE_WIDTHS = (32, 64, 96, 128)  # at 32, 16, 8 and 4 places a side
+PROBE = replace(swin.CONFIGS["swin-mini"], embed_dim=32)
 REBUILT = 16_000  # of the pictures, for the probe
 
 
@@ -64,44 +65,6 @@ def targets(views: Sequence[scenes.View]) -> Tensor:
     return t
 
 
-class Block(nn.Module):
-    """Two convolutions beside a shortcut, (B, in, H, W) -> (B, out, H/stride, W/stride)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(8, out_channels, eps=1e-5)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(8, out_channels, eps=1e-5)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, padding=0, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(self.shortcut(x) + h)
-
-
-class ResNet(nn.Module):
-    """The probe's backbone: pictures (B, 3, 64, 64) -> (B, width). After He et al. 2016, small, group norms.
-
-    A network of another kind than any that is judged or trained by it. What it sees keeps its place: left and
-    right are among the labels.
-    """
-
-    def __init__(self, widths: Sequence[int] = PROBE_WIDTHS):
-        super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1)
-        blocks, channels = [], widths[0]
-        for i, out in enumerate(widths):
-            blocks += [Block(channels, out, stride=2 if i else 1), Block(out, out, stride=1)]
-            channels = out
-        self.blocks = nn.Sequential(*blocks)
-        self.last = nn.Conv2d(channels, 32, 1, padding=0)
-        self.width = 32 * 16
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.relu(self.last(self.blocks(F.relu(self.stem(images))))).flatten(1)
-
-
 class Namer(nn.Module):
     """A backbone and one fully connected layer: pictures (B, 3, 64, 64) in [-1, 1] -> logits (B, labels)."""
 
@@ -125,7 +88,7 @@ def train_namer(name: str, folder: Path, world: World, recipe: Recipe, seed: int
     if name == "vit":
         backbone = vit.ViT(vit.CONFIGS["vit-mini"])
     else:
-        backbone = ResNet() if name == "probe" else swin.Swin(swin.CONFIGS["swin-mini"])
+        backbone = swin.Swin(PROBE if name == "probe" else swin.CONFIGS["swin-mini"])
     model, truth, n = Namer(backbone), targets(world.views), len(world) - HELD_OUT
     model = model.to(memory_format=torch.channels_last)
     rebuilt = reconstructed(world.images[: min(n, REBUILT)]) if name == "probe" else None
@@ -220,6 +183,6 @@ def write_backbone(model: Namer, name: str, folder: Path) -> None:
 def load_probe(folder: Path) -> Namer:
     """The probe as `train_namer` wrote it."""
     with torch.device("meta"):
-        model = Namer(ResNet())
+        model = Namer(swin.Swin(PROBE))
     weights.load_strict(model, weights.read_tensors(folder / "probe" / "model.safetensors"))
     return model.eval()

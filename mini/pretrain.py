@@ -70,7 +70,7 @@ PARTS = {
     "unet": Part(UNET_RECIPE, train_unet, "sd-mini/unet"),
     "vit": Part(NAMING_RECIPE, partial(train_namer, "vit"), "vit-mini"),
     "swin": Part(NAMING_RECIPE, partial(train_namer, "swin"), "swin-mini"),
-    "probe": Part(NAMING_RECIPE, partial(train_namer, "probe"), "probe"),
+    "probe": Part(replace(NAMING_RECIPE, steps=9000), partial(train_namer, "probe"), "probe"),
 }
 
 

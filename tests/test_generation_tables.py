@@ -73,7 +73,7 @@ def test_pictures_of_the_two_unets_start_from_the_same_noise(make: Callable[...,
 def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe of random weights, with a card."""
     torch.manual_seed(0)
-    model = naming.Namer(naming.ResNet())
+    model = naming.Namer(naming.swin.Swin(naming.PROBE))
     naming.write_tensors(model.state_dict(), tmp_path / "probe" / "model.safetensors")
     card = {"found": {"drawn": {"subject": 0.9}}}
     (tmp_path / "probe" / "card.json").write_text(json.dumps(card))

@@ -328,7 +328,7 @@ def test_new_scenes_are_truthful_and_have_not_been_seen(monkeypatch: pytest.Monk
 
 def test_the_judge_counts_what_the_probe_finds(world: World):
     torch.manual_seed(0)
-    probe = naming.Namer(naming.ResNet()).eval()
+    probe = naming.Namer(naming.swin.Swin(naming.PROBE)).eval()
     chosen = judge.new_scenes(8, 1)
     images = judge.drawings(chosen)
     found = judge.shares(probe, images, chosen)
@@ -349,7 +349,7 @@ def test_wilson_s_interval_is_that_of_scipy():
 
 def test_the_judge_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     torch.manual_seed(0)
-    probe = naming.Namer(naming.ResNet()).eval()
+    probe = naming.Namer(naming.swin.Swin(naming.PROBE)).eval()
     monkeypatch.setattr(naming, "load_probe", lambda folder: probe)
     monkeypatch.setattr("sys.argv", ["judge", "--n", "3", "--steps", "2", "--results", str(tmp_path)])
     judge.main()
@@ -370,7 +370,7 @@ def test_the_judge_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.fixture
 def any_probe(monkeypatch: pytest.MonkeyPatch) -> naming.Namer:
     torch.manual_seed(0)
-    probe = naming.Namer(naming.ResNet()).eval()
+    probe = naming.Namer(naming.swin.Swin(naming.PROBE)).eval()
     monkeypatch.setattr(naming, "load_probe", lambda folder: probe)
     return probe
 
