@@ -13,7 +13,7 @@
 Each part is written under mini/ under its published names, beside a card.json with the command, seed, steps,
 time, data and quality. Training that was stopped resumes from its last checkpoint when the same command runs
 again. The pictures show every word of their prompts, and are drawn with a seed of their own. A GPU is not
-used: on two cores all of it takes some four hours.
+used: on two cores all of it takes some three hours.
 """
 
 from __future__ import annotations
