@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -157,6 +158,27 @@ class Pipeline:
         images = self.vae.decode(latents / self.vae.config.scale_factor)
         levels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round()
         return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        size: tuple[int, int],
+        batch_size: int = 50,
+        title: str = "drawing",
+        **options: Any,
+    ) -> Tensor:
+        """Pictures, uint8 (n, H, W, 3), of prompts with a seed each, `batch_size` at a time; options as for
+        `sample`."""
+        parts = []
+        bar = tqdm(total=len(prompts), desc=title, unit="picture")
+        for start in range(0, len(prompts), batch_size):
+            some = slice(start, start + batch_size)
+            latents = self.sample(prompts[some], self.noise(seeds[some], size), **options)
+            parts.append(self.decode(latents))
+            bar.update(len(latents))
+        bar.close()
+        return torch.cat(parts)
 
 
 def load_pipeline(
@@ -408,24 +430,9 @@ def draw(
     unet_at: Callable[[int], UNet] | None = None,
     title: str = "drawing",
 ) -> list[Image.Image]:
-    """The pictures of prompts with their seeds, `args.batch_size` at a time."""
-    images: list[Image.Image] = []
-    bar = tqdm(total=len(prompts) * args.steps, desc=title, unit="step")
-    for start in range(0, len(prompts), args.batch_size):
-        part = slice(start, start + args.batch_size)
-        n = len(prompts[part])
-        latents = pipeline.sample(
-            prompts[part],
-            pipeline.noise(seeds[part], args.size),
-            args.negative,
-            args.steps,
-            args.guidance,
-            unet_at,
-            lambda i, _: bar.update(n),  # noqa: B023
-        )
-        images += map(picture, pipeline.decode(latents))
-    bar.close()
-    return images
+    """The pictures of prompts with their seeds, as the command's options say."""
+    options = {"negative": args.negative, "steps": args.steps, "guidance": args.guidance, "unet_at": unet_at}
+    return [picture(x) for x in pipeline.draw(prompts, seeds, args.size, args.batch_size, title, **options)]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,9 +16,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from tqdm import tqdm
 
 import generate
 import weights
@@ -27,7 +25,6 @@ from mini import naming, scenes
 from mini.scenes import Scene
 
 STEPS, GUIDANCE, SAMPLER = 50, 7.5, "ddim"
-BATCH = 50
 
 
 def image_name(scene: Scene, version: str) -> str:
@@ -72,15 +69,13 @@ def build(
         path = images / f"part-{number:06d}.zip"
         if scenes.is_complete(path, names):
             continue
-        pairs = []
-        for start in tqdm(range(0, per_part, BATCH), f"drawing part {number} of {parts}"):
-            some = chosen[start : start + BATCH]
-            prompts, seeds = [scene.prompt for scene in some], [scene.seed for scene in some]
-            latents = pipeline.sample(prompts, pipeline.noise(seeds, (64, 64)), "", steps, GUIDANCE)
-            drawn = pipeline.decode(latents).permute(0, 3, 1, 2).contiguous().numpy()
-            for scene, pixels, undrawn in zip(some, drawn, unread(probe, drawn, some), strict=True):
-                entry = {"p": scene.prompt, "se": scene.seed, "c": GUIDANCE, "st": steps, "sa": SAMPLER}
-                pairs.append((image_name(scene, made), webp(pixels), entry | {"undrawn": undrawn}))
+        pairs, title = [], f"drawing part {number} of {parts}"
+        prompts, seeds = [scene.prompt for scene in chosen], [scene.seed for scene in chosen]
+        drawn = pipeline.draw(prompts, seeds, (64, 64), title=title, steps=steps, guidance=GUIDANCE)
+        drawn = drawn.permute(0, 3, 1, 2).contiguous().numpy()
+        for scene, pixels, undrawn in zip(chosen, drawn, unread(probe, drawn, chosen), strict=True):
+            entry = {"p": scene.prompt, "se": scene.seed, "c": GUIDANCE, "st": steps, "sa": SAMPLER}
+            pairs.append((image_name(scene, made), webp(pixels), entry | {"undrawn": undrawn}))
         atomic_write(path, scenes.part_bytes(number, pairs))
     return images
 
@@ -94,7 +89,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--parts", type=int, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
     args = parser.parse_args()
-    torch.manual_seed(0)
     print(build(args.folder, args.parts))
 
 

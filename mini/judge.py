@@ -16,9 +16,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from tqdm import tqdm
 
 import generate
 from data import atomic_write
@@ -26,7 +24,6 @@ from mini import drawbench, naming, scenes
 from mini.scenes import Scene
 
 SEED = 3_000_007
-BATCH = 50
 
 
 def new_scenes(n: int, things: int, seed: int = SEED) -> list[Scene]:
@@ -41,16 +38,10 @@ def new_scenes(n: int, things: int, seed: int = SEED) -> list[Scene]:
     return found
 
 
-def generated(
-    pipeline: generate.Pipeline, prompts: list[str], first_seed: int, steps: int, guidance: float
-) -> np.ndarray:
-    """Pictures uint8 (n, 3, 64, 64), with seeds first_seed, first_seed + 1, ..."""
-    pictures = []
-    for start in tqdm(range(0, len(prompts), BATCH), "drawing"):
-        part = prompts[start : start + BATCH]
-        noise = pipeline.noise(range(first_seed + start, first_seed + start + len(part)), (64, 64))
-        pictures.append(pipeline.decode(pipeline.sample(part, noise, "", steps, guidance)))
-    return torch.cat(pictures).permute(0, 3, 1, 2).contiguous().numpy()
+def generated(pipeline: generate.Pipeline, prompts: list[str], steps: int, guidance: float) -> np.ndarray:
+    """Pictures uint8 (n, 3, 64, 64), with seeds 0, 1, ..."""
+    drawn = pipeline.draw(prompts, range(len(prompts)), (64, 64), steps=steps, guidance=guidance)
+    return drawn.permute(0, 3, 1, 2).contiguous().numpy()
 
 
 def drawings(chosen: list[Scene]) -> np.ndarray:
@@ -60,14 +51,9 @@ def drawings(chosen: list[Scene]) -> np.ndarray:
 
 def shares(probe: naming.Namer, images: np.ndarray, chosen: list[Scene]) -> dict[str, dict]:
     """For each kind of label: how many are said, and the share found with its 95 % interval (Wilson's)."""
-    tally: dict[str, list[bool]] = {slot: [] for slot in naming.TABLES}
-    for row, scene in zip(naming.name_pictures(probe, images), chosen, strict=True):
-        for (slot, _), found in naming.realised(row, scene.said).items():
-            tally[slot].append(found)
     return {
         slot: {"said": len(found), "found": float(np.mean(found)), "95": wilson(sum(found), len(found))}
-        for slot, found in tally.items()
-        if found
+        for slot, found in naming.tally(probe, images, [scene.said for scene in chosen]).items()
     }
 
 
@@ -115,7 +101,7 @@ def main() -> None:
     pipeline = generate.load_pipeline("sd-mini")
     if args.sheet:
         some = [scenes.candidate(SEED, i, truthful=True).prompt for i in range(64)]
-        images = generated(pipeline, some, 0, args.steps, args.guidance)
+        images = generated(pipeline, some, args.steps, args.guidance)
         pictures = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in images]
         scenes.contact_sheet(list(zip(pictures, some, strict=True))).save(args.sheet)
         return
@@ -124,9 +110,7 @@ def main() -> None:
         chosen = new_scenes(args.n, things)
         drawn = drawings(chosen)
         kinds = {
-            "generated": generated(
-                pipeline, [scene.prompt for scene in chosen], 0, args.steps, args.guidance
-            ),
+            "generated": generated(pipeline, [scene.prompt for scene in chosen], args.steps, args.guidance),
             "drawn": drawn,
             "reconstructed": naming.reconstructed(drawn),
         }

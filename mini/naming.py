@@ -148,13 +148,18 @@ def realised(probabilities: Tensor, view: scenes.View) -> dict[tuple[str, str], 
     return found
 
 
-def accuracy(model: Namer, images: np.ndarray, views: Sequence[scenes.View]) -> dict[str, float]:
-    """For each kind of label the share of those said that `realised` finds, all of which are shown."""
-    tally: dict[str, list[bool]] = {slot: [] for slot in TABLES}
+def tally(model: Namer, images: np.ndarray, views: Sequence[scenes.View]) -> dict[str, list[bool]]:
+    """For each kind of label that is said: whether `realised` finds it, label by label."""
+    found: dict[str, list[bool]] = {slot: [] for slot in TABLES}
     for row, view in zip(name_pictures(model, images), views, strict=True):
-        for (slot, _), found in realised(row, view).items():
-            tally[slot].append(found)
-    return {slot: round(float(np.mean(found)), 4) for slot, found in tally.items() if found}
+        for (slot, _), shows in realised(row, view).items():
+            found[slot].append(shows)
+    return {slot: shows for slot, shows in found.items() if shows}
+
+
+def accuracy(model: Namer, images: np.ndarray, views: Sequence[scenes.View]) -> dict[str, float]:
+    """For each kind of label the share of those said that is found, where all are shown."""
+    return {slot: round(float(np.mean(shows)), 4) for slot, shows in tally(model, images, views).items()}
 
 
 def write_backbone(model: Namer, name: str, folder: Path) -> None:

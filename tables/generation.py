@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import generate
@@ -108,13 +107,8 @@ def drawn(
     if run is not None:
         trained = generate.swapped_by_run(pipeline.unet, folder, source)
         unet_at = generate.after(SWAP_AFTER, pipeline.unet, trained)
-    pictures = []
-    for start in tqdm(range(0, len(prompts), BATCH), f"drawing {len(prompts)} pictures"):
-        part = slice(start, start + BATCH)
-        noise = pipeline.noise(seeds[part], (side, side))
-        latents = pipeline.sample(prompts[part], noise, "", STEPS, GUIDANCE, unet_at)
-        pictures.append(pipeline.decode(latents).numpy())
-    pictures = np.concatenate(pictures)
+    options = {"steps": STEPS, "guidance": GUIDANCE, "unet_at": unet_at}
+    pictures = pipeline.draw(prompts, seeds, (side, side), BATCH, **options).numpy()
     kept.parent.mkdir(parents=True, exist_ok=True)
     train.save_array(kept, pictures)
     return pictures

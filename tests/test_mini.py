@@ -376,9 +376,8 @@ def any_probe(monkeypatch: pytest.MonkeyPatch) -> naming.Namer:
 
 
 def test_generated_pairs_are_read_and_say_how_they_were_made(
-    tmp_path: Path, any_probe: naming.Namer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, any_probe: naming.Namer
 ):
-    monkeypatch.setattr(generated, "BATCH", 3)
     images = generated.build(tmp_path, parts=2, per_part=4, steps=2)
     pairs = data.read_pairs(images)
     chosen = [scenes.candidate(0, index) for index in scenes.kept_indices(8, 0)]
