@@ -134,6 +134,16 @@ def test_a_picture_depends_on_its_own_seed_alone(both: tuple):
     assert not torch.allclose(together[1:], draw(PROMPTS[1:], ours.noise([8], (16, 16))))
 
 
+def test_pictures_drawn_in_batches_are_those_drawn_alone(both: tuple):
+    ours, prompts, seeds = both[0], [*PROMPTS, PROMPTS[0]], [8, 9, 10]
+    together = ours.draw(prompts, seeds, (16, 24), batch_size=2, steps=2)
+    assert together.shape == (3, 16, 24, 3)
+    for i in range(3):
+        alone = ours.draw(prompts[i : i + 1], seeds[i : i + 1], (16, 24), steps=2)[0]
+        assert (together[i].int() - alone.int()).abs().max() <= 1
+    assert not torch.equal(together[0], together[2])
+
+
 def other_encoder(whole: unet.UNet, seed: int) -> unet.UNetEncoder:
     return randomise(unet.UNetEncoder(whole.config), seed)
 
