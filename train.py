@@ -1,6 +1,6 @@
 """Train a regressor from images to prompt embeddings: one loop for every backbone.
 
-    python train.py --backbone unet                                      the embedded default, mini scenes
+    python train.py --backbone unet                                      the embedded default
     python train.py --backbone unet --data FOLDER                        one's own image-prompt pairs
     python train.py --backbone vit                                       a black box: ViT, Swin or CLIP
     python train.py --backbone unet --data DIFFUSIONDB --weights sd-1    the paper's rows (a GPU is wanted)
@@ -96,8 +96,9 @@ class TrainConfig:
     )
     data: str = option(
         "mini",
-        "'mini' (drawn at first use) or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt beside "
-        "each image, or PNGs with a front end's text",
+        "'mini', pictures that the miniature Stable Diffusion made; 'drawn', mini scenes drawn by program at "
+        "first use; or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt beside each image, or "
+        "PNGs with a front end's text",
     )
     weights: str | None = option(
         None,
@@ -198,6 +199,8 @@ DEFAULTS = {
     "clip-mini": _MINI | {"lr": 5e-4},
     "": {"epochs": 3, "batch_size": 64, "lr": 1e-4},
 }
+EMBEDDED = ("mini", "drawn")  # what --data knows by name
+MINI_PAIRS = Path(__file__).resolve().parent / "mini" / "generated"  # by mini/generated.py
 # Flags that may change when a run is resumed: they do not decide its result.
 RESUMABLE = {"workers", "device", "compile", "checkpoint_every", "activation_checkpointing"}
 NO_DIFFICULTY = "holds no recorded difficulty; give a finished run of train.py --record-difficulty"
@@ -343,7 +346,6 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     cannot be read are left out of every split.
     """
     cache = weights.cache_dir()
-    path = Path(config.data)
     # Read first, so that weights which cannot be had stop the run before anything long. The encoders
     # themselves are loaded only if their cache lacks rows.
     for kind in (BACKBONES[config.backbone], *(("vae", "clip-text") if config.backbone == "unet" else ())):
@@ -352,11 +354,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
         weights.config("blip", captioner)
     how = preprocessing(config)
     minilm = functools.cache(lambda: weights.load("minilm", device=device))
-    if config.data == "mini":
-        from mini import scenes
-
-        path = cache / f"mini-scenes-{scenes.VERSION}"
-        scenes.build(path)
+    path = pairs_folder(config.data)
     pairs = data.read_pairs(path)
     pairs = pairs.subset(cleaned(pairs.prompts, config.clean))
     splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size)
@@ -379,6 +377,19 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     for rows in splits.values():
         digest.update(rows.tobytes())
     return Prepared(pairs, splits, targets, inputs, how, digest.hexdigest())
+
+
+def pairs_folder(name: str) -> Path:
+    """Where the pairs of --data are; scenes are drawn into the cache unless they are there."""
+    if name == "mini":
+        return MINI_PAIRS
+    if name != "drawn":
+        return Path(name)
+    from mini import scenes
+
+    path = weights.cache_dir() / f"mini-scenes-{scenes.VERSION}"
+    scenes.build(path)
+    return path
 
 
 def preprocessing(config: TrainConfig) -> data.Preprocessing:

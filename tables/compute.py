@@ -107,7 +107,7 @@ def stated(plan: Plan, command: str) -> dict:
         "command": command,
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "data": plan.data if plan.data == "mini" else Path(plan.data).name,
+        "data": Path(plan.data).resolve().name,
         "weights": plan.sources,
         "seeds": list(plan.seeds),
     }

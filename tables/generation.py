@@ -14,7 +14,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ import weights
 from mini import drawbench, naming, scenes
 from tables.compute import origin, short, stated
 from tables.merit import RESAMPLES, bootstrap_interval, cosines, paired_test
+from tables.probe import default_views
 from tables.runs import Plan
 
 log = logging.getLogger("tables")
@@ -65,13 +65,6 @@ def prompt_sets(plan: Plan, seed: int, file: Path | None) -> dict[str, list[Aske
     views = default_views() if mini else {}
     test = [row["prompt"] for row in rows["test"][: MINI_PROMPTS if mini else PROMPTS]]
     return sets | {"test prompts": [Asked(prompt, views.get(prompt)) for prompt in test]}
-
-
-@cache
-def default_views() -> dict[str, scenes.View]:
-    """What the prompts of the default data set ask for."""
-    indices = scenes.kept_indices(scenes.PARTS * scenes.PER_PART, 0)
-    return {scene.prompt: scene.said for scene in (scenes.candidate(0, index) for index in indices)}
 
 
 def read_drawbench(path: Path) -> list[str]:

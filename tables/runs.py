@@ -43,7 +43,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lerac": {"heads": 0, "curriculum": "lerac"},
     "cbs": {"heads": 0, "curriculum": "cbs"},
     "captions-empty": {"heads": 3, "captions": "empty"},
-    "captions-blip": {"heads": 3},  # and the plan's BLIP
     "captions-prompt": {"heads": 3, "captions": "prompt"},
 }
 PHASE_1 = {"mlc-cl": "mlc", "cl": "plain"}  # phase 1 of the curriculum is a row of its own
@@ -87,9 +86,9 @@ class Plan:
         }
         fields = {name: value for name, value in self.given.items() if name not in elsewhere}
         fields |= {"backbone": backbone, "data": self.data, "weights": self.sources[backbone], "seed": seed}
+        if backbone == "unet":
+            fields.setdefault("captions", self.sources["blip"])
         fields |= {"device": self.device} | RECIPES[recipe]
-        if recipe == "captions-blip":
-            fields["captions"] = self.sources["blip"]
         if run in RECORDING:
             fields["record_difficulty"] = True
         if recipe in PHASE_1:

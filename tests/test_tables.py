@@ -18,11 +18,11 @@ import torch
 from conftest import ROOT, environment
 from PIL import Image
 
-import baselines
 import data
 import eval
 import train
-from tables import runs
+from mini import naming, scenes
+from tables import probe, runs
 from tables.compute import short
 from tables.figures import undrawn_share
 from tables.merit import cosines, paired_test, rank_correlation, ranks, spearman, student_p
@@ -183,14 +183,11 @@ def test_all_that_the_ensemble_needs_is_trained_once(make):
         assert sheet.width == 8 * 136 + 8
 
 
-def test_captions_are_what_the_row_says(make, tmp_path: Path):
-    model, _ = baselines.new_captioner(0)
-    blip = tmp_path / "blip"
-    baselines.write_captioner(model, blip, baselines.BLIP_MINI)
-    folder = make("--table", "captions", "--seeds", "0", "--weights", f"mini,blip={blip}", *QUICK)
-    said = {"empty": "empty", "blip": str(blip), "prompt": "prompt"}
+def test_captions_are_what_the_row_says(make):
+    folder = make("--table", "captions", "--seeds", "0", *QUICK)
+    said = {"captions-empty": "empty", "mlc": "blip-mini", "captions-prompt": "prompt"}
     for recipe, captions in said.items():
-        config = json.loads((folder / "runs" / f"unet-captions-{recipe}-seed0" / "config.json").read_text())
+        config = json.loads((folder / "runs" / f"unet-{recipe}-seed0" / "config.json").read_text())
         assert (config["captions"], config["heads"], config["backbone"]) == (captions, 3, "unet")
     result = read(folder, "table-captions")
     _, empty, *others = result["rows"]
@@ -199,11 +196,59 @@ def test_captions_are_what_the_row_says(make, tmp_path: Path):
     assert len({round(row["cosine"], 6) for row in result["rows"]}) == 4
     text = (folder / "results" / "table-captions.md").read_text()
     assert text.startswith("# What the U-Net reads by cross-attention\n") and "670,000" not in text
-    assert f"captions: empty, {blip}, prompt." in text
+    assert "captions: empty, blip-mini, prompt." in text
+    other = Plan("-", SOURCES["mini"] | {"blip": "blip-base"}, (0,), folder, 1, "cpu", {})
+    named = ("unet-plain", "unet-captions-empty", "vit-mlc")
+    assert [other.fields(run, 0).get("captions") for run in named] == ["blip-base", "empty", None]
+    given = Plan("-", SOURCES["mini"], (0,), folder, 1, "cpu", {"captions": "empty"})
+    assert given.fields("unet-mlc-cl", 0)["captions"] == "empty"
+
+
+def test_the_ceiling_is_what_the_probe_reads(make, monkeypatch: pytest.MonkeyPatch):
+    folder = make("--table", "ceiling", "--seeds", "0", *QUICK)
+    rows = {row["name"]: row["cosine"] for row in read(folder, "table-ceiling")["rows"]}
+    mean, _, encoded, ridge, told = rows.values()
+    assert mean < min(encoded, ridge, told)  # they know the world; 60 pairs teach the regressions
+
+    everything = probe.default_views()
+    monkeypatch.setattr(probe, "readings", lambda pairs, rows: torch.stack(
+        [naming.targets([everything[pairs.prompts[i]]])[0].float() for i in rows]
+    ))
+    saved = train.saved_fields(folder / "runs" / "unet-mlc-seed0")
+    given = {name: saved[name] for name in ("val_size", "test_size")}
+    plan = Plan(saved["data"], SOURCES["mini"], (0,), folder / "runs", 1, "cpu", given)
+    like = Member(folder / "runs" / "unet-mlc-seed0")
+    said, _ = probe.Reading("encoded")([like], plan, 0)
+    assert cosines(said, like.targets("test")).mean() > encoded  # nothing misread
+
+
+def test_a_reading_becomes_a_view():
+    view = scenes.View((scenes.Thing("cat", "red", None), scenes.Thing("star", "blue", "glass")),
+                       relation="left", place="snow", light="night", style="oil")
+    read = probe.view_of(naming.targets([view])[0].float())
+    assert {thing.subject for thing in read.things} == {"cat", "star"}
+    assert {thing.colour for thing in read.things} == {"red", "blue"}
+    assert (read.relation, read.place, read.light, read.style) == ("left", "snow", "night", "oil")
+    alone = scenes.View((scenes.Thing("cat", None, None),), count=3)
+    p = naming.targets([alone])[0].float()
+    p[naming.POSITION["relation", "left"]] = 0.9  # makes no sense of one thing
+    assert probe.view_of(p) == scenes.View((scenes.Thing("cat", naming.SHAPES["cat"].colour),), count=3)
+
+
+def test_ridge_by_hand():
+    x, y = np.array([[0.0], [1.0], [2.0]]), np.array([[1.0], [2.0], [6.0]])
+    slope, intercept = probe.ridge(x, y, 2.0)  # centred: 5 / (2 + 2)
+    assert slope.item() == pytest.approx(1.25) and intercept.item() == pytest.approx(3 - 1.25)
+
+
+def test_the_probe_is_not_asked_of_other_prompts(few_scenes: Path, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "default_views", dict)
+    with pytest.raises(data.DataError, match="the probe knows the embedded scenes alone"):
+        probe.Reading("told")([], Plan(str(few_scenes), SOURCES["mini"], (0,), few_scenes, 1, "cpu", {}), 0)
 
 
 def test_what_is_asked_for():
-    assert eval.asked_for("all", TABLES, "table") == [1, 2, 7, 8, 9, 10, 11, "captions"]
+    assert eval.asked_for("all", TABLES, "table") == [1, 2, 7, 8, 9, 10, 11, "captions", "ceiling"]
     assert eval.asked_for("captions,9,2,9", TABLES, "table") == [2, 9, "captions"]
 
 
@@ -348,7 +393,7 @@ def test_numbers_are_written_as_the_paper_writes_them():
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--table", "3"], "no such table here; there are 1, 2, 5, 6, 7, 8, 9, 10, 11, captions, noise and"),
+        (["--table", "3"], "there are 1, 2, 5, 6, 7, 8, 9, 10, 11, captions, ceiling, noise and all"),
         (["--table", "2,x"], "--table x"),
         (["--figure", "5"], "--figure 5"),
         (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),
