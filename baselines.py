@@ -30,7 +30,7 @@ from models.blip import BLIP, CONFIGS
 from models.swin import PatchMerging
 from weights.kinds.blip import load_tokenizer, published
 from weights.preprocessing import from_files
-from weights.sources import read, weights_file
+from weights.sources import read
 
 log = logging.getLogger("baselines")
 
@@ -292,14 +292,8 @@ def new_captioner(seed: int) -> tuple[BLIP, data.Preprocessing]:
 def open_captioner(source: str, device: str = "cpu") -> tuple[BLIP, data.Preprocessing, Path]:
     """The captioner, how it reads pictures, and the folder of its tokenizer.
 
-    "blip-mini" is the one in mini/; until it has been trained, a new one (a warning says so). Raises
-    weights.WeightsError as `weights.load`.
+    Raises weights.WeightsError as `weights.load`.
     """
-    source = str(BLIP_MINI) if source == "blip-mini" else source
-    if source == str(BLIP_MINI) and weights_file(BLIP_MINI) is None:
-        log.warning("blip-mini is NOT TRAINED: initialised with seed 0")
-        model, how = new_captioner(seed=0)
-        return model.to(device), how, BLIP_MINI
     how = data.Preprocessing(**weights.preprocessing("blip", source))
     return weights.load("blip", source, device=device), how, read("blip", source).folder
 

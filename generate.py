@@ -5,7 +5,7 @@ put back to draw them.
     python generate.py PROMPT --weights sd-mini --n 8 --seed 3          eight pictures, seeds 3 to 10
     python generate.py PROMPT --swap runs/unet-mini-seed0               all steps but the first by that run
     python generate.py PROMPT --swap RUN --grid 1,5,25,49               figure 6: swapped after so many steps
-    python generate.py PROMPT PROMPT --swap RUN RUN --grid runs         figures 5 and 8: a column for each
+    python generate.py PROMPT --swap RUN --swap RUN --grid runs         figures 5 and 8: a column for each
     python generate.py PROMPT --attention                               figure 7: where words are looked for
 
 The sampler is DDIM (Song et al. 2021) with classifier-free guidance (Ho and Salimans 2022), as Stable
@@ -371,7 +371,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="in pixels, multiples of 8 (default: as trained)",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn at a time (default 8)")
-    parser.add_argument("--swap", nargs="+", metavar="RUN", help="let the U-Net of this run of train.py draw")
+    parser.add_argument(
+        "--swap", action="append", metavar="RUN",
+        help="let the U-Net of this run of train.py draw; several, each with its --swap, for --grid runs",
+    )
     parser.add_argument(
         "--swap-after",
         type=int,

@@ -213,7 +213,7 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
     held_out = pairs.subset(splits["val"])
-    model, how, _ = baselines.open_captioner("blip-mini")  # as it was written
+    model, how, _ = baselines.open_captioner(str(baselines.BLIP_MINI))  # as it was written
     written = baselines.written_prompts(model, how, config, held_out)
     minilm = weights.load("minilm")
     said, true = minilm.encode(written), minilm.encode(held_out.prompts)

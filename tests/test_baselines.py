@@ -95,13 +95,14 @@ SHORT = CaptionerConfig("blip-mini", epochs=2, batch_size=8, lr=3e-3, max_tokens
 
 
 @pytest.fixture(autouse=True)
-def untrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """blip-mini as it is before anybody has trained it, whatever mini/ holds."""
+def untrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of blip-mini before its training, in place of the one in mini/."""
     folder = tmp_path / "untrained-blip-mini"
     folder.mkdir()
     for name in ("vocab.txt", "preprocessor_config.json"):
         (folder / name).write_bytes((baselines.BLIP_MINI / name).read_bytes())
     monkeypatch.setattr(baselines, "BLIP_MINI", folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +140,12 @@ def test_tokens_and_labels_by_hand():
 
 
 def test_it_learns_and_predicts_and_the_folder_it_writes_is_a_captioner(
-    pairs: data.Pairs, cache: Path, tmp_path: Path
+    pairs: data.Pairs, cache: Path, tmp_path: Path, untrained: Path
 ):
     """Forty steps on twenty pairs: the loss falls, and the written prompts' embeddings are the answer."""
     torch.set_num_threads(1)
-    config = dataclasses.replace(SHORT, epochs=14)
+    baselines.write_captioner(baselines.new_captioner(0)[0], untrained, untrained)
+    config = dataclasses.replace(SHORT, source=str(untrained), epochs=14)
     found = baselines.blip_regressor(tmp_path / "run", config, pairs, SPLITS)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -213,7 +215,7 @@ def test_the_miniature_is_trained_from_random_values_and_written_as_published(
     pretrain.train_captioner(parts=1, epochs=1, batch_size=32, lr=1e-3, seed=0)
     card = json.loads((baselines.BLIP_MINI / "card.json").read_text())
     assert -1 < card["prompt_cosine"] < 1 and card["val_loss"] > 0
-    model, how, folder = baselines.open_captioner("blip-mini")
+    model, how, folder = baselines.open_captioner(str(baselines.BLIP_MINI))
     assert folder == baselines.BLIP_MINI and how == baselines.new_captioner(0)[1]
     start = baselines.new_captioner(0)[0].state_dict()
     assert not torch.equal(start["vision_model.post_layernorm.bias"],
