@@ -2,6 +2,7 @@
 
     python -m mini.generated                     8,000 pictures, 8 parts; goes on where it was stopped
     python -m mini.generated FOLDER --parts 2    elsewhere, fewer
+    python -m mini.generated --sheet FILE.png    the first 64 with their prompts and [unread words]
 
 They are shipped in mini/generated/: to fetch them takes less time than to draw them, half an hour on two
 cores. The prompts are those of the drawn default; the pictures are lossless WebP, as in DiffusionDB's large
@@ -126,7 +127,13 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="(default mini/generated)")
     parser.add_argument("--parts", type=int, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a sheet of the pairs that are there")
     args = parser.parse_args()
+    if args.sheet:
+        pairs = read_pairs(args.folder)
+        texts = [scenes.bracketed(pairs.prompts[i], pairs.meta[i]["undrawn"]) for i in range(64)]
+        scenes.contact_sheet([(pairs.image(i), text) for i, text in enumerate(texts)]).save(args.sheet)
+        return
     build(args.folder, args.parts)
     write_json(card(args.folder, f"python -m mini.generated --parts {args.parts}"), args.folder / "card.json")
     print(args.folder)

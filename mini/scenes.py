@@ -20,6 +20,7 @@ import os
 import signal
 import textwrap
 import zipfile
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -492,9 +493,9 @@ def workers(jobs: int):
         yield pool
 
 
-def captioned(scene: Scene) -> tuple[Image.Image, str]:
-    """A scene's picture, and its prompt with the undrawn words in brackets."""
-    return render(scene), scene.prompt + (f" [{', '.join(scene.undrawn)}]" if scene.undrawn else "")
+def bracketed(prompt: str, undrawn: Sequence[str]) -> str:
+    """A prompt with the words that its picture does not show in brackets behind it."""
+    return prompt + (f" [{', '.join(undrawn)}]" if undrawn else "")
 
 
 def contact_sheet(pictures: list[tuple[Image.Image, str]], columns: int = 8, zoom: int = 2) -> Image.Image:
@@ -525,8 +526,9 @@ def main() -> None:
     if not (arguments.sheet or arguments.build):
         parser.error("nothing to do: give --sheet PNG, --build FOLDER or both")
     if arguments.sheet:
-        drawn = [captioned(candidate(arguments.seed, i)) for i in range(arguments.n)]
-        contact_sheet(drawn).save(arguments.sheet)
+        drawn = [candidate(arguments.seed, i) for i in range(arguments.n)]
+        pictures = [(render(scene), bracketed(scene.prompt, scene.undrawn)) for scene in drawn]
+        contact_sheet(pictures).save(arguments.sheet)
     if arguments.build:
         build(arguments.build, seed=arguments.seed)
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import train
+from mini.scenes import bracketed
 from reverse_sd import Run, Vocabulary, nearest
 
 CHUNKS = ("easy", "medium", "hard")
@@ -86,8 +87,7 @@ def difficulty_sheet(
             scale = side / max(image.size)
             shape = tuple(max(1, round(length * scale)) for length in image.size)
             sheet.paste(image.resize(shape, Image.Resampling.LANCZOS), (x, y + band))
-            undrawn = pairs.meta[row].get("undrawn")
-            text = pairs.prompts[row] + (f" [{', '.join(undrawn)}]" if undrawn else "")
+            text = bracketed(pairs.prompts[row], pairs.meta[row].get("undrawn", ()))
             draw.text((x, y + band + side + 2), f"cosine {score[i]:.2f}", "#777777", font)
             for n, line in enumerate(wrap(text, font, side)[:5]):
                 draw.text((x, y + band + side + 16 + 13 * n), line, "#1b4f8a", font)

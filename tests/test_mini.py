@@ -1,5 +1,6 @@
 """The miniatures that the repository ships, and how they are trained."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -395,3 +396,23 @@ def test_generated_pairs_are_read_and_say_how_they_were_made(
     (images / "part-000002.zip").unlink()
     generated.build(tmp_path, parts=2, per_part=4, steps=2)
     assert {path.name: path.read_bytes() for path in images.iterdir()} == before
+
+
+def test_the_shipped_pairs_are_those_of_their_card():
+    card = json.loads((generated.FOLDER / "card.json").read_text())
+    files = sorted((generated.FOLDER / "images").iterdir())
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files} == card["sha256"]
+    assert generated.version() == card["weights"], "the miniature was trained anew; draw the pairs again"
+    pairs = data.read_pairs(generated.FOLDER)
+    chosen = generated.chosen_scenes(8000)
+    assert pairs.prompts == [scene.prompt for scene in chosen]
+    entry = {"c": generated.GUIDANCE, "st": generated.STEPS, "sa": generated.SAMPLER}
+    assert all(meta.items() >= entry.items() and meta["se"] == scene.seed
+               for meta, scene in zip(pairs.meta, chosen, strict=True))
+    some = [3, 4242, 7999]
+    again = generate.load_pipeline("sd-mini").draw(
+        [pairs.prompts[i] for i in some], [chosen[i].seed for i in some], (64, 64),
+        steps=generated.STEPS, guidance=generated.GUIDANCE,
+    )
+    for i, pixels in zip(some, again.numpy(), strict=True):
+        assert np.abs(np.asarray(pairs.image(i)).astype(int) - pixels).mean() < 1

@@ -260,6 +260,15 @@ def test_no_such_data(cache: Path, tmp_path: Path, capsys):
     assert "nowhere" in error_line(capsys, "--data", str(tmp_path / "nowhere"))
 
 
+def test_the_embedded_pairs_go_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    built: list[Path] = []
+    monkeypatch.setattr(scenes, "build", built.append)
+    assert train.pairs_folder("mini") == ROOT / "mini" / "generated"
+    assert train.pairs_folder("somewhere/mini") == Path("somewhere/mini") and built == []
+    assert train.pairs_folder("drawn") == built[0] and cache in built[0].parents
+    assert train.TrainConfig().data == "mini" and set(train.EMBEDDED) == {"mini", "drawn"}
+
+
 def test_an_empty_folder(cache: Path, tmp_path: Path, capsys):
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in error_line(capsys, "--data", str(tmp_path / "empty"))
