@@ -114,7 +114,7 @@ class TrainConfig:
         None,
         "what the U-Net reads of an image by cross-attention: empty = the empty text; prompt = the true one, "
         "an upper bound that no method may use; a BLIP to write them (blip-base, a folder), as in the paper; "
-        "or a file of captions (.jsonl, .csv, .json, .txt) (sd-mini: empty, else blip-base)",
+        "or a file of captions (.jsonl, .csv, .json, .txt) (sd-mini: blip-mini, else blip-base)",
     )
     train_blocks: int | None = option(
         None,
@@ -192,7 +192,7 @@ class TrainConfig:
 # 6,000 pairs both would leave the miniatures half trained.
 _MINI = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
 DEFAULTS = {
-    "sd-mini": _MINI | {"image_size": 64, "captions": "empty"},
+    "sd-mini": _MINI | {"image_size": 64, "captions": "blip-mini"},
     "vit-mini": _MINI | {"lr": 5e-4},
     "swin-mini": _MINI,
     "swinv2-mini": _MINI,

@@ -76,16 +76,18 @@ def compute_table(plan: Plan, number: int | str, command: str) -> dict:
     first = [Member(plan.run_folder(table.rows[0].runs[0], seed)) for seed in plan.seeds]
     baseline = {"name": "mean training embedding", "paper": None, "runs": []}
     rows = [baseline | numbers_of([mean_embedding_cosines(member) for member in first])]
-    values: dict[str, list[np.ndarray]] = {}
+    done = {
+        row.name: [row_cosines(plan, row, seed, like) for seed, like in zip(plan.seeds, first, strict=True)]
+        for row in table.rows
+    }
+    values = {name: [cosine for cosine, _ in by_seed] for name, by_seed in done.items()}
     for row in table.rows:
-        done = [row_cosines(plan, row, seed, like) for seed, like in zip(plan.seeds, first, strict=True)]
-        values[row.name] = [cosine for cosine, _ in done]
         entry = {"name": row.name, "paper": row.paper, "runs": list(row.runs)}
         entry |= numbers_of(values[row.name])
         entry["tests"] = [
             {"against": other} | paired_test(values[row.name], values[other]) for other in row.against
         ]
-        if any(chose := [chose for _, chose in done]):
+        if any(chose := [chose for _, chose in done[row.name]]):
             entry["chose"] = chose
         rows.append(entry)
     return stated(plan, command) | {
