@@ -99,7 +99,7 @@ def test_an_image_read_alone_is_predicted_as_in_the_evaluation(uninterrupted: Pa
     pairs = data.read_pairs(few_scenes)
     i = pairs.prompts.index(rows[0]["prompt"])
     run = reverse_sd.load_run(uninterrupted)
-    embedding, _ = reverse_sd.reader(run, "cpu")([pairs.image(i)], [""])
+    embedding, _ = reverse_sd.reader(run, "cpu")([pairs.image(i)])
     evaluated = np.load(uninterrupted / "predictions" / "test.npy")[0]
     assert float(embedding[0] @ evaluated) > 0.9999  # the cached latents are half precision
 
