@@ -25,8 +25,9 @@ from PIL import Image
 
 import generate
 import weights
-from data import atomic_write, read_pairs
+from data import DataError, atomic_write, read_pairs
 from mini import naming, scenes
+from mini.command import count, end
 from mini.scenes import Scene
 from mini.write import write_json
 
@@ -126,12 +127,13 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="(default mini/generated)")
-    parser.add_argument("--parts", type=int, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
+    parser.add_argument("--parts", type=count, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a sheet of the pairs that are there")
     args = parser.parse_args()
     if args.sheet:
         pairs = read_pairs(args.folder)
-        texts = [scenes.bracketed(pairs.prompts[i], pairs.meta[i]["undrawn"]) for i in range(64)]
+        some = range(min(64, len(pairs)))
+        texts = [scenes.bracketed(pairs.prompts[i], pairs.meta[i].get("undrawn", [])) for i in some]
         scenes.contact_sheet([(pairs.image(i), text) for i, text in enumerate(texts)]).save(args.sheet)
         return
     build(args.folder, args.parts)
@@ -140,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main, DataError, weights.WeightsError)

@@ -19,8 +19,10 @@ import numpy as np
 from PIL import Image
 
 import generate
-from data import atomic_write
+import weights
+from data import DataError, atomic_write
 from mini import drawbench, naming, scenes
+from mini.command import count, end
 from mini.scenes import Scene
 
 SEED = 3_000_007
@@ -92,12 +94,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mini.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--n", type=int, default=500, help="prompts of each kind (default 500)")
-    parser.add_argument("--steps", type=int, default=50, help="of DDIM (default 50)")
+    parser.add_argument("--n", type=count, default=500, help="prompts of each kind (default 500)")
+    parser.add_argument("--steps", type=count, default=50, help="of DDIM (default 50)")
     parser.add_argument("--guidance", type=float, default=7.5, help="(default 7.5)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw 64 pictures and nothing else")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
     args = parser.parse_args()
+    if args.steps >= generate.TRAIN_STEPS:
+        parser.error(f"argument --steps: {args.steps}: must be below {generate.TRAIN_STEPS}")
     pipeline = generate.load_pipeline("sd-mini")
     if args.sheet:
         some = [scenes.candidate(SEED, i, truthful=True).prompt for i in range(64)]
@@ -130,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main, DataError, weights.WeightsError)

@@ -37,10 +37,11 @@ from tokenizers.models import BPE
 
 import baselines
 import weights
-from data import atomic_write
+from data import DataError, atomic_write
 from mini import scenes
 from mini.autoencoder import RECIPE as VAE_RECIPE
 from mini.autoencoder import train_vae
+from mini.command import count, end
 from mini.contrastive import RECIPE as CLIP_RECIPE
 from mini.contrastive import train_clip
 from mini.diffusion import RECIPE as UNET_RECIPE
@@ -243,10 +244,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("part", choices=["tokenizer", *PARTS, "vocabulary", "captioner"])
-    parser.add_argument("--parts", type=int, default=48, help="thousands of scenes to draw (default 48)")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: the part's own)")
-    parser.add_argument("--epochs", type=int, default=12, help="of the captioner (default 12)")
-    parser.add_argument("--batch-size", type=int, help="(default: the part's own)")
+    parser.add_argument("--parts", type=count, default=48, help="thousands of scenes to draw (default 48)")
+    parser.add_argument("--steps", type=count, help="optimizer steps (default: the part's own)")
+    parser.add_argument("--epochs", type=count, default=12, help="of the captioner (default 12)")
+    parser.add_argument("--batch-size", type=count, help="(default: the part's own)")
     parser.add_argument("--lr", type=float, help="peak of the schedule (default: the part's own)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -266,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main, DataError, weights.WeightsError)

@@ -30,8 +30,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from data import atomic_write, clean
+from data import DataError, atomic_write, clean
 from mini.backdrops import GROUNDS, SKIES
+from mini.command import count, end
 from mini.pen import INK, PAINT, SHADE, Pen, floats, gradient, mix, pick, picture, stream, unit_grid
 from mini.styles import STYLE_PAINT
 from mini.subjects import SHAPES, draw_thing
@@ -517,7 +518,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mini.scenes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", metavar="PNG", help="draw pictures with their prompts and [undrawn words]")
-    parser.add_argument("--n", type=int, default=64, help="how many scenes on the sheet (default 64)")
+    parser.add_argument("--n", type=count, default=64, help="how many scenes on the sheet (default 64)")
     parser.add_argument("--seed", type=int, default=0,
                         help="which world: the same seed gives the same scenes everywhere (default 0)")
     parser.add_argument("--build", metavar="FOLDER",
@@ -534,4 +535,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main, DataError)

@@ -20,7 +20,18 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 import data
 import generate
 import weights
-from mini import autoencoder, contrastive, diffusion, generated, judge, loop, naming, pretrain, scenes
+from mini import (
+    autoencoder,
+    command,
+    contrastive,
+    diffusion,
+    generated,
+    judge,
+    loop,
+    naming,
+    pretrain,
+    scenes,
+)
 from mini.loop import Recipe, World
 from tests.parity import randomise
 
@@ -416,3 +427,52 @@ def test_the_shipped_pairs_are_those_of_their_card():
     )
     for i, pixels in zip(some, again.numpy(), strict=True):
         assert np.abs(np.asarray(pairs.image(i)).astype(int) - pixels).mean() < 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# bad input
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "main, flags, said",
+    [
+        (generated.main, ["--sheet", "sheet.png", "nowhere"], "error: nowhere: no such file or folder"),
+        (generated.main, ["--parts", "0"], "--parts: 0: must be a whole number of at least 1"),
+        (judge.main, ["--steps", "1000"], "--steps: 1000: must be below 1000"),
+        (pretrain.main, ["vae", "--batch-size", "many"], "--batch-size: many: must be a whole number"),
+        (scenes.main, ["--n", "1", "--sheet", "nowhere/sheet.png"], "nowhere/sheet.png"),
+    ],
+)
+def test_bad_input_is_one_line(
+    main: Callable, flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["command", *flags])
+    with pytest.raises(SystemExit) as stop:
+        command.end(main, data.DataError, weights.WeightsError)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrain, "training_world", lambda parts: world)
+    (tmp_path / "pretrain-vit").mkdir()
+    (tmp_path / "pretrain-vit" / "state.json").write_text('{"recipe": {}, "seed": 0, "n": 8, "step": 500}')
+    monkeypatch.setattr("sys.argv", ["pretrain", "vit"])
+    with pytest.raises(SystemExit) as stop:
+        command.end(pretrain.main, data.DataError, weights.WeightsError)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert stop.value.code == 2 and "pretrain-vit: of another recipe" in line
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(capsys):
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        command.end(stopped)
+    assert stop.value.code == 130 and "goes on" in capsys.readouterr().err
