@@ -272,8 +272,8 @@ def attention_maps(unet: UNet) -> Iterator[list[Tensor]]:
 
 def word_maps(
     maps: Sequence[Tensor], n: int, prompt: str, tokenizer: weights.ClipTokenizer
-) -> dict[str, Tensor]:
-    """For each word of the prompt the mean of its tokens' maps over layers and steps, (h, w) in [0, 1].
+) -> list[tuple[str, Tensor]]:
+    """Each word of the prompt with the mean of its tokens' maps over layers and steps, (h, w) in [0, 1].
 
     maps: as `attention_maps` gives them for one prompt and n pictures, whose first halves of each batch were
     the negative prompt's where there are 2n rows. Each map is stretched to its own range, as in the figure.
@@ -285,13 +285,13 @@ def word_maps(
         total += nn.functional.interpolate(mean, size=(finest, finest), mode="bilinear", align_corners=False)[
             0
         ].permute(1, 2, 0)
-    found, position = {}, 1  # after the start mark
+    found, position = [], 1  # after the start mark
     for word in prompt.split():
         length = len(tokenizer.tokenizer.encode(word, add_special_tokens=False).ids)
         if position + length > total.shape[-1] - 1:
             break
         seen = total[..., position : position + length].mean(dim=-1)
-        found[word] = (seen - seen.min()) / (seen.max() - seen.min()).clamp_min(1e-12)
+        found.append((word, (seen - seen.min()) / (seen.max() - seen.min()).clamp_min(1e-12)))
         position += length
     return found
 
@@ -465,9 +465,9 @@ def run(args: argparse.Namespace) -> None:
             with attention_maps(trained[0] if trained else pipeline.unet) as maps:
                 image = draw(pipeline, [prompt], [args.seed], args, unet_at)[0]
             seen = word_maps(maps, 1, prompt, pipeline.tokenizer)
-            row = [image, *(heat(image, words) for words in seen.values())]
+            row = [image, *(heat(image, where) for _, where in seen)]
             path = args.out / f"attention-{number:03d}.png"
-            grid_picture([row], ["", *seen], [prompt]).save(path)
+            grid_picture([row], ["", *(word for word, _ in seen)], [prompt]).save(path)
             print(path)
         return
     images = draw(pipeline, prompts, seeds, args, unet_at)
