@@ -15,8 +15,11 @@ from weights.registry import ENTRIES
 
 FULL = [name for name, entry in ENTRIES.items() if entry.files and loading.cases(name)]
 MINIATURES = [name for name, entry in ENTRIES.items() if entry.folder]
-ROOM = 1.2  # of the time that reading the file takes, and of its size
-MORE = 0.06  # seconds, whatever the size: names, modules, a tokenizer. They count in files below 300 MB
+# A load may take this much of the file's size and of the time that reading it takes, and some bytes and
+# seconds more, whatever the size: names, modules, a tokenizer. README.md states what it does take; the bars
+# on time leave room for slow processors beside fast disks.
+MEMORY, MORE_BYTES = 1.2, 4_000_000
+TIME, MORE_SECONDS = 1.5, 0.1
 
 
 @pytest.mark.slow
@@ -28,10 +31,10 @@ def test_loads_as_fast_as_it_reads_and_in_one_copy(entry: str, tmp_path: Path) -
         print(loading.line(case, result))
         results[str(case)] = result
     assert [case for case, result in results.items() if not result.same] == []
-    peaks = {case: result.peak / result.size for case, result in results.items()}
-    assert {case: peak for case, peak in peaks.items() if peak >= ROOM} == {}
-    late = {case: result.load - ROOM * result.read for case, result in results.items()}
-    assert {case: seconds for case, seconds in late.items() if seconds >= MORE} == {}
+    above = {case: result.peak - MEMORY * result.size for case, result in results.items()}
+    assert {case: held for case, held in above.items() if held >= MORE_BYTES} == {}
+    late = {case: result.load - TIME * result.read for case, result in results.items()}
+    assert {case: seconds for case, seconds in late.items() if seconds >= MORE_SECONDS} == {}
     assert not list(tmp_path.iterdir())
 
 

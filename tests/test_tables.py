@@ -440,6 +440,7 @@ def test_table_7_goes_on_after_it_was_stopped(how, few_scenes: Path, tmp_path: P
     flags = shlex.split("--table 7 --seeds 0 --epochs 2 --batch-size 12 --val-size 12 --test-size 12")
     first = eval_py(few_scenes, tmp_path, *flags)
     runs = tmp_path / "runs" / f"tables-{few_scenes.name}"
+    written = tmp_path / "results" / few_scenes.name / "table-7.json"
     while not (runs / "vit-plain-seed0" / "log.jsonl").exists():
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.05)
@@ -448,14 +449,14 @@ def test_table_7_goes_on_after_it_was_stopped(how, few_scenes: Path, tmp_path: P
     second = eval_py(few_scenes, tmp_path, *flags)
     said = second.communicate()[1]
     assert second.returncode == 0, said
-    result = json.loads((tmp_path / "results" / "table-7.json").read_text())
+    result = json.loads(written.read_text())
     assert [row["paper"] for row in result["rows"][1:]] == [0.6526, 0.6525, 0.6254, 0.6544]
     for run in ("vit-plain", "vit-cl", "vit-lerac", "vit-cbs"):
         steps = [json.loads(line) for line in (runs / f"{run}-seed0" / "log.jsonl").read_text().splitlines()]
         assert [e["step"] for e in steps if "loss" in e] == list(range(1, 11)), run
     third = eval_py(few_scenes, tmp_path, *flags)
     assert third.communicate()[1].count("test cosine") == 0
-    assert json.loads((tmp_path / "results" / "table-7.json").read_text()) == result
+    assert json.loads(written.read_text()) == result
 
 
 @pytest.mark.slow
