@@ -187,7 +187,7 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
     sheets = asked_for(args.figure, FIGURES, "figure") if args.figure else []
     seeds, sources = seeds_of(args.seeds), sources_of(args.weights)
     given = {"epochs": EPOCHS} | train_fields(flags)
-    device = train.resolve_device(args.device)
+    device = weights.resolve_device(args.device)
     jobs = args.jobs or (2 if device == "cpu" and cores() > 1 else 1)
     name = Path(args.data).resolve().name
     kind = "" if args.weights == "mini" else "-" + args.weights.replace("/", "_")
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise data.DataError(f"--jobs {args.jobs}: must be at least 1")
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             return make(args, flags, f"python eval.py {shlex.join(argv)}")
-        device = train.resolve_device(args.device)
+        device = weights.resolve_device(args.device)
         for folder in args.runs:
             config = train.TrainConfig(**train.saved_fields(folder))
             evaluate(folder, train.prepare(config, device), device)

@@ -41,7 +41,7 @@ from reverse_sd import load_run
 log = logging.getLogger("generate")
 
 TRAIN_STEPS = 1000
-SIZES = {"sd-mini": 64, "sd-2": 768}  # sides in pixels at which they were trained; 512 for the others
+PUBLISHED = {"sd-1": (512, False), "sd-2": (768, True)}  # side in pixels, whether it predicts v: `trained_as`
 
 
 # ============================================================================================================
@@ -181,16 +181,31 @@ class Pipeline:
         return torch.cat(parts)
 
 
+def trained_as(source: str) -> tuple[int, bool]:
+    """The side in pixels at which a Stable Diffusion was trained, and whether its U-Net predicts v.
+
+    As a diffusers folder states it, known of sd-1 and sd-2. Nothing in a single file tells: 512 pixels and
+    noise are taken for granted.
+    """
+    if source in PUBLISHED:
+        return PUBLISHED[source]
+    folder = weights.resolve(source)
+    said = [folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"]
+    unet, scheduler = (weights.read_json(path) if path.is_file() else {} for path in said)
+    cells = unet.get("sample_size")
+    return 8 * (cells if isinstance(cells, int) else 64), scheduler.get("prediction_type") == "v_prediction"
+
+
 def load_pipeline(
     source: str, device: str = "cpu", dtype: torch.dtype = torch.float32, predicts_v: bool | None = None
 ) -> Pipeline:
     """Open a Stable Diffusion: a registry name, a diffusers folder or a single file, as for weights.load.
 
-    predicts_v None: taken for granted of "sd-2" (2.1 at 768 px) alone. Nothing in the weights tells.
+    predicts_v None: as `trained_as` says.
     """
     parts = (weights.load(kind, source, dtype=dtype, device=device) for kind in ("unet", "vae", "clip-text"))
     tokenizer = weights.load_tokenizer(source)
-    return Pipeline(*parts, tokenizer, source == "sd-2" if predicts_v is None else predicts_v)
+    return Pipeline(*parts, tokenizer, trained_as(source)[1] if predicts_v is None else predicts_v)
 
 
 # ============================================================================================================
@@ -241,10 +256,13 @@ def after(steps: int, first: UNet, then: UNet) -> Callable[[int], UNet]:
 def attention_maps(unet: UNet) -> Iterator[list[Tensor]]:
     """Collect, while the block runs, what each cross-attention looks at: (B, h, w, 77), averaged over heads.
 
-    One entry for each layer and call, of latents with square grids; a layer whose grid is a single place
-    tells nothing and is left out.
+    One entry for each layer and call; a layer whose grid is a single place tells nothing and is left out.
     """
     maps: list[Tensor] = []
+    grid: list[int] = []  # of the latents that the U-Net is given
+
+    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        grid[:] = given[0].shape[-2:]
 
     @torch.no_grad()
     def look(module: nn.Module, given: tuple[Tensor, Tensor]) -> None:
@@ -254,11 +272,14 @@ def attention_maps(unet: UNet) -> Iterator[list[Tensor]]:
             for y in (module.to_q(x), module.to_k(context))
         )
         attended = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, heads, h·w, 77)
-        side = math.isqrt(x.shape[1])
-        if side > 1:
-            maps.append(attended.mean(dim=1).unflatten(1, (side, -1)).float().cpu())
+        height, width = grid
+        while height * width > x.shape[1]:  # as the strided convolutions halve it
+            height, width = -(-height // 2), -(-width // 2)
+        if x.shape[1] > 1:
+            maps.append(attended.mean(dim=1).unflatten(1, (height, width)).float().cpu())
 
-    handles = [
+    handles = [unet.register_forward_pre_hook(note)]
+    handles += [
         module.register_forward_pre_hook(look)
         for name, module in unet.named_modules()
         if name.endswith("attn2")
@@ -278,13 +299,12 @@ def word_maps(
     maps: as `attention_maps` gives them for one prompt and n pictures, whose first halves of each batch were
     the negative prompt's where there are 2n rows. Each map is stretched to its own range, as in the figure.
     """
-    finest = max(entry.shape[1] for entry in maps)
-    total = torch.zeros(finest, finest, maps[0].shape[-1])
+    finest = max((tuple(entry.shape[1:3]) for entry in maps), key=math.prod)
+    total = torch.zeros(*finest, maps[0].shape[-1])
     for entry in maps:
         mean = entry[-n:].mean(dim=0).permute(2, 0, 1)[None]  # (1, 77, h, w)
-        total += nn.functional.interpolate(mean, size=(finest, finest), mode="bilinear", align_corners=False)[
-            0
-        ].permute(1, 2, 0)
+        stretched = nn.functional.interpolate(mean, size=finest, mode="bilinear", align_corners=False)
+        total += stretched[0].permute(1, 2, 0)
     found, position = [], 1  # after the start mark
     for word in prompt.split():
         length = len(tokenizer.tokenizer.encode(word, add_special_tokens=False).ids)
@@ -392,24 +412,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--predicts-v",
         action="store_true",
         default=None,
-        help="the U-Net predicts v (taken for granted of sd-2)",
+        help="the U-Net predicts v (default: as sd-2 does, or as a diffusers folder says)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument(
         "--out", type=Path, default=Path("pictures"), metavar="FOLDER", help="(default pictures)"
     )
     args = parser.parse_args(argv)
-    side = SIZES.get(args.weights, 512)
-    args.size = tuple(args.size or (side, side))
-    if min(args.size) < 8 or any(side % 8 for side in args.size):
+    if args.size and (min(args.size) < 8 or any(side % 8 for side in args.size)):
         parser.error(f"--size {args.size[0]} {args.size[1]}: must be multiples of 8")
+    if not math.isfinite(args.guidance):
+        parser.error(f"--guidance {args.guidance}: must be a number")
+    if not 0 <= args.seed < 2**63 - args.n:
+        parser.error(f"--seed {args.seed}: must be from 0 to less than 2^63")
     if not 1 <= args.steps < TRAIN_STEPS:
         parser.error(f"--steps {args.steps}: must be 1 to {TRAIN_STEPS - 1}")
     if min(args.n, args.batch_size) < 1:
         parser.error("--n and --batch-size must be at least 1")
     if not 0 <= args.swap_after <= args.steps:
         parser.error(f"--swap-after {args.swap_after}: must be 0 to --steps ({args.steps})")
+    if args.attention and (args.grid or args.n > 1):
+        parser.error("--attention draws one picture of each prompt: give neither --grid nor --n with it")
+    if args.attention and args.swap and args.swap_after == args.steps:
+        parser.error(f"--swap-after {args.swap_after}: leaves the run no step whose attention could be shown")
     if args.grid and not args.swap:
         parser.error("--grid compares with a trained U-Net: give --swap RUN")
     if args.swap and len(args.swap) > 1 and args.grid != "runs":
@@ -439,7 +465,10 @@ def draw(
 
 
 def run(args: argparse.Namespace) -> None:
-    pipeline = load_pipeline(args.weights, args.device, getattr(torch, args.dtype), args.predicts_v)
+    side, _ = trained_as(args.weights)
+    args.size = tuple(args.size or (side, side))
+    device = weights.resolve_device(args.device)
+    pipeline = load_pipeline(args.weights, device, getattr(torch, args.dtype), args.predicts_v)
     trained = [swapped_by_run(pipeline.unet, folder, args.weights) for folder in args.swap or []]
     prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in args.prompts for i in range(args.n)]

@@ -952,7 +952,7 @@ def main(argv: list[str] | None = None) -> int:
         "--caption", help="what the U-Net reads of the images (default: what the run's captioner says)"
     )
     parser.add_argument("-n", type=int, default=5, help="how many prompts to list (default 5)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     args = parser.parse_args(argv)
 
     import data
@@ -964,7 +964,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.run is None and not finished:
             raise data.DataError("no finished run under runs/; train one: python train.py --backbone unet")
         folder = args.run or finished[-1].parent
-        run = load_run(folder, args.device)
+        device = weights.resolve_device(args.device)
+        run = load_run(folder, device)
         try:
             train_prompts = [
                 row["prompt"]
@@ -977,7 +978,7 @@ def main(argv: list[str] | None = None) -> int:
             raise data.DataError(
                 f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}"
             ) from error
-        read = reader(run, args.device)
+        read = reader(run, device)
         asked = weights.load("minilm").encode([args.prompt])[0].numpy() if args.prompt else None
         for path in args.images:
             try:

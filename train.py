@@ -559,22 +559,10 @@ class Process:
             dist.barrier()
 
 
-def resolve_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise data.DataError(
-            f"--device {device}: not available here ({str(error).splitlines()[0]})"
-        ) from error
-    return device
-
-
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Process]:
     """Join torchrun's processes (gloo on CPUs, nccl on GPUs), and leave them in the end."""
-    device = resolve_device(device)
+    device = weights.resolve_device(device)
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return

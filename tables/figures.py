@@ -34,7 +34,7 @@ def compute_figure_9(plan: Plan, command: str) -> tuple[dict, bytes]:
     backbones: dict[str, list[dict]] = {}
     for seed in plan.seeds:
         # Every backbone has the same pairs; the ViT's need the least work.
-        prepared = train.prepare(plan.config("vit-mlc", seed), train.resolve_device(plan.device))
+        prepared = train.prepare(plan.config("vit-mlc", seed), plan.device)
         pairs, rows = prepared.pairs, prepared.splits["train"]
         known = all("undrawn" in pairs.meta[i] for i in rows)
         share = np.array([undrawn_share(pairs.prompts[i], pairs.meta[i].get("undrawn", ())) for i in rows])

@@ -86,7 +86,8 @@ def drawn(
 
     Drawn once and kept in the folder of the runs.
     """
-    source, side = plan.sources["unet"], generate.SIZES.get(plan.sources["unet"], 512)
+    source = plan.sources["unet"]
+    side, _ = generate.trained_as(source)
     said = [weights.fingerprint(kind, source) for kind in ("unet", "vae", "clip-text")]
     said += [list(prompts), list(seeds), STEPS, GUIDANCE, side]
     unet_at = None
@@ -107,9 +108,9 @@ def drawn(
     return pictures
 
 
-def predicted(plan: Plan, seed: int, pictures: np.ndarray, device: str) -> np.ndarray:
+def predicted(plan: Plan, seed: int, pictures: np.ndarray) -> np.ndarray:
     """What the run of a seed reads in pictures: (n, E), unit rows."""
-    read = reverse_sd.reader(reverse_sd.load_run(plan.run_folder(RUN, seed), device), device)
+    read = reverse_sd.reader(reverse_sd.load_run(plan.run_folder(RUN, seed), plan.device), plan.device)
     parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
     return np.concatenate([read([Image.fromarray(picture) for picture in part])[0] for part in parts])
 
@@ -122,15 +123,14 @@ def words_shown(pictures: np.ndarray, asked: Sequence[Asked]) -> np.ndarray:
     return np.array([np.mean(list(shown.values())) for shown in found])
 
 
-def open_pipeline(plan: Plan) -> tuple[generate.Pipeline, str]:
-    device = train.resolve_device(plan.device)
-    return generate.load_pipeline(plan.sources["unet"], device), device
+def open_pipeline(plan: Plan) -> generate.Pipeline:
+    return generate.load_pipeline(plan.sources["unet"], plan.device)
 
 
 def compute_table_6(plan: Plan, command: str, file: Path | None) -> dict:
     """Cosines between what a judge reads in the pictures and the prompts, set by set."""
-    pipeline, device = open_pipeline(plan)
-    minilm = weights.load("minilm", device=device)
+    pipeline = open_pipeline(plan)
+    minilm = weights.load("minilm", device=plan.device)
     values: dict[tuple[str, str, str], list[np.ndarray]] = {}
     for seed, other in zip(plan.seeds, (*plan.seeds[1:], plan.seeds[0]), strict=True):
         for name, asked in prompt_sets(plan, seed, file).items():
@@ -140,7 +140,7 @@ def compute_table_6(plan: Plan, command: str, file: Path | None) -> dict:
             for unet, run in (("original", None), ("trained", seed)):
                 pictures = drawn(plan, pipeline, prompts, noise, run)
                 for judge, judging in judges.items():
-                    cosine = cosines(predicted(plan, judging, pictures, device), targets)
+                    cosine = cosines(predicted(plan, judging, pictures), targets)
                     values.setdefault((name, judge, unet), []).append(cosine)
     entries = []
     for name, judge, unet in values:
@@ -203,7 +203,7 @@ def table_6_text(result: dict) -> str:
 
 def compute_table_5(plan: Plan, command: str, file: Path | None) -> dict:
     """How much of its prompt the probe finds in a picture, for VOTES test prompts of each seed."""
-    pipeline, _ = open_pipeline(plan)
+    pipeline = open_pipeline(plan)
     shares: dict[str, list[np.ndarray]] = {"original": [], "trained": []}
     for seed in plan.seeds:
         asked = [one for one in prompt_sets(plan, seed, file)["test prompts"] if one.view][:VOTES]
@@ -267,14 +267,14 @@ def table_5_text(result: dict) -> str:
 def compute_noise(plan: Plan, command: str, file: Path | None) -> dict:
     """Section 4.7: for each prompt the deviation, over pictures from other noise, of the cosines between each
     prediction and their mean."""
-    pipeline, device = open_pipeline(plan)
+    pipeline = open_pipeline(plan)
     seeds = []
     for seed in plan.seeds:
         prompts = [one.prompt for one in prompt_sets(plan, seed, file)["test prompts"][:NOISE_PROMPTS]]
         repeated = [prompt for prompt in prompts for _ in range(NOISE_SEEDS)]
         noise = [s for _ in prompts for s in range(NOISE_SEEDS)]
         pictures = drawn(plan, pipeline, repeated, noise, None)
-        found = predicted(plan, seed, pictures, device).reshape(len(prompts), NOISE_SEEDS, -1)
+        found = predicted(plan, seed, pictures).reshape(len(prompts), NOISE_SEEDS, -1)
         mean = found.mean(axis=1, keepdims=True)
         cosine = (found * mean).sum(axis=-1) / np.linalg.norm(mean, axis=-1)
         seeds.append(

@@ -196,7 +196,7 @@ def train_missing(plan: Plan, runs: Iterable[str]) -> set[tuple[str, int]]:
     plan.folder.mkdir(parents=True, exist_ok=True)
     configs = [plan.config(run, seed) for run, seed in waiting]
     for config in {(config.backbone, config.captions): config for config in configs}.values():
-        train.prepare(config, train.resolve_device(plan.device))  # fills the caches once
+        train.prepare(config, plan.device)  # fills the caches once
     threads = max(1, cores() // plan.jobs)
     log.info(
         "trainings: %d of %d are missing; %d at once, logs in %s",

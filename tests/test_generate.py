@@ -1,5 +1,6 @@
 """generate.py against diffusers' pipeline in float64, the swap, the attention maps, and the command."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -203,6 +204,30 @@ def test_attention_maps_are_what_the_layers_attend_with(both: tuple):
     assert len(maps) == 3  # the middle block had one place only
 
 
+def test_attention_maps_have_the_shape_of_the_picture(both: tuple):
+    model = both[0].unet
+    context = torch.randn(1, 77, model.config.context_dim, dtype=torch.float64)
+    with generate.attention_maps(model) as maps:
+        model(torch.randn(1, 4, 5, 24, dtype=torch.float64), torch.tensor([5]), context)
+    assert {tuple(entry.shape[1:3]) for entry in maps} == {(5, 24), (3, 12)}
+    found = generate.word_maps(maps, 1, "a star", both[0].tokenizer)
+    assert [where.shape for _, where in found] == [(5, 24)] * 2
+
+
+def test_a_folder_says_how_it_was_trained(tmp_path: Path):
+    assert generate.trained_as("sd-1") == (512, False) and generate.trained_as("sd-2") == (768, True)
+    assert generate.trained_as("sd-mini") == (64, False)
+    assert generate.trained_as(str(tmp_path)) == (512, False)
+    v = {"prediction_type": "v_prediction"}
+    for name, said in {"unet/config": {"sample_size": 96}, "scheduler/scheduler_config": v}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(json.dumps(said))
+    assert generate.trained_as(str(tmp_path)) == (768, True)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(weights.WeightsError, match="scheduler_config.json: no JSON"):
+        generate.trained_as(str(tmp_path))
+
+
 def test_each_word_has_the_map_of_its_tokens(both: tuple):
     tokenizer = both[0].tokenizer
     prompt = "a crimson zebra on a"  # zebra is no token of its own; a word that comes twice has two maps
@@ -238,6 +263,11 @@ def test_the_command_writes_pictures_that_hold_their_prompts(tmp_path: Path, cap
         (["--grid", "1,5"], "--swap RUN"),
         (["--weights", "no-such-thing"], "no-such-thing"),
         (["--swap", "no-such-run"], "no-such-run"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--guidance", "nan"], "--guidance nan"),
+        (["--seed", str(2**63 - 1)], f"--seed {2**63 - 1}"),
+        (["--attention", "--n", "2"], "neither --grid nor --n"),
+        (["--attention", "--swap", "no-such-run", "--swap-after", "50"], "--swap-after 50"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(flags: list[str], said: str, tmp_path: Path, capsys):

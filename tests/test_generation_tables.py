@@ -51,7 +51,7 @@ def test_table_6_is_what_the_judges_read(make: Callable[..., Path]):  # noqa: F8
         pictures = generation.drawn(plan, None, prompts, list(range(6)), seed)  # kept: nothing is drawn again
         targets = weights.load("minilm").encode(prompts).numpy()
         for judge, run in (("itself", seed), ("a run of another seed", 1 - seed)):
-            expected[judge].append(cosines(generation.predicted(plan, run, pictures, "cpu"), targets))
+            expected[judge].append(cosines(generation.predicted(plan, run, pictures), targets))
     for judge in judges:
         assert rows["test prompts", judge]["trained"] == pytest.approx(np.mean(expected[judge]))
     text = (folder / "results" / "table-6.md").read_text()
@@ -62,7 +62,7 @@ def test_pictures_of_the_two_unets_start_from_the_same_noise(make: Callable[...,
     """Swapped after all steps the trained U-Net draws what the original draws."""
     folder = make("--table", "6", "--seeds", "0", *QUICK)
     plan = plan_of(folder)
-    pipeline, _ = generation.open_pipeline(plan)
+    pipeline = generation.open_pipeline(plan)
     original = generation.drawn(plan, pipeline, ["a red cat"], [3], None)
     assert not np.array_equal(original, generation.drawn(plan, pipeline, ["a red cat"], [3], 0))
     monkeypatch.setattr(generation, "SWAP_AFTER", 2)
@@ -116,7 +116,7 @@ def test_the_noise_study_by_hand(make: Callable[..., Path]):  # noqa: F811
     )
     deviations = []
     for i in range(3):
-        rows = generation.predicted(plan, 0, pictures[4 * i : 4 * i + 4], "cpu").astype(np.float64)
+        rows = generation.predicted(plan, 0, pictures[4 * i : 4 * i + 4]).astype(np.float64)
         mean = rows.sum(axis=0) / np.linalg.norm(rows.sum(axis=0))
         deviations.append(np.std(rows @ mean))
     assert entry["deviation"] == pytest.approx(np.mean(deviations), rel=1e-4)

@@ -17,12 +17,13 @@ from weights.dialects import from_home, to_home
 from weights.identity import config, fingerprint
 from weights.preprocessing import preprocessing
 from weights.sizes import build
-from weights.sources import cache_dir, load, resolve
+from weights.sources import cache_dir, load, read_json, resolve, resolve_device
 from weights.strict import WeightsError, load_strict
 from weights.tensors import read_tensors
 from weights.tokenizer import ClipTokenizer, load_tokenizer
 
 __all__ = [
     "ClipTokenizer", "WeightsError", "build", "cache_dir", "config", "fingerprint", "from_home", "load",
-    "load_strict", "load_tokenizer", "preprocessing", "read_tensors", "resolve", "to_home",
+    "load_strict", "load_tokenizer", "preprocessing", "read_json", "read_tensors", "resolve",
+    "resolve_device", "to_home",
 ]

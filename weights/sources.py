@@ -304,6 +304,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def resolve_device(device: str) -> str:
+    """"auto" as "cuda" or "cpu". Raises WeightsError for a device that is not here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WeightsError(
+            f"--device {device}: not available here ({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
 def part_folder(kind: str, root: Path) -> Path:
     """The folder of one part: root/vae for "vae" and so on, or `root` itself where it is the part's own."""
     inside = root / FOLDERS.get(kind, kind)
