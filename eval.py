@@ -45,9 +45,10 @@ import weights
 from reverse_sd import load_run, predict
 from tables.compute import compute_table, table_text, write_result
 from tables.figures import FIGURES, compute_figure_9, compute_figure_11, figure_9_text, figure_11_text
-from tables.generation import DRAWN, RUN
+from tables.generation import DRAWN, RUN, read_drawbench
 from tables.merit import average_precision, bootstrap_interval, cosines
 from tables.pictures import examples_picture
+from tables.probe import default_views
 from tables.rows import TABLES
 from tables.runs import DECIDED, EPOCHS, SOURCES, Plan, cores, train_missing, with_phase_1
 
@@ -140,7 +141,7 @@ def runs_of(number: int | str) -> list[str]:
 
 def seeds_of(given: str) -> tuple[int, ...]:
     parts = given.split(",")
-    if not all(part.isdigit() for part in parts) or len(set(map(int, parts))) < len(parts):
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
         raise data.DataError(
             f"--seeds {given}: must be different whole numbers with commas between, as 0,1,2"
         )
@@ -164,6 +165,11 @@ def sources_of(given: str) -> dict[str, str]:
     return sources
 
 
+def probe_knows(name: str) -> bool:
+    """Whether all prompts of --data are the embedded default's."""
+    return name in train.EMBEDDED or set(data.read_pairs(Path(name)).prompts) <= default_views().keys()
+
+
 def train_fields(flags: list[str]) -> dict[str, Any]:
     """train.py's flags as fields. Raises DataError for one that it does not know or that the rows decide."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -181,11 +187,17 @@ def train_fields(flags: list[str]) -> dict[str, Any]:
 
 def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
     """The tables and figures asked for. Returns the exit status."""
-    tables = asked_for(args.table, NUMBERS, "table") if args.table else []
-    if args.table == "all" and args.data not in train.EMBEDDED:
-        tables.remove("ceiling")  # the probe knows mini scenes alone
-    sheets = asked_for(args.figure, FIGURES, "figure") if args.figure else []
     seeds, sources = seeds_of(args.seeds), sources_of(args.weights)
+    tables = asked_for(args.table, NUMBERS, "table") if args.table else []
+    needs_probe = [n for n in (5, "ceiling") if n in tables]
+    if needs_probe and not (sources["unet"] == "sd-mini" and probe_knows(args.data)):
+        if args.table != "all":
+            raise data.DataError(
+                f"--table {needs_probe[0]}: its judge, the probe, knows the embedded mini scenes alone; "
+                "leave --data and --weights out"
+            )
+        tables = [n for n in tables if n not in needs_probe]
+    sheets = asked_for(args.figure, FIGURES, "figure") if args.figure else []
     given = {"epochs": EPOCHS} | train_fields(flags)
     device = weights.resolve_device(args.device)
     jobs = args.jobs or (2 if device == "cpu" and cores() > 1 else 1)
@@ -195,6 +207,10 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
         args.data, sources, seeds, args.folder or Path("runs") / f"tables-{name}{kind}", jobs, device, given
     )
     results = args.results or Path("results") / (name if args.data != "mini" else "")
+    # What would stop it after the trainings is better known before them.
+    results.mkdir(parents=True, exist_ok=True)
+    if args.drawbench:
+        read_drawbench(args.drawbench)
     runs = {("table", n): runs_of(n) for n in tables}
     runs |= {("figure", n): FIGURES[n] for n in sheets}
     failed = train_missing(plan, [run for needed in runs.values() for run in needed])
@@ -203,7 +219,6 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
         if missing:
             log.error("%s %s: not written, %d of its trainings failed", what, n, len(missing))
             continue
-        results.mkdir(parents=True, exist_ok=True)
         if what == "table" and n in DRAWN:
             compute, text = DRAWN[n]
             result = compute(plan, command, args.drawbench)
@@ -275,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         for folder in args.runs:
             config = train.TrainConfig(**train.saved_fields(folder))
             evaluate(folder, train.prepare(config, device), device)
-    except (data.DataError, weights.WeightsError) as error:
+    except (data.DataError, weights.WeightsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

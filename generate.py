@@ -11,7 +11,8 @@ put back to draw them.
 The sampler is DDIM (Song et al. 2021) with classifier-free guidance (Ho and Salimans 2022), as Stable
 Diffusion was published: deterministic once the noise is drawn. Each picture's noise comes from its own seed,
 drawn on the CPU, so that neither the batch nor the device changes it. The prompt and all settings are written
-into the PNG, where data.py reads them back. Letters in shape comments: B batch, h w the latents' grid.
+into each picture's PNG, where data.py reads them back; grids and attention maps have none. Letters in shape
+comments: B batch, h w the latents' grid.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ class Pipeline:
         prompt; 1 = not at all, and the negative prompt is not computed. unet_at: the U-Net of step 0, 1, ...
         (default: the pipeline's own in all). on_step is told of each step's result.
         """
-        alphas, timesteps = alphas_bar().to(noise), ddim_timesteps(steps)
+        precise = torch.promote_types(noise.dtype, torch.float32)  # half precision would round 1 - alpha to 0
+        alphas, timesteps = alphas_bar().to(noise.device, precise), ddim_timesteps(steps)
         context, latents = self.states(prompts), noise
         if guided := guidance != 1:
             context = torch.cat([self.states([negative]).expand_as(context), context])  # (2B, 77, D)
@@ -166,16 +168,19 @@ class Pipeline:
         size: tuple[int, int],
         batch_size: int = 50,
         title: str = "drawing",
+        on_batch: Callable[[int, Tensor], None] | None = None,
         **options: Any,
     ) -> Tensor:
         """Pictures, uint8 (n, H, W, 3), of prompts with a seed each, `batch_size` at a time; options as for
-        `sample`."""
+        `sample`. on_batch is handed each batch as it is drawn, and the position of its first picture."""
         parts = []
         bar = tqdm(total=len(prompts), desc=title, unit="picture")
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             latents = self.sample(prompts[some], self.noise(seeds[some], size), **options)
             parts.append(self.decode(latents))
+            if on_batch:
+                on_batch(start, parts[-1])
             bar.update(len(latents))
         bar.close()
         return torch.cat(parts)
@@ -358,7 +363,7 @@ def heat(image: Image.Image, seen: Tensor) -> Image.Image:
 
 def described(prompt: str, args: argparse.Namespace, seed: int, size: tuple[int, int]) -> PngInfo:
     """The settings as Stable Diffusion's front ends write them into a PNG."""
-    text = prompt + (f"\nNegative prompt: {args.negative}" if args.negative else "")
+    text = " ".join(prompt.split()) + (f"\nNegative prompt: {args.negative}" if args.negative else "")
     text += f"\nSteps: {args.steps}, Sampler: DDIM, CFG scale: {args.guidance:g}, Seed: {seed}, "
     text += f"Size: {size[1]}x{size[0]}, Model: {args.weights}"
     if args.swap:
@@ -379,7 +384,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="sd-1, sd-2, sd-mini, a diffusers folder or a single file (default sd-mini)",
     )
     parser.add_argument("--n", type=int, default=1, help="pictures for each prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture, then +1 (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of each prompt's first, then +1 (default 0)")
     parser.add_argument("--steps", type=int, default=50, help="of DDIM (default 50)")
     parser.add_argument("--guidance", type=float, default=7.5, help="1 = none (default 7.5)")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to stay away from")
@@ -432,16 +437,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--n and --batch-size must be at least 1")
     if not 0 <= args.swap_after <= args.steps:
         parser.error(f"--swap-after {args.swap_after}: must be 0 to --steps ({args.steps})")
-    if args.attention and (args.grid or args.n > 1):
+    if args.attention and (args.grid is not None or args.n > 1):
         parser.error("--attention draws one picture of each prompt: give neither --grid nor --n with it")
     if args.attention and args.swap and args.swap_after == args.steps:
         parser.error(f"--swap-after {args.swap_after}: leaves the run no step whose attention could be shown")
-    if args.grid and not args.swap:
+    if args.grid is not None and not args.swap:
         parser.error("--grid compares with a trained U-Net: give --swap RUN")
     if args.swap and len(args.swap) > 1 and args.grid != "runs":
         parser.error("several runs are compared by --grid runs")
     args.grid_steps = []
-    if args.grid and args.grid != "runs":
+    if args.grid is not None and args.grid != "runs":
         try:
             args.grid_steps = [int(part) for part in args.grid.split(",")]
         except ValueError:
@@ -458,10 +463,12 @@ def draw(
     args: argparse.Namespace,
     unet_at: Callable[[int], UNet] | None = None,
     title: str = "drawing",
+    on_batch: Callable[[int, Tensor], None] | None = None,
 ) -> list[Image.Image]:
     """The pictures of prompts with their seeds, as the command's options say."""
     options = {"negative": args.negative, "steps": args.steps, "guidance": args.guidance, "unet_at": unet_at}
-    return [picture(x) for x in pipeline.draw(prompts, seeds, args.size, args.batch_size, title, **options)]
+    drawn = pipeline.draw(prompts, seeds, args.size, args.batch_size, title, on_batch, **options)
+    return [picture(x) for x in drawn]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -475,16 +482,19 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.grid:
         if args.grid == "runs":
-            columns = {
-                Path(folder).name: after(args.swap_after, pipeline.unet, unet)
-                for folder, unet in zip(args.swap, trained, strict=True)
-            }
+            names = [Path(folder).name for folder in args.swap]
+            titles = args.swap if len(set(names)) < len(names) else names
+            columns = [after(args.swap_after, pipeline.unet, unet) for unet in trained]
         else:
-            columns = {f"swapped after {n}": after(n, pipeline.unet, trained[0]) for n in args.grid_steps}
-        columns = {"original": None, **columns}
-        drawn = [draw(pipeline, prompts, seeds, args, unet_at, title) for title, unet_at in columns.items()]
+            titles = [f"swapped after {n}" for n in args.grid_steps]
+            columns = [after(n, pipeline.unet, trained[0]) for n in args.grid_steps]
+        titles, columns = ["original", *titles], [None, *columns]
+        drawn = [
+            draw(pipeline, prompts, seeds, args, unet_at, title)
+            for title, unet_at in zip(titles, columns, strict=True)
+        ]
         names = [f"{prompt}  (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
-        page = grid_picture(list(zip(*drawn, strict=True)), list(columns), names)
+        page = grid_picture(list(zip(*drawn, strict=True)), titles, names)
         page.save(args.out / "grid.png")
         print(args.out / "grid.png")
         return
@@ -499,11 +509,17 @@ def run(args: argparse.Namespace) -> None:
             grid_picture([row], ["", *(word for word, _ in seen)], [prompt]).save(path)
             print(path)
         return
-    images = draw(pipeline, prompts, seeds, args, unet_at)
-    for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-        path = args.out / f"{number:03d}-seed{seed}.png"
-        image.save(path, pnginfo=described(prompt, args, seed, args.size))
-        print(path)
+
+    def keep(start: int, batch: Tensor) -> None:
+        for number, pixels in enumerate(batch, start):
+            path = args.out / f"{number:03d}-seed{seeds[number]}.png"
+            said = described(prompts[number], args, seeds[number], args.size)
+            picture(pixels).save(path, pnginfo=said)
+            print(path)
+
+    draw(pipeline, prompts, seeds, args, unet_at, on_batch=keep)
+    if pipeline.tokenizer.truncated:
+        log.warning("prompts were cut after 75 tokens, all that the text tower reads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -512,9 +528,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args)
     except (weights.WeightsError, DataError, ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped; the pictures that were drawn are kept", file=sys.stderr)
         return 130
     return 0
 

@@ -14,11 +14,14 @@ def count(text: str) -> int:
     return int(text)
 
 
-def end(command: Callable[[], None], *wrong: type[Exception]) -> None:
-    """Run it and leave: for what is `wrong` with the input, and for the disk, with one line and status 2."""
+def end(command: Callable[[], None]) -> None:
+    """Run it and leave: for what is wrong with the input or the disk with one line and status 2.
+
+    DataError and WeightsError are ValueErrors, as is what PIL says of a picture's name.
+    """
     try:
         command()
-    except (OSError, *wrong) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from PIL import Image
 
 import generate
 import weights
-from data import DataError, atomic_write, read_pairs
+from data import atomic_write, read_pairs
 from mini import naming, scenes
 from mini.command import count, end
 from mini.scenes import Scene
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end(main, DataError, weights.WeightsError)
+    end(main)

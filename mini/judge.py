@@ -19,8 +19,7 @@ import numpy as np
 from PIL import Image
 
 import generate
-import weights
-from data import DataError, atomic_write
+from data import atomic_write
 from mini import drawbench, naming, scenes
 from mini.command import count, end
 from mini.scenes import Scene
@@ -102,6 +101,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps >= generate.TRAIN_STEPS:
         parser.error(f"argument --steps: {args.steps}: must be below {generate.TRAIN_STEPS}")
+    if not np.isfinite(args.guidance):
+        parser.error(f"argument --guidance {args.guidance}: must be a number")
     pipeline = generate.load_pipeline("sd-mini")
     if args.sheet:
         some = [scenes.candidate(SEED, i, truthful=True).prompt for i in range(64)]
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end(main, DataError, weights.WeightsError)
+    end(main)

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from data import DataError, atomic_write, clean
+from data import atomic_write, clean
 from mini.backdrops import GROUNDS, SKIES
 from mini.command import count, end
 from mini.pen import INK, PAINT, SHADE, Pen, floats, gradient, mix, pick, picture, stream, unit_grid
@@ -535,4 +535,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end(main, DataError)
+    end(main)

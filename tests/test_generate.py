@@ -243,6 +243,43 @@ def test_each_word_has_the_map_of_its_tokens(both: tuple):
         torch.testing.assert_close(found[number][1], (large - large.min()) / (large.max() - large.min()))
 
 
+def test_pictures_are_kept_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    decode, calls = Pipeline.decode, []
+
+    def stopped(self: Pipeline, latents: Tensor) -> Tensor:
+        calls.append(len(latents))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    monkeypatch.setattr(Pipeline, "decode", stopped)
+    asked = ["a cat\non a mat", "--n", "6", "--batch-size", "2", "--steps", "1", "--out", str(tmp_path)]
+    assert generate.main(asked) == 130
+    paths = sorted(tmp_path.iterdir())
+    assert [path.name for path in paths] == [f"00{i}-seed{i}.png" for i in range(4)]
+    assert data.embedded_prompt(paths[3])[0] == "a cat on a mat"
+    assert "kept" in capsys.readouterr().err
+
+
+def test_half_precision_keeps_the_schedule(both: tuple):
+    ours = generate.load_pipeline("sd-mini")
+    noise = ours.noise([0], (64, 64))
+    exact = ours.sample(PROMPTS[:1], noise, steps=4)
+    seen: list[torch.dtype] = []
+    step = generate.ddim_step
+
+    def noted(latents: Tensor, predicted: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
+        seen.append(alpha.dtype)
+        return step(latents, predicted, alpha, alpha_next)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "ddim_step", noted)
+        half = generate.load_pipeline("sd-mini", dtype=torch.bfloat16)
+        drawn = half.sample(PROMPTS[:1], noise.bfloat16(), steps=4)
+    assert set(seen) == {torch.float32} and drawn.dtype == torch.bfloat16
+    assert (drawn.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 def test_the_command_writes_pictures_that_hold_their_prompts(tmp_path: Path, capsys: pytest.CaptureFixture):
     asked = [*PROMPTS, "--steps", "2", "--n", "2", "--seed", "5", "--out", str(tmp_path), "--negative", "fog"]
     assert generate.main([*asked, "--batch-size", "3"]) == 0
@@ -287,6 +324,7 @@ def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert generate.main(asked) == 0
     assert generate.main([*asked, "--grid", "0,1,3"]) == 0
     assert generate.main([*asked, "--swap", str(run), "--grid", "runs"]) == 0
+    assert Image.open(tmp_path / "grid.png").width == 3 * 196  # two runs of one name are two columns
     assert generate.main([*asked, "--attention"]) == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"000-seed0.png", "grid.png", "attention-000.png"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_tables import make, read, trained_here  # noqa: F401  (fixtures)
 
 import data
@@ -54,6 +55,9 @@ def test_table_6_is_what_the_judges_read(make: Callable[..., Path]):  # noqa: F8
             expected[judge].append(cosines(generation.predicted(plan, run, pictures), targets))
     for judge in judges:
         assert rows["test prompts", judge]["trained"] == pytest.approx(np.mean(expected[judge]))
+    bench = rows["DrawBench", "itself"]  # the same prompts for both seeds
+    assert bench["n"] == 8 and rows["test prompts", "itself"]["n"] == 12
+    assert bench["difference"] == pytest.approx(np.mean(bench["per_seed"])) and len(bench["per_seed"]) == 2
     text = (folder / "results" / "table-6.md").read_text()
     assert "| DrawBench | 8 | itself |" in text and "| .4594 | .5067 |" in text
 
@@ -126,11 +130,46 @@ def test_drawbench_is_read_from_its_file(tmp_path: Path):
     path = tmp_path / "drawbench.csv"
     path.write_text('Prompts,Category\nA red car.,Colors\n"A cat, left of a dog.",Positional\n')
     assert generation.read_drawbench(path) == ["A red car.", "A cat, left of a dog."]
+    path.write_text("\ufeffPrompts\nA red car.\n   \n", encoding="utf-8")
+    assert generation.read_drawbench(path) == ["A red car."]
     path.write_text("prompt\nA red car.\n")
     with pytest.raises(data.DataError, match="no column Prompts"):
         generation.read_drawbench(path)
     with pytest.raises(data.DataError, match="cannot be read"):
         generation.read_drawbench(tmp_path / "missing.csv")
+
+
+def test_without_drawbench_table_6_does_not_speak_of_it():
+    result = {"bench": None, "rows": [], "steps": 50, "guidance": 7.5, "swap_after": 1, "run": "unet-mlc-cl"}
+    stated = {"command": "", "date": "", "torch": "", "data": "mini", "seeds": [0], "weights": {}}
+    assert "DrawBench is" not in generation.table_6_text(result | stated)
+    assert "DrawBench is one of mini scenes" in generation.table_6_text(result | stated | {"bench": "mini"})
+
+
+def test_what_would_fail_after_training_is_refused_before(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval, "train_missing", lambda *given: pytest.fail("trained"))
+    (tmp_path / "own").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / "own" / f"{i}.png")
+        (tmp_path / "own" / f"{i}.txt").write_text(f"my own prompt {i}")
+    (tmp_path / "file").touch()
+    for flags, said in (
+        (["--table", "5", "--data", "own"], "--table 5: its judge"),
+        (["--table", "ceiling", "--weights", "paper"], "--table ceiling: its judge"),
+        (["--table", "6", "--drawbench", "missing.csv"], "missing.csv"),
+        (["--table", "6", "--results", "file/x"], "file/x"),
+    ):
+        assert eval.main(flags) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    asked = []
+    monkeypatch.setattr(eval, "train_missing", lambda plan, runs: asked.append(runs) or [])
+    monkeypatch.setattr(eval, "compute_table", lambda plan, n, command: asked.append(n) or {})
+    monkeypatch.setattr(eval, "table_text", lambda result: "")
+    drawn = {n: (partial(lambda n, *given: asked.append(n) or {}, n), lambda result: "") for n in eval.DRAWN}
+    monkeypatch.setattr(eval, "DRAWN", drawn)
+    assert eval.main(["--table", "all", "--data", "own"]) == 0
+    assert asked[1:] == [n for n in eval.NUMBERS if n not in (5, "ceiling")]
 
 
 def test_the_little_drawbench_asks_for_what_it_says():

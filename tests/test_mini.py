@@ -441,7 +441,9 @@ def test_the_shipped_pairs_are_those_of_their_card():
         (generated.main, ["--parts", "0"], "--parts: 0: must be a whole number of at least 1"),
         (judge.main, ["--steps", "1000"], "--steps: 1000: must be below 1000"),
         (pretrain.main, ["vae", "--batch-size", "many"], "--batch-size: many: must be a whole number"),
+        (judge.main, ["--guidance", "nan"], "--guidance nan"),
         (scenes.main, ["--n", "1", "--sheet", "nowhere/sheet.png"], "nowhere/sheet.png"),
+        (scenes.main, ["--n", "1", "--sheet", "sheet.abc"], "unknown file extension: .abc"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -450,7 +452,7 @@ def test_bad_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["command", *flags])
     with pytest.raises(SystemExit) as stop:
-        command.end(main, data.DataError, weights.WeightsError)
+        command.end(main)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
@@ -464,7 +466,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(
     (tmp_path / "pretrain-vit" / "state.json").write_text('{"recipe": {}, "seed": 0, "n": 8, "step": 500}')
     monkeypatch.setattr("sys.argv", ["pretrain", "vit"])
     with pytest.raises(SystemExit) as stop:
-        command.end(pretrain.main, data.DataError, weights.WeightsError)
+        command.end(pretrain.main)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert stop.value.code == 2 and "pretrain-vit: of another recipe" in line
 
