@@ -10,7 +10,7 @@ pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -57,11 +57,11 @@ def shown(view: scenes.View) -> list[tuple[str, str]]:
     return said(view) + own
 
 
-def targets(views: Sequence[scenes.View]) -> Tensor:
-    """(n, labels) uint8, 1 where the view shows it."""
+def targets(views: Sequence[scenes.View], labels: Callable[[scenes.View], list] = shown) -> Tensor:
+    """(n, labels) uint8, 1 where the view shows it, or where its prompt says it with `labels` = `said`."""
     t = torch.zeros(len(views), len(LABELS), dtype=torch.uint8)
     for row, view in zip(t, views, strict=True):
-        row[[POSITION[label] for label in shown(view)]] = 1
+        row[[POSITION[label] for label in labels(view)]] = 1
     return t
 
 

@@ -84,7 +84,7 @@ class Reading:
         if not set(pairs.prompts) <= views.keys():
             raise data.DataError(f"--data {plan.data}: the probe knows the embedded scenes alone")
         if self.how == "told":
-            read = naming.targets([views[prompt] for prompt in pairs.prompts]).float()
+            read = naming.targets([views[prompt] for prompt in pairs.prompts], naming.said).float()
         else:
             read = readings(pairs, splits["test"] if self.how == "encoded" else np.arange(len(pairs)))
         if self.how == "encoded":
