@@ -208,7 +208,9 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
     )
     results = args.results or Path("results") / (name if args.data != "mini" else "")
     # What would stop it after the trainings is better known before them.
-    results.mkdir(parents=True, exist_ok=True)
+    there = next(path for path in (results.absolute(), *results.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise data.DataError(f"--results {results}: {there} is a file; give a folder")
     if args.drawbench:
         read_drawbench(args.drawbench)
     runs = {("table", n): runs_of(n) for n in tables}
@@ -219,6 +221,7 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
         if missing:
             log.error("%s %s: not written, %d of its trainings failed", what, n, len(missing))
             continue
+        results.mkdir(parents=True, exist_ok=True)
         if what == "table" and n in DRAWN:
             compute, text = DRAWN[n]
             result = compute(plan, command, args.drawbench)
