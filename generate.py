@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import logging
 import math
 import sys
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
-from data import DataError
+from data import DataError, atomic_write
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
 
@@ -331,6 +332,14 @@ def picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
+def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write a PNG, whole or not at all, and say where."""
+    png = io.BytesIO()
+    image.save(png, "PNG", pnginfo=info)
+    atomic_write(path, png.getvalue())
+    print(path)
+
+
 def enlarged(image: Image.Image, side: int = 192) -> Image.Image:
     """Small pictures made larger in whole steps, so that they can be looked at."""
     zoom = max(1, side // image.height)
@@ -495,8 +504,7 @@ def run(args: argparse.Namespace) -> None:
         ]
         names = [f"{prompt}  (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
         page = grid_picture(list(zip(*drawn, strict=True)), titles, names)
-        page.save(args.out / "grid.png")
-        print(args.out / "grid.png")
+        save(page, args.out / "grid.png")
         return
     unet_at = after(args.swap_after, pipeline.unet, trained[0]) if trained else None
     if args.attention:
@@ -505,17 +513,14 @@ def run(args: argparse.Namespace) -> None:
                 image = draw(pipeline, [prompt], [args.seed], args, unet_at)[0]
             seen = word_maps(maps, 1, prompt, pipeline.tokenizer)
             row = [image, *(heat(image, where) for _, where in seen)]
-            path = args.out / f"attention-{number:03d}.png"
-            grid_picture([row], ["", *(word for word, _ in seen)], [prompt]).save(path)
-            print(path)
+            page = grid_picture([row], ["", *(word for word, _ in seen)], [prompt])
+            save(page, args.out / f"attention-{number:03d}.png")
         return
 
     def keep(start: int, batch: Tensor) -> None:
         for number, pixels in enumerate(batch, start):
             path = args.out / f"{number:03d}-seed{seeds[number]}.png"
-            said = described(prompts[number], args, seeds[number], args.size)
-            picture(pixels).save(path, pnginfo=said)
-            print(path)
+            save(picture(pixels), path, described(prompts[number], args, seeds[number], args.size))
 
     draw(pipeline, prompts, seeds, args, unet_at, on_batch=keep)
     if pipeline.tokenizer.truncated:

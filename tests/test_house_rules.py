@@ -80,8 +80,8 @@ def test_imports(path: Path):
 def test_nothing_banned(path: Path):
     text = path.read_text()
     banned = (
-        r"strict=False|\bpickle\.|torch\.load\(|torch\.save\(|allow_pickle=True|except:\s*$"
-        r"|TODO|FIXME|NotImplementedError"
+        r"strict[=]False|\bpickle[.]|torch[.]load\(|torch[.]save\(|allow_pickle[=]True|except[:]\s*$"
+        r"|TOD[O]|FIXM[E]|NotImplemented[E]rror"
     )
     assert not re.findall(banned, text, re.MULTILINE)
 
