@@ -1,29 +1,21 @@
-"""Image-prompt pairs: reading, cleaning and splitting them (section 4.1), caching what encoders make of them.
-
-Nothing here knows a model: encoders come in as functions. Caches go where the caller says.
-"""
+"""Image-prompt pairs: reading, cleaning and splitting them (section 4.1), and pictures as tensors."""
 
 from __future__ import annotations
 
 import csv
-import errno
-import hashlib
 import io
 import json
 import logging
-import math
 import os
 import re
-import shutil
 import sys
 import threading
-import time
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,6 +26,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: there processes that share a folder do not wait for each other
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -849,11 +846,8 @@ def read_captions(path: str | Path, pairs: Pairs) -> list[str]:
 
 
 # ============================================================================================================
-# Caches
+# Files
 # ============================================================================================================
-
-COMMIT_SECONDS = 2.0  # a killed run loses at most this much encoding, and one batch
-MISSING, DONE, BROKEN = 0, 1, 2
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -870,263 +864,22 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def cached_texts(cache: Path, name: str, texts: Sequence[str], key: Any, width_shape: Sequence[int],
-                 dtype: Any, encode: Callable[[list[str]], Tensor], batch_size: int,
-                 progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Encode each distinct text once, or take it from the cache -> (rows (u, *width_shape), index (n,)).
-
-    rows[index[i]] belongs to texts[i]; rows is a read-only memory map of `dtype` (NumPy's). encode takes up
-    to batch_size strings and gives (b, *width_shape). key: JSON that names the encoder (weights, options);
-    the texts are part of the cache's identity too. Interrupted runs resume. Raises DataError as `_Store`
-    does.
-    """
-    position: dict[str, int] = {}
-    index = np.asarray([position.setdefault(text, len(position)) for text in texts], np.int64)
-    unique = list(position)
-    content = hashlib.sha256()
-    for text in unique:
-        raw = text.encode("utf-8", "surrogatepass")
-        content.update(len(raw).to_bytes(8, "little") + raw)
-    store = _Store(cache, name, key, content.hexdigest(), len(unique), width_shape, dtype)
-    with store.filling(progress) as bar:
-        todo = np.flatnonzero(store.state == MISSING)
-        for start in range(0, len(todo), batch_size):
-            rows = todo[start:start + batch_size]
-            store.put(rows, encode([unique[i] for i in rows.tolist()]))
-            bar.update(len(rows))
-    return store.rows, index
-
-
-def cached_images(cache: Path, name: str, pairs: Pairs, key: Any, how: Preprocessing, shape: Sequence[int],
-                  dtype: Any, encode: Callable[[Tensor], Tensor], batch_size: int, workers: int = 0,
-                  progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Encode each image once, or take it from the cache -> (rows (n, *shape), ok (n,) bool).
-
-    encode takes up to batch_size images, (b, 3, *how.size) float32, and gives (b, *shape). An image
-    that cannot be read has zeros and ok False, and stands in skipped.json in the cache's folder. key: JSON
-    that names the encoder; `how` and the archives' names, sizes and times of change and the members are part
-    of the identity too. workers: processes that read images. Interrupted runs resume. Raises DataError as
-    `_Store` does.
-    """
-    identity = _image_identity(pairs)
-    key = {"encoder": key, "preprocessing": asdict(how)}
-    store = _Store(cache, name, key, identity, len(pairs), shape, dtype)
-    with store.filling(progress) as bar:
-        todo = np.flatnonzero(store.state == MISSING)
-        # A generator of its own: if the loader drew from torch's, the run that fills the cache would train
-        # differently from those that find it.
-        loader = torch.utils.data.DataLoader(_ImageSet(pairs, how, todo), batch_size, num_workers=workers,
-                                             collate_fn=list, generator=torch.Generator())
-        for batch in loader:
-            good = [(row, image) for row, image in batch if isinstance(image, Tensor)]
-            if good:
-                rows = np.asarray([row for row, _ in good])
-                store.put(rows, encode(torch.stack([image for _, image in good])))
-            store.skip({row: why for row, why in batch if isinstance(why, str)})
-            bar.update(len(batch))
-    if store.skipped:
-        first = "; ".join(list(store.skipped.values())[:3]) + (" ..." if len(store.skipped) > 3 else "")
-        logger.warning("%d of %d images cannot be used, listed in %s: %s", len(store.skipped), len(pairs),
-                       store.folder / "skipped.json", first)
-    return store.rows, store.state == DONE
-
-
-def cached_rows(cache: Path, name: str, pairs: Pairs, key: Any, shape: Sequence[int], dtype: Any,
-                encode: Callable[[np.ndarray], Tensor], batch_size: int, progress: bool = True) -> np.ndarray:
-    """Encode each row once, or take it from the cache -> rows (n, *shape).
-
-    For what is made of other caches: encode takes up to batch_size row numbers and gives (b, *shape). key:
-    JSON that names all that the rows depend on but for the images. Raises DataError as `_Store` does.
-    """
-    store = _Store(cache, name, key, _image_identity(pairs), len(pairs), shape, dtype)
-    with store.filling(progress) as bar:
-        todo = np.flatnonzero(store.state == MISSING)
-        for start in range(0, len(todo), batch_size):
-            rows = todo[start:start + batch_size]
-            store.put(rows, encode(rows))
-            bar.update(len(rows))
-    return store.rows
-
-
-CAPTION_BYTES = 1024
-
-
-def cached_captions(cache: Path, pairs: Pairs, key: Any, how: Preprocessing,
-                    caption: Callable[[Tensor], list[str]], batch_size: int, workers: int = 0,
-                    progress: bool = True) -> list[str]:
-    """A caption of each image, made once; "" where the image cannot be read.
-
-    caption takes up to batch_size images, (b, 3, *how.size) float32. The cache holds each caption as UTF-8 in
-    CAPTION_BYTES bytes filled up with zeros; a longer one is cut. Else as `cached_images`.
-    """
-    def encode(images: Tensor) -> Tensor:
-        rows = torch.zeros(len(images), CAPTION_BYTES, dtype=torch.uint8)
-        for row, text in zip(rows, caption(images), strict=True):
-            raw = text.encode("utf-8")[:CAPTION_BYTES]
-            row[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
-        return rows
-
-    rows, _ = cached_images(cache, "made-captions", pairs, key, how, (CAPTION_BYTES,), np.uint8, encode,
-                            batch_size, workers, progress)
-    return [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in np.asarray(rows)]
-
-
-class _ImageSet(torch.utils.data.Dataset):
-    """Item k: (row, image tensor), or (row, what is wrong with the image)."""
-
-    def __init__(self, pairs: Pairs, how: Preprocessing, rows: np.ndarray) -> None:
-        self.pairs, self.how, self.rows = pairs, how, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, k: int) -> tuple[int, Tensor | str]:
-        row = int(self.rows[k])
+@contextmanager
+def exclusive(folder: str | Path, waiting: str | None = None) -> Iterator[None]:
+    """Hold the folder's lock: wait for another process that holds it, logging `waiting`, or, where `waiting`
+    is None, raise BlockingIOError. The system releases the lock however the process ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            return row, image_tensor(self.pairs.image(row), self.how)
-        except DataError as error:
-            return row, str(error)
-
-
-def _image_identity(pairs: Pairs) -> str:
-    def stamp(path: Path) -> str:
-        try:
-            stat = path.stat()
-        except OSError:
-            return f"{path.name} is missing"
-        return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
-
-    content = hashlib.sha256()
-    zips = {k: stamp(pairs.archives[k]) for k in np.unique(pairs.archive).tolist()
-            if pairs.archives[k].suffix == ".zip"}
-    for k, name in zip(pairs.archive.tolist(), pairs.names, strict=True):
-        line = f"{zips.get(k) or stamp(pairs.archives[k] / name)}\0{name}\n"
-        content.update(line.encode("utf-8", "surrogatepass"))
-    return content.hexdigest()
-
-
-class _Store:
-    """One cache folder: key.json (what it depends on), rows.npy, done.npy (a byte a row), skipped.json.
-
-    The folder's name ends in a hash of key.json. Rows reach the disk before they are marked as done, so
-    that what is marked can be trusted. Raises DataError where the folder cannot be written, where the disk
-    has not enough room (what was there stays, to be resumed), and where an encoder's answer has another
-    shape or is not finite.
-    """
-
-    def __init__(self, cache: Path, name: str, key: Any, content: str, n: int, shape: Sequence[int],
-                 dtype: Any) -> None:
-        if not n:
-            raise DataError(f"there is nothing to put into the cache {name!r}; give at least one pair")
-        self.cache, self.name, self.shape, self.dtype = Path(cache), name, (n, *shape), np.dtype(dtype)
-        self.bytes = math.prod(self.shape) * self.dtype.itemsize
-        identity = {"name": name, "key": key, "content": content, "shape": self.shape,
-                    "dtype": self.dtype.name}
-        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-        self.folder = self.cache / f"{name}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
-        self.pending: list[tuple[Any, int]] = []
-        self.skipped: dict[str, str] = {}
-        with self._disk():
-            self._open(json.dumps(identity, sort_keys=True, indent=1))
-
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        """Errors of the cache's disk, in words."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._no_space() from error
-            raise DataError(f"{self.folder}: the cache cannot be written ({error.strerror or error}); set "
-                            "REVERSE_SD_CACHE to a folder that can") from error
-
-    def _no_space(self) -> DataError:
-        free = shutil.disk_usage(next(f for f in (self.folder, *self.folder.parents) if f.exists())).free
-        return DataError(f"no space left in {self.cache}: needs {math.ceil(self.bytes / 1e6):,} MB, "
-                         f"{free // 10**6:,} MB free; set REVERSE_SD_CACHE to a larger disk")
-
-    def _map(self, mode: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """(rows, state) as the files hold them, None where one is missing, cut short or of another shape."""
-        try:
-            rows, state = (np.load(self.folder / file, mmap_mode=mode, allow_pickle=False)
-                           for file in ("rows.npy", "done.npy"))
-        except (FileNotFoundError, ValueError, EOFError):
-            return None
-        fits = (rows.shape, rows.dtype, state.shape) == (self.shape, self.dtype, self.shape[:1])
-        return (rows, state) if fits else None
-
-    def _open(self, readable: str) -> None:
-        maps = self._map("r")
-        if maps is None or not maps[1].all():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if maps is None:
-                for file in ("done.npy", "rows.npy", "skipped.json"):
-                    (self.folder / file).unlink(missing_ok=True)
-                if shutil.disk_usage(self.folder).free < self.bytes + self.shape[0]:
-                    raise self._no_space()
-                atomic_write(self.folder / "key.json", readable)
-                np.lib.format.open_memmap(self.folder / "rows.npy", "w+", self.dtype, self.shape)
-                self._reserve()
-                np.lib.format.open_memmap(self.folder / "done.npy", "w+", np.uint8, self.shape[:1])
-            maps = self._map("r+")
-        self.rows, self.state = maps
-        if (listed := self.folder / "skipped.json").exists():
-            self.skipped = _json_object(listed.read_text("utf-8")) or {}
-
-    def _reserve(self) -> None:
-        """Give the file its blocks now: on a full disk, writing to a hole in a mapped file is a SIGBUS."""
-        if not hasattr(os, "posix_fallocate"):
-            return
-        with open(self.folder / "rows.npy", "r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            except OSError as error:
-                if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    return  # a file system without reservations
-                (self.folder / "rows.npy").unlink()
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
                 raise
-
-    def put(self, rows: np.ndarray, values: Tensor) -> None:
-        values = values.detach().cpu()
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-        shape = (len(rows), *self.shape[1:])
-        if values.shape != shape:
-            raise DataError(f"the encoder for {self.name!r} gave {values.shape}, not {shape}; check it")
-        with np.errstate(over="ignore"):
-            values = values.astype(self.dtype)
-        if not np.isfinite(values).all():
-            raise DataError(f"the encoder for {self.name!r} gave NaN or more than {self.dtype.name} holds; "
-                            "check its weights")
-        self.rows[rows] = values
-        self.pending.append((rows, DONE))
-        self._commit(COMMIT_SECONDS)
-
-    def skip(self, why: dict[int, str]) -> None:
-        self.skipped |= {str(row): reason for row, reason in why.items()}
-        self.pending += [(row, BROKEN) for row in why]
-
-    def _commit(self, interval: float = 0.0) -> None:
-        if not self.pending or time.monotonic() - self.committed < interval:
-            return
-        with self._disk():
-            self.rows.flush()
-            if self.skipped:
-                atomic_write(self.folder / "skipped.json", json.dumps(self.skipped, indent=1))
-            for rows, state in self.pending:
-                self.state[rows] = state
-            self.state.flush()
-        self.pending, self.committed = [], time.monotonic()
-
-    @contextmanager
-    def filling(self, progress: bool) -> Iterator[tqdm]:
-        """Around the encoding: progress bar, commit on the way out whatever ended it, then read-only maps."""
-        self.committed = time.monotonic()
-        n, todo = len(self.state), int((self.state == MISSING).sum())
-        quiet = not (progress and todo)
-        with tqdm(total=n, initial=n - todo, desc=f"caching {self.name}", disable=quiet) as bar:
-            try:
-                yield bar
-            finally:
-                self._commit()
-        with self._disk():
-            self.rows, self.state = self._map("r")
+            logger.warning(waiting)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -27,95 +27,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import data
-import train
 import weights
-from reverse_sd import load_run, predict
 from tables.compute import compute_table, table_text, write_result
 from tables.figures import FIGURES, compute_figure_9, compute_figure_11, figure_9_text, figure_11_text
 from tables.generation import DRAWN, RUN, read_drawbench
-from tables.merit import average_precision, bootstrap_interval, cosines
-from tables.pictures import examples_picture
 from tables.probe import default_views
 from tables.rows import TABLES
 from tables.runs import DECIDED, EPOCHS, SOURCES, Plan, cores, train_missing, with_phase_1
+from training.config import EMBEDDED, parse_args
+from training.evaluate import evaluate
+from training.folder import saved_config
+from training.inputs import prepare
 
 log = logging.getLogger("eval")
 
 NUMBERS = sorted([*TABLES, *DRAWN], key=lambda n: (isinstance(n, str), n))
-
-
-def evaluate(folder: Path, prepared: train.Prepared, device: str, seconds: float = 0.0) -> dict:
-    """Predict every split of a run, write what the module's text lists, and return the content of
-    result.json.
-
-    `seconds`: time spent before this call, added to this call's own in `seconds` of the result.
-    """
-    started = time.time()
-    run = load_run(folder, device)
-    (folder / "predictions").mkdir(exist_ok=True)
-    predictions, rows_by_split = {}, {}
-    for split, rows in prepared.splits.items():
-        samples = train.Samples(prepared, rows, run.vocabulary)
-        predictions[split] = predict(run.regressor, train.input_batches(samples, device))
-        train.save_array(folder / "predictions" / f"{split}.npy", predictions[split][0])
-        train.save_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
-        rows_by_split[split] = [
-            {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
-        ]
-    data.atomic_write(folder / "predictions" / "rows.json", json.dumps(rows_by_split, indent=0))
-
-    test = prepared.splits["test"]
-    targets = prepared.targets[test]
-    mean_embedding = prepared.targets[prepared.splits["train"]].astype(np.float64).mean(axis=0)
-    embedding, probabilities = predictions["test"]
-    test_cosines = cosines(embedding, targets)
-    baseline = cosines(mean_embedding, targets)
-    low, high = bootstrap_interval(test_cosines)
-    result = {
-        "test_cosine": float(test_cosines.mean()),
-        "test_cosine_95": [low, high],
-        "mean_embedding_cosine": float(baseline.mean()),
-        "error_ratio": float((1 - test_cosines.mean()) / (1 - baseline.mean())),
-        "val_cosine": float(cosines(predictions["val"][0], prepared.targets[prepared.splits["val"]]).mean()),
-        "n_train": len(prepared.splits["train"]),
-        "n_val": len(prepared.splits["val"]),
-        "n_test": len(test),
-        "seed": run.config["seed"],
-    }
-    if probabilities is not None:
-        truth = run.vocabulary.targets([prepared.pairs.prompts[i] for i in test]).numpy() > 0
-        result["vocabulary_map"] = average_precision(probabilities, truth)
-    result["seconds"] = round(seconds + time.time() - started, 1)
-    data.atomic_write(folder / "result.json", json.dumps(result, indent=1) + "\n")
-    examples_picture(folder / "examples.png", run, prepared, embedding, probabilities)
-    print(summary(folder, result))
-    return result
-
-
-def summary(folder: Path, result: dict) -> str:
-    low, high = result["test_cosine_95"]
-    return (
-        f"{folder}\n"
-        f"  test cosine            {result['test_cosine']:.4f}   95 % interval {low:.4f} to {high:.4f}, "
-        f"{result['n_test']:,} pairs\n"
-        f"  mean-embedding cosine  {result['mean_embedding_cosine']:.4f}   the same answer for every image\n"
-        f"  error left             {result['error_ratio']:.1%}   (1 - test cosine) / (1 - that)\n"
-        f"  seconds                {result['seconds']:.0f}\n"
-        f"  written                result.json, predictions/, examples.png"
-    )
 
 
 # ============================================================================================================
@@ -167,14 +102,14 @@ def sources_of(given: str) -> dict[str, str]:
 
 def probe_knows(name: str) -> bool:
     """Whether all prompts of --data are the embedded default's."""
-    return name in train.EMBEDDED or set(data.read_pairs(Path(name)).prompts) <= default_views().keys()
+    return name in EMBEDDED or set(data.read_pairs(Path(name)).prompts) <= default_views().keys()
 
 
 def train_fields(flags: list[str]) -> dict[str, Any]:
     """train.py's flags as fields. Raises DataError for one that it does not know or that the rows decide."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            fields, out, resume = train.parse_args(flags)
+            fields, out, resume = parse_args(flags, "")
         except SystemExit as stop:
             line = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
             raise data.DataError(f"{line}; see eval.py --help and train.py --help") from stop
@@ -291,8 +226,8 @@ def main(argv: list[str] | None = None) -> int:
             return make(args, flags, f"python eval.py {shlex.join(argv)}")
         device = weights.resolve_device(args.device)
         for folder in args.runs:
-            config = train.TrainConfig(**train.saved_fields(folder))
-            evaluate(folder, train.prepare(config, device), device)
+            config = saved_config(folder)
+            evaluate(folder, prepare(config, device), device)
     except (data.DataError, weights.WeightsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -210,7 +210,30 @@ class Regressor(nn.Module):
         return self.heads(self.backbone(*inputs))
 
 
-BACKBONES = {"unet": "unet-encoder", "vit": "vit", "swin": "swin", "clip": "clip-vision"}  # kinds of weights
+@dataclass(frozen=True)
+class Backbone:
+    """What a backbone is: `kind` of weights; `title` in tables; `blocks`, the beginning of a parameter's name
+    that separates its blocks, from input to output; `mini` and `paper`, the weights of the miniature and of
+    the paper; `white_box`, whether it reads latents and captions in place of images."""
+
+    kind: str
+    title: str
+    blocks: str
+    mini: str
+    paper: str
+    white_box: bool = False
+
+
+BACKBONES = {  # in the paper's order
+    "clip": Backbone(
+        "clip-vision", "CLIP", r"vision_model\.encoder\.layers\.\d+\.", "clip-mini", "clip-h-14"
+    ),
+    "unet": Backbone(
+        "unet-encoder", "U-Net", r"unet\.(input_blocks\.\d+|middle_block)\.", "sd-mini", "sd-1", True
+    ),
+    "swin": Backbone("swin", "Swin", r"layers\.\d+\.blocks\.\d+\.", "swin-mini", "swin-l"),
+    "vit": Backbone("vit", "ViT", r"blocks\.\d+\.", "vit-mini", "vit-b-16"),
+}
 
 
 class UNetFeatures(nn.Module):
@@ -224,7 +247,7 @@ class UNetFeatures(nn.Module):
 
     def __init__(self, unet: nn.Module):
         super().__init__()
-        self.unet = unet
+        self.unet, self.width = unet, unet.width
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
         timesteps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
@@ -232,15 +255,58 @@ class UNetFeatures(nn.Module):
         return middle.amax(dim=(2, 3))  # (B, D)
 
 
-def captioner_of(captions: str) -> str | None:
-    """The BLIP that a run's `captions` names; None for "empty", "prompt" and a file of captions."""
-    given = captions in ("empty", "prompt") or Path(captions).suffix in (".txt", ".json", ".jsonl", ".csv")
-    return None if given else captions
-
-
 def as_backbone(name: str, model: nn.Module) -> nn.Module:
-    """A model of kind BACKBONES[name] as a module from inputs to features (B, width)."""
-    return UNetFeatures(model) if name == "unet" else model
+    """A model of kind BACKBONES[name].kind as a module from inputs to features (B, width)."""
+    return UNetFeatures(model) if BACKBONES[name].white_box else model
+
+
+def captioner_of(captions: str) -> str | None:
+    """The BLIP that the option `captions` names; None for "empty", "prompt" and a file of captions."""
+    no_model = captions in ("empty", "prompt") or Path(captions).suffix in (".txt", ".json", ".jsonl", ".csv")
+    return None if no_model else captions
+
+
+class SDReader:
+    """From images to the U-Net's inputs, by the networks beside it: latents, captions, caption states.
+
+    Training and `image_predictor` both read through this class. `source` names the weights of autoencoder and
+    text tower, `captioner` those of a BLIP, if there is one. Each network is loaded at its first use. Raises
+    weights.WeightsError as weights.load.
+    """
+
+    def __init__(self, source: str, captioner: str | None, device: str = "cpu"):
+        self.source, self.captioner, self.device = source, captioner, device
+        self.networks: dict[str, Any] = {}
+
+    def network(self, kind: str) -> Any:
+        """The network of a kind of weights, in eval mode, or the "tokenizer" of the text tower."""
+        import weights
+
+        if kind not in self.networks:
+            source = self.captioner if kind == "blip" else self.source
+            self.networks[kind] = (
+                weights.load_tokenizer(source)
+                if kind == "tokenizer"
+                else weights.load(kind, source, device=self.device)
+            )
+        return self.networks[kind]
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), scaled as in diffusion training."""
+        vae = self.network("vae")
+        return vae.encode(images.to(self.device)) * vae.config.scale_factor
+
+    @torch.no_grad()
+    def captions(self, images: Tensor) -> list[str]:
+        """Captions of images (B, 3, H, W), which are prepared as the captioner's weights want them."""
+        return self.network("blip").generate(images.to(self.device))
+
+    @torch.no_grad()
+    def states(self, captions: Sequence[str]) -> Tensor:
+        """The text tower's states of captions, (B, 77, D); what follows 75 tokens is cut."""
+        ids = self.network("tokenizer")(list(captions))
+        return self.network("clip-text")(ids.to(self.device))
 
 
 # ============================================================================================================
@@ -248,44 +314,49 @@ def as_backbone(name: str, model: nn.Module) -> nn.Module:
 # ============================================================================================================
 
 
-def difficulty(cosines: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
-    """The difficulty score of each training sample: its mean cosine over the epochs of phase 1. High = easy.
+def easiness(cosines: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
+    """The easiness of each training sample: its mean cosine over the epochs of phase 1.
 
     cosines (epochs, n) -> (n,) float64. `weights`, one for each epoch, make it a weighted mean, as in the
     authors' code. Raises ValueError where they are not as many, or do not sum to more than 0.
+
+    Paper: calls this the difficulty score, although it is high for what is easy.
     """
     if weights is not None and (len(weights) != len(cosines) or sum(weights) <= 0):
-        raise ValueError(f"{len(weights)} difficulty weights for {len(cosines)} epochs, or none above 0")
+        raise ValueError(f"{len(weights)} weights for {len(cosines)} epochs, or none above 0")
     return np.average(cosines.astype(np.float64), axis=0, weights=weights)
 
 
-def thirds(score: np.ndarray) -> list[np.ndarray]:
+def thirds(easiness: np.ndarray) -> list[np.ndarray]:
     """The first splitting heuristic: three chunks of equal size (to one sample), easy, medium, hard.
 
-    score (n,), high = easy -> three arrays of positions; ties go by position.
+    easiness (n,) -> three arrays of positions; ties go by position.
     """
-    return np.array_split(np.argsort(-score, kind="stable"), 3)
+    return np.array_split(np.argsort(-easiness, kind="stable"), 3)
 
 
-def difficulty_thresholds(
-    score: np.ndarray, easy_share: float = 0.5, hard_share: float = 0.1
+def easiness_thresholds(
+    easiness: np.ndarray, easy_share: float = 0.5, hard_share: float = 0.1
 ) -> tuple[float, float]:
     """Two cosines, the first such that easy holds a significant portion, the second such that hard is a small
     subset.
 
-    Paper: how large these parts are is not stated. Here they are the quantiles of `score` (n,) above which
-    `easy_share` and below which `hard_share` of the samples lie.
+    Paper: how large these parts are is not stated. Here they are the quantiles of `easiness` (n,) above
+    which `easy_share` and below which `hard_share` of the samples lie.
     """
-    easy, hard = np.quantile(score, [1 - easy_share, hard_share])
+    easy, hard = np.quantile(easiness, [1 - easy_share, hard_share])
     return float(easy), float(hard)
 
 
-def by_thresholds(score: np.ndarray, easy: float, hard: float) -> list[np.ndarray]:
-    """The second splitting heuristic: easy = score at least `easy`, hard = below `hard`, medium = between.
+def by_thresholds(easiness: np.ndarray, easy: float, hard: float) -> list[np.ndarray]:
+    """The second splitting heuristic: easy = at least `easy`, hard = below `hard`, medium = between.
 
-    score (n,), high = easy -> three arrays of positions.
+    easiness (n,) -> three arrays of positions.
     """
-    return [np.flatnonzero(part) for part in (score >= easy, (score < easy) & (score >= hard), score < hard)]
+    return [
+        np.flatnonzero(part)
+        for part in (easiness >= easy, (easiness < easy) & (easiness >= hard), easiness < hard)
+    ]
 
 
 def curriculum_stages(chunks: Sequence[np.ndarray], total: int) -> list[tuple[int, int, np.ndarray]]:
@@ -846,11 +917,20 @@ class Run:
     regressor: Regressor
     vocabulary: Vocabulary
 
+    @property
+    def backbone(self) -> Backbone:
+        return BACKBONES[self.config["backbone"]]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the regressor's inputs are the features of a backbone of which no block was trained."""
+        return self.config.get("train_blocks") == 0
+
 
 def load_run(folder: str | Path, device: str = "cpu") -> Run:
-    """Open `folder` as train.py left it; the regressor holds the weights that were best on validation.
+    """A run that train.py wrote; the regressor holds the weights that were best on validation.
 
-    Raises weights.WeightsError, with one line that says what is missing, for a folder that is no finished
+    Raises weights.WeightsError, with one line that names what is missing, for a folder that is no finished
     run.
     """
     import weights
@@ -863,18 +943,18 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
         raise weights.WeightsError(
             f"{folder}: not a run of train.py ({error}); give the folder it wrote"
         ) from error
-    tensors = weights.read_tensors(folder / "model.safetensors")
+    run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):
-        model = weights.build(BACKBONES[config["backbone"]], config["model"])
-        frozen = config.get("train_blocks") == 0  # then its features are the regressor's input
-        backbone = nn.Identity() if frozen else as_backbone(config["backbone"], model)
-        regressor = Regressor(backbone, model.width, len(vocabulary), config["heads"])
-    weights.load_strict(regressor, tensors)
+        model = weights.build(run.backbone.kind, config["model"])
+        backbone = nn.Identity() if run.frozen else as_backbone(config["backbone"], model)
+        run.regressor = Regressor(backbone, model.width, len(vocabulary), config["heads"])
+    weights.load_strict(run.regressor, weights.read_tensors(folder / "model.safetensors"))
     if "smoothing" in config:  # the network of --curriculum cbs
         from baselines import Smoothing
 
-        Smoothing(regressor, config["smoothing"])
-    return Run(folder, config, regressor.to(device).eval(), vocabulary)
+        Smoothing(run.regressor, config["smoothing"])
+    run.regressor = run.regressor.to(device).eval()
+    return run
 
 
 @torch.no_grad()
@@ -898,43 +978,39 @@ def nearest(query: np.ndarray, rows: np.ndarray, n: int) -> list[tuple[int, floa
     return [(int(i), float(similarities[i])) for i in order]
 
 
-def reader(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
+def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
     """A function from PIL images to a run's predictions (see `predict`); they are prepared as in training.
 
-    Its second argument is what the U-Net reads of them; None = the captions of the captioner that the run
-    used, else the empty text. The models that the run reads through are loaded once, here.
+    Its second argument holds captions for the U-Net; None = those of the captioner that the run used, else
+    the empty text.
     """
     import data
     import weights
 
     name, source = run.config["backbone"], run.config["weights"]
-    how = data.Preprocessing(**run.config["preprocessing"])
-    captioner = captioner_of(run.config["captions"]) if name == "unet" else None
-    blip = None
-    if name == "unet":
-        vae = weights.load("vae", source, device=device)
-        text = weights.load("clip-text", source, device=device)
-        tokenizer = weights.load_tokenizer(source)
-    frozen = run.config.get("train_blocks") == 0
-    backbone = as_backbone(name, weights.load(BACKBONES[name], source, device=device)) if frozen else None
+    preprocessing = data.Preprocessing(**run.config["preprocessing"])
+    captioner = captioner_of(run.config["captions"]) if run.backbone.white_box else None
+    sd = SDReader(source, captioner, device)
+    backbone = None
+    if run.frozen:
+        backbone = as_backbone(name, weights.load(run.backbone.kind, source, device=device))
+
+    def tensors(images: Sequence[Any], how: data.Preprocessing) -> Tensor:
+        return torch.stack([data.image_tensor(image, how) for image in images]).to(device)
 
     @torch.no_grad()
-    def read(images: Sequence[Any], captions: Sequence[str] | None = None) -> tuple:
-        nonlocal blip
-        inputs = (torch.stack([data.image_tensor(image, how) for image in images]).to(device),)
-        if name == "unet":
+    def predict_images(images: Sequence[Any], captions: Sequence[str] | None = None) -> tuple:
+        inputs = (tensors(images, preprocessing),)
+        if run.backbone.white_box:
             if captions is None and captioner:
-                blip = blip or weights.load("blip", captioner, device=device)
-                reads = data.Preprocessing(**weights.preprocessing("blip", captioner))
-                pictures = torch.stack([data.image_tensor(image, reads) for image in images])
-                captions = blip.generate(pictures.to(device))
-            ids = tokenizer(list(captions or [""] * len(images)))
-            inputs = (vae.encode(*inputs) * vae.config.scale_factor, text(ids.to(device)))
+                how = data.Preprocessing(**weights.preprocessing("blip", captioner))
+                captions = sd.captions(tensors(images, how))
+            inputs = (sd.latents(*inputs), sd.states(captions or [""] * len(images)))
         if backbone is not None:
             inputs = (backbone(*inputs),)
         return predict(run.regressor, [inputs])
 
-    return read
+    return predict_images
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -978,8 +1054,8 @@ def main(argv: list[str] | None = None) -> int:
             raise data.DataError(
                 f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}"
             ) from error
-        read = reader(run, device)
-        asked = weights.load("minilm").encode([args.prompt])[0].numpy() if args.prompt else None
+        predict_images = image_predictor(run, device)
+        prompt_embedding = weights.load("minilm").encode([args.prompt])[0].numpy() if args.prompt else None
         for path in args.images:
             try:
                 image = data.load_image(path)
@@ -987,7 +1063,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"skipped: {error}", file=sys.stderr)
                 failed += 1
                 continue
-            embeddings, probabilities = read([image], None if args.caption is None else [args.caption])
+            captions = None if args.caption is None else [args.caption]
+            embeddings, probabilities = predict_images([image], captions)
             print(path)
             for i, similarity in nearest(embeddings[0], train_targets, args.n):
                 print(f"  {similarity:.3f}  {train_prompts[i]}")
@@ -997,8 +1074,8 @@ def main(argv: list[str] | None = None) -> int:
                     "  words  "
                     + ", ".join(f"{run.vocabulary.words[j]} {probabilities[0, j]:.0%}" for j in likely)
                 )
-            if asked is not None:
-                print(f"  cosine with the given prompt: {float(embeddings[0] @ asked):.3f}")
+            if prompt_embedding is not None:
+                print(f"  cosine with the given prompt: {float(embeddings[0] @ prompt_embedding):.3f}")
     except (data.DataError, weights.WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""The loop that trains every miniature, and the pictures that they are trained on.
+"""How miniatures are trained, and the pictures that they are trained on.
 
 A step draws its rows and its noise from a generator seeded by the run's seed and the step's number, so that a
 training that was stopped goes on from its last checkpoint as if nothing had happened. The weights that count
@@ -8,25 +8,22 @@ are an exponential moving average of those that the optimizer moves.
 from __future__ import annotations
 
 import json
-import logging
-import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import weights
-from data import Pairs, Preprocessing, atomic_write, cached_images, read_pairs
+from data import Pairs, Preprocessing, read_pairs
 from mini import scenes
-
-log = logging.getLogger("pretrain")
+from training.cache import Encoder, cached_images
+from training.loop import Trainer, learning_rate
 
 HELD_OUT = 500  # pictures on which the quality is measured, the last ones
 CHECKPOINT_EVERY = 500  # steps
@@ -47,7 +44,7 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return self.lr * rising * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return rising * learning_rate(self.lr, step, self.steps)
 
 
 @dataclass(frozen=True)
@@ -72,17 +69,11 @@ def training_pairs(parts: int) -> Pairs:
 def training_world(parts: int) -> World:
     """The same with all pictures in one array and the views that were drawn."""
     pairs = training_pairs(parts)
-    pixels, _ = cached_images(
-        weights.cache_dir(),
-        "pretrain-pixels",
-        pairs,
-        {"size": 64},
-        Preprocessing.square(64),
-        (3, 64, 64),
-        np.uint8,
+    encoder = Encoder(
+        "pretrain-pixels", {"size": 64}, (3, 64, 64), np.uint8, 256,
         lambda batch: ((batch + 1) * 127.5).round().to(torch.uint8),
-        batch_size=256,
-    )
+    )  # fmt: skip
+    pixels, _ = cached_images(weights.cache_dir(), pairs, Preprocessing.square(64), encoder)
     chosen = scenes.kept_indices(parts * PER_PART, scenes.PRETRAIN_SEED)
     views = [scenes.candidate(scenes.PRETRAIN_SEED, index, truthful=True).said for index in chosen]
     return World(pixels, pairs.prompts, views)
@@ -93,107 +84,90 @@ def batch_of(images: np.ndarray, rows: Tensor) -> Tensor:
     return torch.from_numpy(images[rows.numpy()]).float() / 127.5 - 1
 
 
+class MiniTrainer(Trainer):
+    """Trains a miniature by its recipe; `average` holds the moving average of its parameters.
+
+    `terms(rows, generator)` takes the positions of a batch (B,) among `n` and returns the loss's terms.
+    """
+
+    clip_norm = 1.0
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        terms: Callable[[Tensor, torch.Generator], dict[str, Tensor]],
+        n: int,
+        recipe: Recipe,
+        seed: int,
+    ):
+        parameters = dict(model.named_parameters())
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.lr, betas=recipe.betas, eps=1e-8, weight_decay=recipe.weight_decay
+        )
+        identity = json.dumps({"recipe": asdict(recipe), "seed": seed, "n": n})
+        super().__init__(checkpoint_folder(name), model, optimizer, list(parameters), identity)
+        self.label, self.terms, self.n, self.recipe, self.seed = name, terms, n, recipe, seed
+        self.average = {key: p.detach().clone() for key, p in parameters.items()}
+        self.seconds, self.started = 0.0, time.monotonic()
+        self.total = self.steps_per_epoch = recipe.steps
+        self.checkpoint_every = CHECKPOINT_EVERY
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[int, tuple[Tensor, torch.Generator]]]:
+        """Rows drawn by a generator of each step's own, which the loss draws its noise from too."""
+        for step in range(first, self.total):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            rows = torch.randint(self.n, (self.recipe.batch_size,), generator=generator)
+            yield len(rows), (rows, generator)
+
+    def rate(self) -> float:
+        return self.recipe.rate(self.step)
+
+    def loss(self, batch: tuple[Tensor, torch.Generator]) -> dict[str, Tensor]:
+        return self.terms(*batch)
+
+    def train_step(self, batch: tuple[Tensor, torch.Generator]) -> dict[str, float]:
+        values = super().train_step(batch)
+        decay = min(AVERAGE_DECAY, (self.step + 1) / (self.step + 10))
+        for key, p in self.model.named_parameters():
+            self.average[key].lerp_(p.detach(), 1 - decay)
+        return values
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        now = time.monotonic()
+        self.seconds, self.started = self.seconds + now - self.started, now
+        state, tensors = super().state()
+        tensors |= {f"average.{key}": value for key, value in self.average.items()}
+        return state | {"seconds": self.seconds}, tensors
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().load_state(state, tensors)
+        self.average = {key: tensors[f"average.{key}"] for key in self.average}
+        self.seconds = state["seconds"]
+
+
 def train(
     name: str,
     model: nn.Module,
-    loss: Callable[[Tensor, torch.Generator], dict[str, Tensor]],
+    terms: Callable[[Tensor, torch.Generator], dict[str, Tensor]],
     n: int,
     recipe: Recipe,
     seed: int,
 ) -> float:
-    """Train `model` in place and leave the averaged weights in it; returns the minutes it took.
+    """The minutes that training took; `model` then holds the averaged weights, in eval mode.
 
-    `loss(rows, generator)` is given the positions of a batch (B,) among `n` and returns named terms, the
-    first of which is minimised. The checkpoint in the cache's pretrain-`name` is `forget`'s to remove.
+    The arguments are those of `MiniTrainer`. Its checkpoint stays until `remove_checkpoint`.
     """
-    folder = weights.cache_dir() / f"pretrain-{name}"
-    parameters = dict(model.named_parameters())
-    average = {key: p.detach().clone() for key, p in parameters.items()}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=recipe.betas, eps=1e-8, weight_decay=recipe.weight_decay
-    )
-    said = {"recipe": asdict(recipe), "seed": seed, "n": n}
-    step, seconds = resume(folder, said, model, average, optimizer)
-    model.train()
-    started = time.monotonic()
-    bar = tqdm(total=recipe.steps, initial=step, desc=name, mininterval=5)
-    while step < recipe.steps:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(n, (recipe.batch_size,), generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        terms = loss(rows, generator)
-        optimizer.zero_grad(set_to_none=True)
-        next(iter(terms.values())).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        decay = min(AVERAGE_DECAY, step / (step + 9))
-        for key, p in parameters.items():
-            average[key].lerp_(p.detach(), 1 - decay)
-        bar.update()
-        if step % 50 == 0:
-            bar.set_postfix({key: f"{term.item():.4f}" for key, term in terms.items()}, refresh=False)
-        if step % CHECKPOINT_EVERY == 0 or step == recipe.steps:
-            seconds, started = seconds + time.monotonic() - started, time.monotonic()
-            save_checkpoint(folder, said | {"step": step, "seconds": seconds}, model, average, optimizer)
-            entry = {"step": step, "minutes": round(seconds / 60, 2), "lr": recipe.rate(step - 1)}
-            entry |= {key: round(term.item(), 5) for key, term in terms.items()}
-            with open(folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
-    bar.close()
-    model.load_state_dict(model.state_dict() | average)
+    trainer = MiniTrainer(name, model, terms, n, recipe, seed)
+    trainer.fit()
+    model.load_state_dict(model.state_dict() | trainer.average)
     model.eval()
-    return seconds / 60
+    return trainer.seconds / 60
 
 
-def save_checkpoint(
-    folder: Path, state: dict, model: nn.Module, average: dict, optimizer: torch.optim.Optimizer
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.items()}
-    for key, p in model.named_parameters():
-        tensors[f"first.{key}"] = optimizer.state[p]["exp_avg"]
-        tensors[f"second.{key}"] = optimizer.state[p]["exp_avg_sq"]
-    name = f"{state['step']}.safetensors"
-    atomic_write(folder / name, save({k: v.contiguous() for k, v in tensors.items()}))
-    atomic_write(folder / "state.json", json.dumps(state))
-    for old in folder.glob("*.safetensors"):
-        if old.name != name:
-            old.unlink()
+def checkpoint_folder(name: str) -> Path:
+    return weights.cache_dir() / f"pretrain-{name}"
 
 
-def resume(
-    folder: Path, said: dict, model: nn.Module, average: dict, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """Load the last checkpoint, if there is one; the steps done and the seconds they took.
-
-    Raises WeightsError for one of another recipe, seed or amount of data than `said`.
-    """
-    if not (folder / "state.json").exists():
-        return 0, 0.0
-    state = json.loads((folder / "state.json").read_text())
-    if json.loads(json.dumps(said)) != {key: state.get(key) for key in said}:
-        raise weights.WeightsError(f"{folder}: of another recipe; give its options again, or delete it")
-    tensors = load_file(folder / f"{state['step']}.safetensors")
-    model.load_state_dict({k: tensors[f"model.{k}"] for k in model.state_dict()})
-    for key in average:
-        average[key] = tensors[f"average.{key}"]
-    slots = optimizer.state_dict()
-    slots["state"] = {
-        i: {
-            "step": torch.tensor(float(state["step"])),
-            "exp_avg": tensors[f"first.{key}"],
-            "exp_avg_sq": tensors[f"second.{key}"],
-        }
-        for i, key in enumerate(average)
-    }
-    optimizer.load_state_dict(slots)
-    log.info("%s: resumed at step %d", folder.name, state["step"])
-    return state["step"], state["seconds"]
-
-
-def forget(name: str) -> None:
+def remove_checkpoint(name: str) -> None:
     """Remove the checkpoint of a part that has been written."""
-    shutil.rmtree(weights.cache_dir() / f"pretrain-{name}", ignore_errors=True)
+    shutil.rmtree(checkpoint_folder(name), ignore_errors=True)

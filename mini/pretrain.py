@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-import baselines
 import weights
 from data import atomic_write
 from mini import scenes
@@ -46,11 +45,20 @@ from mini.contrastive import RECIPE as CLIP_RECIPE
 from mini.contrastive import train_clip
 from mini.diffusion import RECIPE as UNET_RECIPE
 from mini.diffusion import train_unet
-from mini.loop import HELD_OUT, Recipe, World, forget, training_pairs, training_world
+from mini.loop import (
+    HELD_OUT,
+    Recipe,
+    World,
+    checkpoint_folder,
+    remove_checkpoint,
+    training_pairs,
+    training_world,
+)
 from mini.naming import RECIPE as NAMING_RECIPE
 from mini.naming import train_namer
 from mini.write import write_json
 from models import blip, clip
+from training import captioner
 
 MINI = Path(__file__).parent
 FOLDER = MINI / "sd-mini"
@@ -95,7 +103,7 @@ def train_part(name: str, recipe: Recipe, parts: int, seed: int) -> None:
         "date": str(date.today()),
     }
     write_json(card, MINI / part.card / "card.json")
-    forget(name)
+    remove_checkpoint(name)
 
 
 def training_prompts(parts: int) -> list[str]:
@@ -165,7 +173,7 @@ def write_vocabulary(parts: int) -> None:
     text can be spelled, and whole words, the most frequent of mini prompts first. [DEC] and [ENC], BLIP's
     own, stand behind them in no file.
     """
-    config, folder = blip.CONFIGS["blip-mini"], baselines.BLIP_MINI
+    config, folder = blip.CONFIGS["blip-mini"], captioner.BLIP_MINI
     lower, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     prompts = [lower.normalize_str(prompt) for prompt in training_prompts(parts)]
     counts = Counter(word for prompt in prompts for word, _ in split.pre_tokenize_str(prompt))
@@ -195,27 +203,27 @@ def write_vocabulary(parts: int) -> None:
 
 
 def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train blip-mini from random values by `baselines.finetune_captioner`, and write its folder.
+    """Train blip-mini from random values by `captioner.finetune_captioner`, and write its folder.
 
     Beside its loss the card states what it is good for: the mean cosine between the sentence embeddings of
     what it writes of pictures held out and of their true prompts, and that of one answer for all of them.
     """
     config = replace(
-        baselines.CAPTIONERS["blip-mini"], epochs=epochs, batch_size=batch_size, lr=lr, seed=seed
+        captioner.CAPTIONERS["blip-mini"], epochs=epochs, batch_size=batch_size, lr=lr, seed=seed
     )
-    model, how = baselines.new_captioner(seed)
+    model, how = captioner.new_captioner(seed)
     pairs = training_pairs(parts)
     rows = np.arange(len(pairs))
     splits = {"train": rows[:-HELD_OUT], "val": rows[-HELD_OUT:]}
-    folder = weights.cache_dir() / "pretrain-captioner"
-    baselines.finetune_captioner(model, how, config, pairs, splits, folder)
-    baselines.write_captioner(model, baselines.BLIP_MINI, baselines.BLIP_MINI, torch.float16)
+    folder = checkpoint_folder("captioner")
+    captioner.finetune_captioner(model, how, config, pairs, splits, folder)
+    captioner.write_captioner(model, captioner.BLIP_MINI, captioner.BLIP_MINI, torch.float16)
 
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
     held_out = pairs.subset(splits["val"])
-    model, how, _ = baselines.open_captioner(str(baselines.BLIP_MINI))  # as it was written
-    written = baselines.written_prompts(model, how, config, held_out)
+    model, how, _ = captioner.open_captioner(str(captioner.BLIP_MINI))  # as it was written
+    written = captioner.written_prompts(model, how, config, held_out)
     minilm = weights.load("minilm")
     said, true = minilm.encode(written), minilm.encode(held_out.prompts)
     mean = minilm.encode(pairs.prompts[: 10 * HELD_OUT]).mean(dim=0, keepdim=True)
@@ -233,8 +241,8 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
         "mean_embedding_cosine": round(F.cosine_similarity(mean, true).mean().item(), 4),
         "date": str(date.today()),
     }
-    write_json(card, baselines.BLIP_MINI / "card.json")
-    forget("captioner")
+    write_json(card, captioner.BLIP_MINI / "card.json")
+    remove_checkpoint("captioner")
 
 
 def main() -> None:

@@ -17,11 +17,12 @@ import torch
 import baselines
 import data
 import reverse_sd
-import train
-from tables.merit import RESAMPLES, bootstrap_interval, cosines, paired_test
 from tables.methods import Dakl, Member, Neighbours, members_of
 from tables.rows import TABLES, Row
 from tables.runs import MODELS, Plan, with_phase_1
+from training.folder import saved_fields
+from training.loop import save_array
+from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test
 
 log = logging.getLogger("tables")
 
@@ -48,7 +49,7 @@ def row_cosines(plan: Plan, row: Row, seed: int, like: Member) -> tuple[np.ndarr
         log.info("%s, seed %d", row.name, seed)
         kept.parent.mkdir(exist_ok=True)
         predicted, chose = row.method(members, plan, seed)
-        train.save_array(kept.with_suffix(".npy"), predicted)
+        save_array(kept.with_suffix(".npy"), predicted)
         data.atomic_write(kept.with_suffix(".json"), json.dumps(chose))
     predicted = np.load(kept.with_suffix(".npy"), allow_pickle=False)
     return cosines(predicted, targets), json.loads(kept.with_suffix(".json").read_text())
@@ -125,7 +126,7 @@ def origin(result: dict) -> str:
 
 def said_of(plan: Plan, run: str) -> dict:
     """How a run was trained, and for how long, seed by seed."""
-    config = train.saved_fields(plan.run_folder(run, plan.seeds[0]))
+    config = saved_fields(plan.run_folder(run, plan.seeds[0]))
     names = (
         "backbone",
         "weights",

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 import reverse_sd
-import train
 from tables.compute import origin, short, stated
-from tables.merit import cosines, rank_correlation
 from tables.methods import Ensemble, members_of
-from tables.pictures import CHUNKS, difficulty_sheet
 from tables.runs import MODELS, Plan
+from training.folder import read_cosines
+from training.inputs import prepare
+from training.metrics import cosines, rank_correlation
+from training.pictures import CHUNKS, difficulty_sheet
 
 FIGURES = {
     9: tuple(f"{backbone}-mlc" for backbone in MODELS),
@@ -34,12 +35,12 @@ def compute_figure_9(plan: Plan, command: str) -> tuple[dict, bytes]:
     backbones: dict[str, list[dict]] = {}
     for seed in plan.seeds:
         # Every backbone has the same pairs; the ViT's need the least work.
-        prepared = train.prepare(plan.config("vit-mlc", seed), plan.device)
+        prepared = prepare(plan.config("vit-mlc", seed), plan.device)
         pairs, rows = prepared.pairs, prepared.splits["train"]
         known = all("undrawn" in pairs.meta[i] for i in rows)
         share = np.array([undrawn_share(pairs.prompts[i], pairs.meta[i].get("undrawn", ())) for i in rows])
         for run in FIGURES[9]:
-            score = reverse_sd.difficulty(train.read_cosines(plan.run_folder(run, seed), prepared))
+            score = reverse_sd.easiness(read_cosines(plan.run_folder(run, seed), prepared))
             entry: dict[str, Any] = {"seed": seed, "n": len(rows)}
             chunks = reverse_sd.thirds(score)
             entry["cosine"] = {name: float(score[c].mean()) for name, c in zip(CHUNKS, chunks, strict=True)}

@@ -22,13 +22,13 @@ from PIL import Image
 import data
 import generate
 import reverse_sd
-import train
 import weights
 from mini import drawbench, naming, scenes
 from tables.compute import origin, short, stated
-from tables.merit import RESAMPLES, bootstrap_interval, cosines, paired_test
 from tables.probe import default_views
 from tables.runs import Plan
+from training.loop import save_array
+from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test
 
 log = logging.getLogger("tables")
 
@@ -104,13 +104,14 @@ def drawn(
     options = {"steps": STEPS, "guidance": GUIDANCE, "unet_at": unet_at}
     pictures = pipeline.draw(prompts, seeds, (side, side), BATCH, **options).numpy()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    train.save_array(kept, pictures)
+    save_array(kept, pictures)
     return pictures
 
 
 def predicted(plan: Plan, seed: int, pictures: np.ndarray) -> np.ndarray:
     """What the run of a seed reads in pictures: (n, E), unit rows."""
-    read = reverse_sd.reader(reverse_sd.load_run(plan.run_folder(RUN, seed), plan.device), plan.device)
+    run = reverse_sd.load_run(plan.run_folder(RUN, seed), plan.device)
+    read = reverse_sd.image_predictor(run, plan.device)
     parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
     return np.concatenate([read([Image.fromarray(picture) for picture in part])[0] for part in parts])
 

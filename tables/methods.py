@@ -16,8 +16,9 @@ from torch import Tensor
 import baselines
 import data
 import reverse_sd
-import train
 from tables.runs import Plan
+from training import captioner
+from training.inputs import prepare
 
 
 class Member:
@@ -128,7 +129,7 @@ class Neighbours:
         targets = np.array(member.targets("train"))
         if self.pretrained:
             frozen = dataclasses.replace(plan.config("clip-plain", seed), train_blocks=0)
-            prepared = train.prepare(frozen, plan.device)
+            prepared = prepare(frozen, plan.device)
             query = {split: prepared.inputs[0][rows] for split, rows in prepared.splits.items()}
             reference = query["train"]
         else:
@@ -149,13 +150,13 @@ class Captioner:
     """BLIP, fine-tuned to write the prompt: the sentence embedding of what it writes."""
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
-        prepared = train.prepare(plan.config("clip-plain", seed), plan.device)
+        prepared = prepare(plan.config("clip-plain", seed), plan.device)
         source = plan.sources["blip"]
-        config = baselines.CAPTIONERS.get(source) or baselines.CaptionerConfig(source)
+        config = captioner.CAPTIONERS.get(source) or captioner.CaptionerConfig(source)
         names = ("epochs", "batch_size", "checkpoint_every", "workers")
         given = {name: plan.given[name] for name in names if name in plan.given}
         config = dataclasses.replace(config, seed=seed, **given)
-        predicted = baselines.blip_regressor(
+        predicted = captioner.blip_regressor(
             plan.run_folder("blip", seed), config, prepared.pairs, prepared.splits, plan.device, ("test",)
         )
         return predicted["test"], {"source": source, "epochs": config.epochs}

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import data
-import train
 import weights
 from mini import naming, scenes
-from tables.merit import cosines
 from tables.methods import Member
 from tables.runs import Plan
+from training.inputs import prepare
+from training.metrics import cosines
 
 SAYINGS = 4  # of each reading: other synonyms, other forms of sentence
 ALPHAS = [10.0**power for power in range(-2, 4)]
@@ -79,7 +79,7 @@ class Reading:
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
         views = default_views()
-        prepared = train.prepare(plan.config("unet-mlc", seed), plan.device)
+        prepared = prepare(plan.config("unet-mlc", seed), plan.device)
         pairs, splits = prepared.pairs, prepared.splits
         if not set(pairs.prompts) <= views.keys():
             raise data.DataError(f"--data {plan.data}: the probe knows the embedded scenes alone")

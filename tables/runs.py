@@ -18,7 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 import data
-import train
+from reverse_sd import BACKBONES
+from training.config import RESUMABLE, TrainConfig, resolve
+from training.folder import saved_fields
+from training.inputs import prepare
 
 try:
     import fcntl
@@ -27,10 +30,12 @@ except ImportError:  # Windows: two calls at once in the same folder are not tol
 
 log = logging.getLogger("tables")
 
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
 # What each backbone starts from: --weights mini, --weights paper.
 SOURCES = {
-    "mini": train.MINIATURES | {"blip": "blip-mini"},
-    "paper": {"unet": "sd-1", "vit": "vit-b-16", "swin": "swin-l", "clip": "clip-h-14", "blip": "blip-base"},
+    "mini": {name: b.mini for name, b in BACKBONES.items()} | {"blip": "blip-mini"},
+    "paper": {name: b.paper for name, b in BACKBONES.items()} | {"blip": "blip-base"},
 }
 # A run is named BACKBONE-RECIPE, and its folder BACKBONE-RECIPE-seedN. A recipe is what a row tells train.py.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -46,11 +51,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "captions-prompt": {"heads": 3, "captions": "prompt"},
 }
 PHASE_1 = {"mlc-cl": "mlc", "cl": "plain"}  # phase 1 of the curriculum is a row of its own
-MODELS = {"clip": "CLIP", "unet": "U-Net", "swin": "Swin", "vit": "ViT"}  # the paper's order
+MODELS = {name: b.title for name, b in BACKBONES.items()}  # in the paper's order
 
 # Flags that mean something to some runs alone; the others are trained without them.
 PART_OF = {
-    "difficulty": ("chunks", "easy_share", "hard_share", "difficulty_weights"),
+    "difficulty": ("chunks", "easy_share", "hard_share", "epoch_weights"),
     "lerac": ("lerac_epochs", "lerac_min_lr"),
     "cbs": ("cbs_every",),
     "unet": ("captions", "image_size"),
@@ -58,7 +63,7 @@ PART_OF = {
 # The paper's number (section 4.2), on the miniatures too: six, train.py's default for them, would take table
 # 1, of 36 trainings, beyond an hour on two cores.
 EPOCHS = 3
-DECIDED = {"backbone", "heads", "curriculum", "record_difficulty", "difficulty", "seed"}  # by the rows
+DECIDED = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed"}  # by the rows
 RECORDING = {f"{backbone}-mlc" for backbone in MODELS} | {"vit-plain"}  # phase 1 of another run
 
 
@@ -90,24 +95,24 @@ class Plan:
             fields.setdefault("captions", self.sources["blip"])
         fields |= {"device": self.device} | RECIPES[recipe]
         if run in RECORDING:
-            fields["record_difficulty"] = True
+            fields["record_cosines"] = True
         if recipe in PHASE_1:
-            fields["difficulty"] = str(self.run_folder(f"{backbone}-{PHASE_1[recipe]}", seed))
+            fields["phase_1"] = str(self.run_folder(f"{backbone}-{PHASE_1[recipe]}", seed))
         return fields
 
-    def config(self, run: str, seed: int) -> train.TrainConfig:
+    def config(self, run: str, seed: int) -> TrainConfig:
         """The configuration that train.py makes of it, but for the run that phase 1 is taken from."""
         fields = self.fields(run, seed)
-        fields.pop("difficulty", None)
-        return train.resolve(train.TrainConfig(**fields))
+        fields.pop("phase_1", None)
+        return resolve(TrainConfig(**fields))
 
     def finished(self, run: str, seed: int) -> bool:
         """Whether the run is there and evaluated. Raises DataError where its folder holds another run."""
         folder = self.run_folder(run, seed)
         if not (folder / "config.json").exists():
             return False
-        saved, asked = train.saved_fields(folder), vars(self.config(run, seed))
-        free = train.RESUMABLE | {"difficulty"}
+        saved, asked = saved_fields(folder), vars(self.config(run, seed))
+        free = RESUMABLE | {"phase_1"}
         for name, value in asked.items():
             there = saved.get(name)
             same = there == value or (name == "data" and Path(there).resolve() == Path(value).resolve())
@@ -157,7 +162,7 @@ def start(plan: Plan, run: str, seed: int, threads: int) -> subprocess.Popen | N
             flags = ["--out", str(folder), *flags_of(plan.fields(run, seed))]
         # Its own session: Ctrl-C comes here, and from here once to each training.
         return subprocess.Popen(
-            [sys.executable, str(Path(train.__file__)), *flags],
+            [sys.executable, str(TRAIN), *flags],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -196,7 +201,7 @@ def train_missing(plan: Plan, runs: Iterable[str]) -> set[tuple[str, int]]:
     plan.folder.mkdir(parents=True, exist_ok=True)
     configs = [plan.config(run, seed) for run, seed in waiting]
     for config in {(config.backbone, config.captions): config for config in configs}.values():
-        train.prepare(config, plan.device)  # fills the caches once
+        prepare(config, plan.device)  # fills the caches once
     threads = max(1, cores() // plan.jobs)
     log.info(
         "trainings: %d of %d are missing; %d at once, logs in %s",

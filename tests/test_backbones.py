@@ -13,13 +13,15 @@ import data
 import reverse_sd
 import train
 import weights
+from training.config import TrainConfig, resolve
+from training.inputs import load_backbone, prepare
 
 
 def assert_reads_images_as_evaluated(run: Path, few_scenes: Path) -> None:
     rows = json.loads((run / "predictions" / "rows.json").read_text())["test"]
     pairs = data.read_pairs(few_scenes)
     image = pairs.image(pairs.prompts.index(rows[0]["prompt"]))
-    embedding, _ = reverse_sd.reader(reverse_sd.load_run(run), "cpu")([image])
+    embedding, _ = reverse_sd.image_predictor(reverse_sd.load_run(run), "cpu")([image])
     evaluated = np.load(run / "predictions" / "test.npy")[0]
     assert float(embedding[0] @ evaluated) > 0.999
 
@@ -28,7 +30,7 @@ def assert_reads_images_as_evaluated(run: Path, few_scenes: Path) -> None:
 def test_black_boxes_train(backbone: str, few_scenes: Path, cache: Path, tmp_path: Path):
     run = train_here(few_scenes, tmp_path / "run", "--backbone", backbone)
     assert json.loads((run / "result.json").read_text())["n_train"] == 60
-    before = weights.load(reverse_sd.BACKBONES[backbone], train.MINIATURES[backbone]).state_dict()
+    before = weights.load(reverse_sd.BACKBONES[backbone].kind, reverse_sd.BACKBONES[backbone].mini).state_dict()
     after = load_file(run / "model.safetensors")
     trained = {name.removeprefix("backbone.") for name in after if not name.startswith("heads.")}
     assert trained == before.keys()
@@ -57,17 +59,17 @@ def test_only_the_last_blocks_train(few_scenes: Path, cache: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("backbone, blocks", [("unet", 9), ("vit", 6), ("swin", 8), ("clip", 6)])
 def test_layers_are_counted_from_the_input(backbone: str, blocks: int):
-    config = train.resolve(train.TrainConfig(backbone=backbone))
+    config = resolve(TrainConfig(backbone=backbone))
     regressor = train.build_regressor(config, n_words=5)
     names = [name for name, _ in regressor.named_parameters()]
-    depths = dict(zip(names, train.layers(names, train.BLOCKS[backbone]), strict=True))
+    depths = dict(zip(names, train.depths_of(names, reverse_sd.BACKBONES[backbone].blocks), strict=True))
     assert set(depths.values()) == set(range(blocks + 2))
     assert list(depths.values()) == sorted(depths.values())
     assert {depth for name, depth in depths.items() if name.startswith("heads.")} == {blocks + 1}
 
 
 def test_each_block_learns_at_a_fraction_of_the_rate_above_it():
-    config = train.resolve(train.TrainConfig(backbone="swin", layer_decay=0.5))
+    config = resolve(TrainConfig(backbone="swin", layer_decay=0.5))
     groups = train.parameter_groups(train.build_regressor(config, n_words=5), config)
     scale = {name: factor for factor, group in groups.items() for name in group}
     assert scale["heads.embedding.weight"] == scale["backbone.norm.weight"] == 1
@@ -109,8 +111,8 @@ def test_a_broken_image_is_left_out(few_scenes: Path, cache: Path, tmp_path: Pat
         pairs.image(i).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(pairs.prompts[i])
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
-    config = train.TrainConfig(backbone="vit", data=str(folder), clean="off", val_size=2, test_size=2)
-    prepared = train.prepare(train.resolve(config))
+    config = TrainConfig(backbone="vit", data=str(folder), clean="off", val_size=2, test_size=2)
+    prepared = prepare(resolve(config))
     rows = np.concatenate(list(prepared.splits.values()))
     assert len(rows) == 11
     assert {prepared.pairs.where(int(row)).rpartition("/")[2] for row in rows} == {
@@ -119,8 +121,8 @@ def test_a_broken_image_is_left_out(few_scenes: Path, cache: Path, tmp_path: Pat
 
 def test_a_random_start_is_always_the_same_and_not_the_pretrained_one():
     def start(**fields) -> dict[str, torch.Tensor]:
-        config = train.resolve(train.TrainConfig(backbone="clip", **fields))
-        return train.load_backbone(config).state_dict()
+        config = resolve(TrainConfig(backbone="clip", **fields))
+        return load_backbone(config).state_dict()
 
     random, again, pretrained = start(random_start=True), start(random_start=True, seed=5), start()
     assert random.keys() == pretrained.keys()
@@ -132,4 +134,4 @@ def test_a_random_start_is_always_the_same_and_not_the_pretrained_one():
 
 def test_a_random_start_trains_all_blocks():
     with pytest.raises(data.DataError, match="--random-start: all blocks"):
-        train.resolve(train.TrainConfig(backbone="vit", random_start=True, train_blocks=1))
+        resolve(TrainConfig(backbone="vit", random_start=True, train_blocks=1))

@@ -12,10 +12,11 @@ from transformers import BertTokenizer
 
 import baselines
 import data
-import train
 import weights
 from baselines import CaptionerConfig, knn_regression, neighbours
 from mini import pretrain
+from training import captioner
+from training.loop import Checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
 # k-NN
@@ -100,7 +101,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "untrained-blip-mini"
     folder.mkdir()
     for name in ("vocab.txt", "preprocessor_config.json"):
-        (folder / name).write_bytes((baselines.BLIP_MINI / name).read_bytes())
+        (folder / name).write_bytes((captioner.BLIP_MINI / name).read_bytes())
     monkeypatch.setattr(baselines, "BLIP_MINI", folder)
     return folder
 
@@ -114,13 +115,13 @@ SPLITS = {"train": np.arange(20), "val": np.arange(60, 66), "test": np.arange(70
 
 
 def test_every_mini_prompt_is_words_of_the_vocabulary_and_any_english_can_be_spelled(pairs: data.Pairs):
-    model, how = baselines.new_captioner(0)
+    model, how = captioner.new_captioner(0)
     assert how.size == (64, 64) and how.mean == how.std == (0.5, 0.5, 0.5)
     assert model.tokenizer.get_vocab_size() == model.config.text_vocab_size
     ids = [model.tokenizer.token_to_id(token) for token in ("[DEC]", "[PAD]", "[SEP]")]
     config = model.config
     assert ids == [config.text_bos_token_id, config.text_pad_token_id, config.text_sep_token_id]
-    theirs = BertTokenizer.from_pretrained(baselines.BLIP_MINI)
+    theirs = BertTokenizer.from_pretrained(captioner.BLIP_MINI)
     for prompt in [*pairs.prompts, "Zebra's XYLOPHONE, 123!", "a picture of"]:
         tokens = model.tokenizer.encode(prompt, add_special_tokens=False).tokens
         assert tokens == theirs.tokenize(prompt) and "[UNK]" not in tokens
@@ -128,14 +129,14 @@ def test_every_mini_prompt_is_words_of_the_vocabulary_and_any_english_can_be_spe
 
 
 def test_tokens_and_labels_by_hand():
-    model, _ = baselines.new_captioner(0)
-    ids, labels = baselines.caption_tokens(model, ["a red cat", "a cat"], "a picture of ", 77)
+    model, _ = captioner.new_captioner(0)
+    ids, labels = captioner.caption_tokens(model, ["a red cat", "a cat"], "a picture of ", 77)
     words = [[model.tokenizer.id_to_token(i) for i in row] for row in ids]
     assert words[0] == ["[DEC]", "a", "picture", "of", "a", "red", "cat", "[SEP]"]
     assert words[1] == ["[DEC]", "a", "picture", "of", "a", "cat", "[SEP]", "[PAD]"]
     assert labels[0].tolist() == [-100] * 4 + ids[0, 4:].tolist()
     assert labels[1].tolist() == [-100] * 4 + ids[1, 4:7].tolist() + [-100]
-    cut, _ = baselines.caption_tokens(model, ["a red cat"], "a picture of ", 6)
+    cut, _ = captioner.caption_tokens(model, ["a red cat"], "a picture of ", 6)
     assert cut.tolist() == [[*ids[0, :5].tolist(), ids[0, 7]]]
 
 
@@ -144,9 +145,9 @@ def test_it_learns_and_predicts_and_the_folder_it_writes_is_a_captioner(
 ):
     """Forty steps on twenty pairs: the loss falls, and the written prompts' embeddings are the answer."""
     torch.set_num_threads(1)
-    baselines.write_captioner(baselines.new_captioner(0)[0], untrained, untrained)
+    captioner.write_captioner(captioner.new_captioner(0)[0], untrained, untrained)
     config = dataclasses.replace(SHORT, source=str(untrained), epochs=14)
-    found = baselines.blip_regressor(tmp_path / "run", config, pairs, SPLITS)
+    found = captioner.blip_regressor(tmp_path / "run", config, pairs, SPLITS)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert len(losses) == 42 and np.mean(losses[-3:]) < 0.6 * losses[0]
@@ -172,12 +173,12 @@ def test_stopped_and_resumed_training_ends_alike(
     torch.set_num_threads(1)
 
     def tune(name: str, config: CaptionerConfig = SHORT) -> dict[str, torch.Tensor]:
-        model, how = baselines.new_captioner(0)
-        baselines.finetune_captioner(model, how, config, pairs, SPLITS, tmp_path / name)
+        model, how = captioner.new_captioner(0)
+        captioner.finetune_captioner(model, how, config, pairs, SPLITS, tmp_path / name)
         return model.state_dict()
 
     whole = tune("whole")
-    loss, calls = baselines.caption_loss, iter(range(100))
+    loss, calls = captioner.caption_loss, iter(range(100))
 
     def stopping(*given: object) -> torch.Tensor:
         if next(calls) == 5:  # after a checkpoint, an epoch's end and a step that is lost
@@ -201,7 +202,7 @@ def test_stopped_and_resumed_training_ends_alike(
 
 
 def test_the_published_captioners_are_tuned_as_blip_was():
-    base, large = baselines.CAPTIONERS["blip-base"], baselines.CAPTIONERS["blip-large"]
+    base, large = captioner.CAPTIONERS["blip-base"], captioner.CAPTIONERS["blip-large"]
     assert (base.lr, large.lr, base.weight_decay, base.label_smoothing) == (1e-5, 2e-6, 0.05, 0.1)
     assert base.prompt == "a picture of " and (base.epochs, base.batch_size) == (3, 64)
 
@@ -213,11 +214,11 @@ def test_the_miniature_is_trained_from_random_values_and_written_as_published(
     monkeypatch.setattr(pretrain, "training_pairs", lambda parts: data.read_pairs(few_scenes))
     monkeypatch.setattr(pretrain, "HELD_OUT", 20)
     pretrain.train_captioner(parts=1, epochs=1, batch_size=32, lr=1e-3, seed=0)
-    card = json.loads((baselines.BLIP_MINI / "card.json").read_text())
+    card = json.loads((captioner.BLIP_MINI / "card.json").read_text())
     assert -1 < card["prompt_cosine"] < 1 and card["val_loss"] > 0
-    model, how, folder = baselines.open_captioner(str(baselines.BLIP_MINI))
-    assert folder == baselines.BLIP_MINI and how == baselines.new_captioner(0)[1]
-    start = baselines.new_captioner(0)[0].state_dict()
+    model, how, folder = captioner.open_captioner(str(captioner.BLIP_MINI))
+    assert folder == captioner.BLIP_MINI and how == captioner.new_captioner(0)[1]
+    start = captioner.new_captioner(0)[0].state_dict()
     assert not torch.equal(start["vision_model.post_layernorm.bias"],
                            model.state_dict()["vision_model.post_layernorm.bias"])
-    assert train.Checkpoint(weights.cache_dir() / "pretrain-captioner" / "last").load() is None
+    assert Checkpoint(weights.cache_dir() / "pretrain-captioner" / "last").load() is None

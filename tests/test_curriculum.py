@@ -18,18 +18,22 @@ import reverse_sd
 import train
 import weights
 from mini import scenes
+from training.config import TrainConfig
+from training.folder import saved_fields
+from training.inputs import prepare
+from training.loop import learning_rate
 
 
 def stop_at(patch: pytest.MonkeyPatch, step: int, phase: str) -> None:
     """Ctrl-C while the step after `step` is under way, in the trainer whose folder is called `phase`."""
-    train_step = train.Trainer.train_step
+    train_step = train.RegressorTrainer.train_step
 
     def interrupted(self, *args):
         if self.step == step and self.folder.name == phase:
             signal.raise_signal(signal.SIGINT)
         return train_step(self, *args)
 
-    patch.setattr(train.Trainer, "train_step", interrupted)
+    patch.setattr(train.RegressorTrainer, "train_step", interrupted)
 
 
 def error_line(capsys: pytest.CaptureFixture, *argv: str) -> str:
@@ -43,7 +47,7 @@ def error_line(capsys: pytest.CaptureFixture, *argv: str) -> str:
 @pytest.fixture(scope="module")
 def recorded(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain run that recorded its cosines."""
-    return train_here(few_scenes, tmp_path_factory.mktemp("recorded") / "run", "--record-difficulty")
+    return train_here(few_scenes, tmp_path_factory.mktemp("recorded") / "run", "--record-cosines")
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +61,11 @@ def learned(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_difficulty_is_the_mean_cosine_over_the_epochs_or_a_weighted_one():
     cosines = np.array([[0.1, 0.5], [0.3, 0.7], [0.8, 0.3]], np.float32)
-    np.testing.assert_allclose(reverse_sd.difficulty(cosines), [0.4, 0.5], atol=1e-7)
-    np.testing.assert_allclose(reverse_sd.difficulty(cosines, [0, 1, 3]), [0.675, 0.4], atol=1e-7)
+    np.testing.assert_allclose(reverse_sd.easiness(cosines), [0.4, 0.5], atol=1e-7)
+    np.testing.assert_allclose(reverse_sd.easiness(cosines, [0, 1, 3]), [0.675, 0.4], atol=1e-7)
     for weights_ in ([1, 1], [0, 0, 0]):
         with pytest.raises(ValueError, match="weights"):
-            reverse_sd.difficulty(cosines, weights_)
+            reverse_sd.easiness(cosines, weights_)
 
 
 def test_easy_is_a_high_cosine_whichever_way_the_samples_are_split():
@@ -77,9 +81,9 @@ def test_easy_is_a_high_cosine_whichever_way_the_samples_are_split():
 
 def test_thresholds_leave_a_significant_portion_easy_and_a_small_subset_hard():
     score = np.random.default_rng(1).beta(5, 2, 1000)
-    easy, hard = reverse_sd.difficulty_thresholds(score)
+    easy, hard = reverse_sd.easiness_thresholds(score)
     assert [len(chunk) for chunk in reverse_sd.by_thresholds(score, easy, hard)] == [500, 400, 100]
-    easy, hard = reverse_sd.difficulty_thresholds(score, 0.7, 0.05)
+    easy, hard = reverse_sd.easiness_thresholds(score, 0.7, 0.05)
     assert [len(chunk) for chunk in reverse_sd.by_thresholds(score, easy, hard)] == [700, 250, 50]
 
 
@@ -118,7 +122,7 @@ def test_a_chunk_may_be_empty():
 
 
 def test_a_run_records_the_cosine_of_every_training_sample(recorded: Path, few_scenes: Path):
-    cosines, score = np.load(recorded / "cosines.npy"), np.load(recorded / "difficulty.npy")
+    cosines, score = np.load(recorded / "cosines.npy"), np.load(recorded / "easiness.npy")
     assert cosines.shape == (2, 60)
     np.testing.assert_allclose(score, cosines.mean(axis=0), atol=1e-6)
     # The last epoch was the best, so its cosines are those of the saved weights, in the order of rows.json.
@@ -135,8 +139,8 @@ def test_recording_changes_nothing_else(recorded: Path, few_scenes: Path, tmp_pa
 
 
 def test_undrawn_words_of_mini_scenes_are_at_hand(recorded: Path):
-    config = train.TrainConfig(**train.saved_fields(recorded))
-    prepared = train.prepare(config)
+    config = TrainConfig(**saved_fields(recorded))
+    prepared = prepare(config)
     assert all(isinstance(meta["undrawn"], list) for meta in prepared.pairs.meta)
 
 
@@ -145,7 +149,7 @@ def test_undrawn_words_of_mini_scenes_are_at_hand(recorded: Path):
 
 def test_phase_1_is_the_plain_run(learned: Path, recorded: Path):
     assert_same_end(learned / "phase-1", recorded)
-    for name in ("cosines.npy", "difficulty.npy"):
+    for name in ("cosines.npy", "easiness.npy"):
         np.testing.assert_array_equal(np.load(learned / name), np.load(recorded / name))
 
 
@@ -163,7 +167,7 @@ def test_phase_2_sees_easy_samples_first_and_from_a_reset_model(
     recorded: Path, few_scenes: Path, tmp_path: Path, monkeypatch
 ):
     seen, starts = [], []
-    on_device, fit = train.Trainer.on_device, train.Trainer.fit
+    on_device, fit = train.RegressorTrainer.on_device, train.RegressorTrainer.fit
 
     def watching(self, batch, size):
         seen.append(batch[-1].tolist())
@@ -174,13 +178,13 @@ def test_phase_2_sees_easy_samples_first_and_from_a_reset_model(
         assert not self.optimizer.state
         fit(self)
 
-    monkeypatch.setattr(train.Trainer, "on_device", watching)
-    monkeypatch.setattr(train.Trainer, "fit", starting)
+    monkeypatch.setattr(train.RegressorTrainer, "on_device", watching)
+    monkeypatch.setattr(train.RegressorTrainer, "fit", starting)
     run = train_here(few_scenes, tmp_path / "run", "--curriculum", "difficulty", "--chunks", "thresholds")
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
-    prepared = train.prepare(train.TrainConfig(**train.saved_fields(run)))
-    score = dict(zip(prepared.splits["train"].tolist(), np.load(run / "difficulty.npy"), strict=True))
-    said = json.loads((run / "difficulty.json").read_text())
+    prepared = prepare(TrainConfig(**saved_fields(run)))
+    score = dict(zip(prepared.splits["train"].tolist(), np.load(run / "easiness.npy"), strict=True))
+    said = json.loads((run / "curriculum.json").read_text())
     easy, hard = said["thresholds"]
     assert [stage["samples"] for stage in said["stages"]] == [30, 54, 60]
     assert [(stage["first_step"], stage["last_step"]) for stage in said["stages"]] == [(0, 2), (3, 5), (6, 9)]
@@ -194,7 +198,7 @@ def test_a_recorded_run_takes_the_place_of_phase_1(
 ):
     phase = Path(shutil.copytree(recorded, tmp_path / "phase"))
     run = tmp_path / "run"
-    flags = ["--curriculum", "difficulty", "--difficulty", str(phase)]
+    flags = ["--curriculum", "difficulty", "--phase-1", str(phase)]
     with monkeypatch.context() as patch:
         stop_at(patch, 4, "run")
         assert train.main(["--data", str(few_scenes), "--out", str(run), *SMALL, *flags]) == 130
@@ -217,15 +221,15 @@ def test_ctrl_c_in_either_phase_and_resume_end_bit_for_bit_alike(
     assert train.main(["--resume", str(run)]) == 0
     assert_same_end(run / "phase-1", learned / "phase-1")
     assert_same_end(run, learned)
-    for name in ("cosines.npy", "phase-1/cosines.npy", "difficulty.json"):
+    for name in ("cosines.npy", "phase-1/cosines.npy", "curriculum.json"):
         assert (run / name).read_bytes() == (learned / name).read_bytes()
 
 
 def test_weights_of_the_epochs_reach_the_difficulty(recorded: Path, few_scenes: Path, tmp_path: Path):
-    flags = ["--curriculum", "difficulty", "--difficulty", str(recorded), "--difficulty-weights", "0,1"]
+    flags = ["--curriculum", "difficulty", "--phase-1", str(recorded), "--epoch-weights", "0,1"]
     run = train_here(few_scenes, tmp_path / "run", *flags, "--train-blocks", "0")
     last = np.load(recorded / "cosines.npy")[1]
-    np.testing.assert_allclose(np.load(run / "difficulty.npy"), last, atol=1e-7)
+    np.testing.assert_allclose(np.load(run / "easiness.npy"), last, atol=1e-7)
 
 
 # -- bad input ----------------------------------------
@@ -234,10 +238,10 @@ def test_weights_of_the_epochs_reach_the_difficulty(recorded: Path, few_scenes: 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--difficulty", "nowhere"], "only --curriculum difficulty"),
-        (["--curriculum", "difficulty", "--difficulty", "nowhere"], "nowhere: holds no recorded difficulty"),
-        (["--curriculum", "difficulty", "--difficulty-weights", "1,1,1"], "3 weights for 2 epochs"),
-        (["--curriculum", "difficulty", "--difficulty-weights", "1,x"], "must be numbers"),
+        (["--phase-1", "nowhere"], "only --curriculum difficulty"),
+        (["--curriculum", "difficulty", "--phase-1", "nowhere"], "nowhere: holds no recorded difficulty"),
+        (["--curriculum", "difficulty", "--epoch-weights", "1,1,1"], "3 weights for 2 epochs"),
+        (["--curriculum", "difficulty", "--epoch-weights", "1,x"], "must be numbers"),
         (["--chunks", "thresholds", "--easy-share", "0.8", "--hard-share", "0.3"], "--easy-share"),
         (["--curriculum", "cbs", "--train-blocks", "0"], "train some blocks"),
         (["--curriculum", "lerac", "--layer-decay", "0.5"], "--layer-decay"),
@@ -254,11 +258,11 @@ def test_difficulty_of_other_pairs_or_another_split_is_refused(
     recorded: Path, few_scenes: Path, tmp_path: Path, capsys
 ):
     scenes.build(tmp_path / "others", parts=1, per_part=84, seed=5, progress=False)
-    flags = ["--curriculum", "difficulty", "--difficulty", str(recorded), *SMALL]
+    flags = ["--curriculum", "difficulty", "--phase-1", str(recorded), *SMALL]
     flags += ["--out", str(tmp_path / "run")]
     assert "other pairs" in error_line(capsys, "--data", str(tmp_path / "others"), *flags)
     assert "another split" in error_line(capsys, "--data", str(few_scenes), "--seed", "1", *flags)
-    flags += ["--difficulty-weights", "1,1,1"]
+    flags += ["--epoch-weights", "1,1,1"]
     assert "3 difficulty weights for 2 epochs" in error_line(capsys, "--data", str(few_scenes), *flags)
     assert not (tmp_path / "run").exists()
 
@@ -279,7 +283,7 @@ def test_lerac_rates_fall_from_input_to_output_and_meet(
     few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch
 ):
     seen = []
-    train_step = train.Trainer.train_step
+    train_step = train.RegressorTrainer.train_step
 
     def watching(self, *args):
         terms = train_step(self, *args)
@@ -292,15 +296,15 @@ def test_lerac_rates_fall_from_input_to_output_and_meet(
 
     run, flags = tmp_path / "run", ["--backbone", "vit", "--curriculum", "lerac", "--lr", "1e-3"]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", watching)
+        patch.setattr(train.RegressorTrainer, "train_step", watching)
         train_here(few_scenes, run, *flags)
-    config = train.TrainConfig(**train.saved_fields(run))
-    meet = train.learning_rate(config, 5, 10)
+    config = TrainConfig(**saved_fields(run))
+    meet = learning_rate(config, 5, 10)
     assert seen[0] == pytest.approx([1e-3, 1e-3 * 1e-5 ** (1 / 7), 1e-8])
     assert seen[2][2] == pytest.approx(1e-8**0.6 * meet**0.4)
     assert seen[2][0] == pytest.approx(1e-3**0.6 * meet**0.4)
     for step in range(5, 10):
-        assert seen[step] == [train.learning_rate(config, step, 10)] * 3
+        assert seen[step] == [learning_rate(config, step, 10)] * 3
 
 
 # -- CBS ----------------------------------------

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 import train
 from baselines import cbs_sigma, lerac_rate
 from reverse_sd import Dakl, Vocabulary, cosine_loss, curriculum_batches, rbf
+from training.config import TrainConfig, resolve
+from training.inputs import prepare
+from training.loop import Process, learning_rate
 
 LAMBDA = 0.3
 
@@ -22,16 +25,16 @@ LAMBDA = 0.3
 @pytest.fixture(scope="module")
 def step(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """One step of the loop on 8 pairs, heads (1) on frozen features, and what it read, in float64."""
-    config = train.resolve(
-        train.TrainConfig(
+    config = resolve(
+        TrainConfig(
             data=str(few_scenes), train_blocks=0, heads=1, mlc_weight=LAMBDA, words=40, batch_size=8,
             epochs=1, val_size=12, test_size=12, clip_norm=0.0, device="cpu",
         )
     )
-    prepared = train.prepare(config)
+    prepared = prepare(config)
     vocabulary = Vocabulary.of((prepared.pairs.prompts[i] for i in prepared.splits["train"]), config.words)
     folder = tmp_path_factory.mktemp("equations")
-    trainer = train.Trainer(config, folder, train.Process(0, 1, "cpu"), prepared, vocabulary)
+    trainer = train.RegressorTrainer(config, folder, Process(0, 1, "cpu"), prepared, vocabulary)
     heads = {name: p.detach().double().numpy().copy() for name, p in trainer.regressor.named_parameters()}
     batches = trainer.batches(0)[:1]
     (batch,) = trainer.loader(batches)
@@ -135,4 +138,4 @@ def test_by_thirds_an_easy_sample_is_seen_five_times_as_often_as_a_hard_one():
     batches = curriculum_batches(chunks, total=90, batch_size=64, seed=0, start=0, stop=90)
     seen = np.bincount(np.concatenate(batches)).reshape(3, 640).mean(axis=1)
     assert seen == pytest.approx([5.5, 2.5, 1.0], abs=0.01)
-    assert train.learning_rate(train.TrainConfig(lr=1.0), 60, 90) == pytest.approx(0.25)
+    assert learning_rate(TrainConfig(lr=1.0), 60, 90) == pytest.approx(0.25)

@@ -17,8 +17,8 @@ import eval
 import weights
 from mini import drawbench, naming, scenes
 from tables import generation
-from tables.merit import cosines
 from tables.runs import SOURCES, Plan
+from training.metrics import cosines
 
 QUICK = shlex.split("--epochs 1 --batch-size 12 --val-size 12 --test-size 12")
 

@@ -25,10 +25,10 @@ from mini import naming, scenes
 from tables import probe, runs
 from tables.compute import short
 from tables.figures import undrawn_share
-from tables.merit import cosines, paired_test, rank_correlation, ranks, spearman, student_p
 from tables.methods import Member, members_of
 from tables.rows import TABLES, Row, Table
 from tables.runs import MODELS, RECORDING, SOURCES, Plan, flags_of, with_phase_1
+from training.metrics import cosines, paired_test, rank_correlation, ranks, spearman, student_p
 
 QUICK = shlex.split("--epochs 1 --batch-size 12 --val-size 12 --test-size 12 --train-blocks 0")
 
@@ -170,7 +170,7 @@ def test_all_that_the_ensemble_needs_is_trained_once(make):
 
     figure = read(folder, "figure-9")
     for run, (entry,) in figure["runs"].items():
-        score = np.load(folder / "runs" / f"{run}-seed0" / "difficulty.npy")
+        score = np.load(folder / "runs" / f"{run}-seed0" / "easiness.npy")
         listed = (folder / "runs" / f"{run}-seed0" / "predictions" / "rows.json").read_text()
         rows = json.loads(listed)["train"]
         undrawn = [undrawn_of(row["image"]) for row in rows]
@@ -214,7 +214,7 @@ def test_the_ceiling_is_what_the_probe_reads(make, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(probe, "readings", lambda pairs, rows: torch.stack(
         [naming.targets([everything[pairs.prompts[i]]])[0].float() for i in rows]
     ))
-    saved = train.saved_fields(folder / "runs" / "unet-mlc-seed0")
+    saved = folder.saved_fields(folder / "runs" / "unet-mlc-seed0")
     given = {name: saved[name] for name in ("val_size", "test_size")}
     plan = Plan(saved["data"], SOURCES["mini"], (0,), folder / "runs", 1, "cpu", given)
     like = Member(folder / "runs" / "unet-mlc-seed0")
@@ -294,10 +294,10 @@ def test_flags_reach_the_runs_that_they_mean_something_to(tmp_path: Path):
     p = plan(tmp_path, chunks="thresholds", cbs_every=2.0, image_size=32, lr=0.5)
     plain, cl, cbs, unet = (p.fields(run, 4) for run in ("vit-plain", "vit-mlc-cl", "vit-cbs", "unet-mlc"))
     assert plain == {"lr": 0.5, "backbone": "vit", "data": "mini", "weights": "vit-mini", "seed": 4,
-                     "device": "cpu", "heads": 0, "record_difficulty": True}
+                     "device": "cpu", "heads": 0, "record_cosines": True}
     assert cl["chunks"] == "thresholds" and cl["difficulty"] == str(tmp_path / "vit-mlc-seed4")
     assert cbs["cbs_every"] == 2.0 and "chunks" not in cbs and "image_size" not in cbs
-    assert unet["image_size"] == 32 and unet["heads"] == 3 and unet["record_difficulty"]
+    assert unet["image_size"] == 32 and unet["heads"] == 3 and unet["record_cosines"]
     parsed, out, resume = train.parse_args(flags_of(cl))
     assert parsed == cl and out is resume is None
 

@@ -23,7 +23,10 @@ import train
 import weights
 from mini import scenes
 from models import blip
-from tables.merit import average_precision, bootstrap_interval
+from training.config import EMBEDDED, TrainConfig, resolve
+from training.inputs import pairs_folder, prepare
+from training.loop import Checkpoint, epoch_batches, learning_rate, save_tensors
+from training.metrics import average_precision, bootstrap_interval
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_an_image_read_alone_is_predicted_as_in_the_evaluation(uninterrupted: Pa
     pairs = data.read_pairs(few_scenes)
     i = pairs.prompts.index(rows[0]["prompt"])
     run = reverse_sd.load_run(uninterrupted)
-    embedding, _ = reverse_sd.reader(run, "cpu")([pairs.image(i)])
+    embedding, _ = reverse_sd.image_predictor(run, "cpu")([pairs.image(i)])
     evaluated = np.load(uninterrupted / "predictions" / "test.npy")[0]
     assert float(embedding[0] @ evaluated) > 0.9999  # the cached latents are half precision
 
@@ -157,7 +160,7 @@ def test_ctrl_c_and_resume_end_bit_for_bit_alike(
     few_scenes: Path, cache: Path, tmp_path: Path, uninterrupted: Path, monkeypatch, stop_after: int
 ):
     run = tmp_path / "stopped"
-    step = train.Trainer.train_step
+    step = train.RegressorTrainer.train_step
 
     def interrupted(self, *args):
         if self.step == stop_after:
@@ -165,7 +168,7 @@ def test_ctrl_c_and_resume_end_bit_for_bit_alike(
         return step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", interrupted)
+        patch.setattr(train.RegressorTrainer, "train_step", interrupted)
         assert train.main(["--data", str(few_scenes), "--out", str(run), *SMALL]) == 130
     assert len(losses(run)) == stop_after + 1  # the step under way was finished
     assert train.main(["--resume", str(run)]) == 0
@@ -182,7 +185,7 @@ def test_dying_within_a_checkpoint_leaves_a_good_one(
         pass
 
     run, count = tmp_path / "killed", {"saves": 0}
-    save = train.Checkpoint.save
+    save = Checkpoint.save
 
     def dying_save(self, state, tensors):
         count["saves"] += 1
@@ -192,9 +195,9 @@ def test_dying_within_a_checkpoint_leaves_a_good_one(
         if dying == "tensors":
             name.with_name(name.name + ".partial").write_bytes(b"half a file")
         elif dying == "renaming":
-            train.save_tensors(name, tensors)
+            save_tensors(name, tensors)
         elif dying == "state":
-            train.save_tensors(name, tensors)
+            save_tensors(name, tensors)
             (self.folder / ".state.json.123.tmp").write_text('{"step": 4, "tens')
         else:
             former = next(self.folder.glob("step-*.safetensors"))
@@ -204,7 +207,7 @@ def test_dying_within_a_checkpoint_leaves_a_good_one(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Checkpoint, "save", dying_save)
+        patch.setattr(Checkpoint, "save", dying_save)
         with pytest.raises(Killed):
             train.main(["--data", str(few_scenes), "--out", str(run), *SMALL])
     assert train.main(["--resume", str(run)]) == 0
@@ -263,10 +266,10 @@ def test_no_such_data(cache: Path, tmp_path: Path, capsys):
 def test_the_embedded_pairs_go_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch):
     built: list[Path] = []
     monkeypatch.setattr(scenes, "build", built.append)
-    assert train.pairs_folder("mini") == ROOT / "mini" / "generated"
-    assert train.pairs_folder("somewhere/mini") == Path("somewhere/mini") and built == []
-    assert train.pairs_folder("drawn") == built[0] and cache in built[0].parents
-    assert train.TrainConfig().data == "mini" and set(train.EMBEDDED) == {"mini", "drawn"}
+    assert pairs_folder("mini") == ROOT / "mini" / "generated"
+    assert pairs_folder("somewhere/mini") == Path("somewhere/mini") and built == []
+    assert pairs_folder("drawn") == built[0] and cache in built[0].parents
+    assert TrainConfig().data == "mini" and set(EMBEDDED) == {"mini", "drawn"}
 
 
 def test_an_empty_folder(cache: Path, tmp_path: Path, capsys):
@@ -363,8 +366,8 @@ def test_captions_from_a_file_reach_the_cross_attention(few_scenes: Path, cache:
     captions = tmp_path / "captions.jsonl"
     entries = [{"image": name, "caption": f"a picture of {i % 7}"} for i, name in enumerate(pairs.names)]
     captions.write_text("".join(json.dumps(entry) + "\n" for entry in entries[:-1]))
-    config = train.TrainConfig(data=str(few_scenes), captions=str(captions))
-    prepared = train.prepare(train.resolve(config))
+    config = TrainConfig(data=str(few_scenes), captions=str(captions))
+    prepared = prepare(resolve(config))
     text = weights.load("clip-text", "sd-mini")
     with torch.no_grad():
         expected = text(weights.load_tokenizer("sd-mini")(["a picture of 3", ""]))
@@ -396,8 +399,8 @@ def tiny_blip(folder: Path) -> Path:
 
 
 def test_blip_captions_are_made_once_and_read(few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch):
-    config = train.TrainConfig(data=str(few_scenes), captions=str(tiny_blip(tmp_path)))
-    prepared = train.prepare(train.resolve(config))
+    config = TrainConfig(data=str(few_scenes), captions=str(tiny_blip(tmp_path)))
+    prepared = prepare(resolve(config))
     how = data.Preprocessing(**weights.preprocessing("blip", tmp_path))
     assert how.size == (32, 32) and how.resize is None
     model = weights.load("blip", tmp_path)
@@ -410,13 +413,13 @@ def test_blip_captions_are_made_once_and_read(few_scenes: Path, cache: Path, tmp
     for i, states in zip(rows, expected, strict=True):
         np.testing.assert_allclose(prepared.inputs[1][i], states.numpy(), atol=2e-3)
     monkeypatch.setattr(blip.BLIP, "generate", lambda *_: pytest.fail("captions were made again"))
-    again = train.prepare(train.resolve(config))
+    again = prepare(resolve(config))
     np.testing.assert_array_equal(again.inputs[1].rows, prepared.inputs[1].rows)
 
 
 def test_true_prompts_can_be_read_as_an_upper_bound(few_scenes: Path, cache: Path, caplog):
-    prompts = train.resolve(train.TrainConfig(data=str(few_scenes), captions="prompt"))
-    prepared = train.prepare(prompts)
+    prompts = resolve(TrainConfig(data=str(few_scenes), captions="prompt"))
+    prepared = prepare(prompts)
     with torch.no_grad():
         ids = weights.load_tokenizer("sd-mini")(prepared.pairs.prompts[:1])
         expected = weights.load("clip-text", "sd-mini")(ids)[0]
@@ -431,29 +434,29 @@ def test_every_field_is_a_flag_with_a_help_text(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     text = capsys.readouterr().out
-    for field in dataclasses.fields(train.TrainConfig):
+    for field in dataclasses.fields(TrainConfig):
         assert "--" + field.name.replace("_", "-") in text and field.metadata["help"]
 
 
 def test_defaults_are_the_papers_row_but_for_the_miniature():
-    paper = train.resolve(train.TrainConfig(weights="sd-1"))
+    paper = resolve(TrainConfig(weights="sd-1"))
     assert (paper.epochs, paper.batch_size, paper.lr, paper.optimizer) == (3, 64, 1e-4, "adam")
     assert (paper.heads, paper.words, paper.mlc_weight, paper.image_size) == (3, 1000, 0.1, 256)
     assert paper.captions == "blip-base"
-    assert train.resolve(train.TrainConfig()).image_size == 64
+    assert resolve(TrainConfig()).image_size == 64
 
 
 def test_the_learning_rate_falls_along_a_cosine_to_nothing():
-    config = train.TrainConfig(lr=2.0)
-    rates = [train.learning_rate(config, step, 100) for step in (0, 50, 100)]
+    config = TrainConfig(lr=2.0)
+    rates = [learning_rate(config, step, 100) for step in (0, 50, 100)]
     assert rates == pytest.approx([2.0, 1.0, 0.0])
 
 
 def test_every_epoch_is_another_shuffle_of_all_samples():
-    first, second = (np.concatenate(train.epoch_batches(50, 8, 0, epoch)) for epoch in (0, 1))
+    first, second = (np.concatenate(epoch_batches(50, 8, 0, epoch)) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))
     assert (first != second).any()
-    assert (np.concatenate(train.epoch_batches(50, 8, 0, 1)) == second).all()
+    assert (np.concatenate(epoch_batches(50, 8, 0, 1)) == second).all()
 
 
 # -- figures of merit ----------------------------------------

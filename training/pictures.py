@@ -1,5 +1,4 @@
-"""Sheets of pictures with text: a run's examples.png, which eval.py writes, and the easy, medium and hard
-pairs of figure 9, whose numbers are in figures.py."""
+"""Sheets of pictures with text: a run's examples.png, and the easy, medium and hard pairs of figure 9."""
 
 from __future__ import annotations
 
@@ -11,9 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-import train
-from mini.scenes import bracketed
 from reverse_sd import Run, Vocabulary, nearest
+from training.inputs import Prepared
 
 CHUNKS = ("easy", "medium", "hard")
 
@@ -21,7 +19,7 @@ CHUNKS = ("easy", "medium", "hard")
 def examples_picture(
     path: Path,
     run: Run,
-    prepared: train.Prepared,
+    prepared: Prepared,
     embedding: np.ndarray,
     probabilities: np.ndarray | None,
     n: int = 8,
@@ -70,7 +68,7 @@ def likely_words(vocabulary: Vocabulary, probabilities: np.ndarray, n: int = 8) 
 
 
 def difficulty_sheet(
-    pairs: data.Pairs, rows: np.ndarray, score: np.ndarray, picked: Sequence[np.ndarray]
+    pairs: data.Pairs, rows: np.ndarray, easiness: np.ndarray, picked: Sequence[np.ndarray]
 ) -> bytes:
     """A band each for easy, medium and hard: pictures, phase 1's cosine, prompts, [undrawn words]."""
     side, caption, gap, band = 128, 88, 8, 24
@@ -87,8 +85,9 @@ def difficulty_sheet(
             scale = side / max(image.size)
             shape = tuple(max(1, round(length * scale)) for length in image.size)
             sheet.paste(image.resize(shape, Image.Resampling.LANCZOS), (x, y + band))
-            text = bracketed(pairs.prompts[row], pairs.meta[row].get("undrawn", ()))
-            draw.text((x, y + band + side + 2), f"cosine {score[i]:.2f}", "#777777", font)
+            undrawn = ", ".join(pairs.meta[row].get("undrawn", ()))
+            text = pairs.prompts[row] + (f" [{undrawn}]" if undrawn else "")
+            draw.text((x, y + band + side + 2), f"cosine {easiness[i]:.2f}", "#777777", font)
             for n, line in enumerate(wrap(text, font, side)[:5]):
                 draw.text((x, y + band + side + 16 + 13 * n), line, "#1b4f8a", font)
     return png(sheet)

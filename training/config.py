@@ -1,0 +1,363 @@
+"""What decides a run's result: one dataclass, from which train.py's flags are made, each with its check."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import data
+from reverse_sd import BACKBONES
+
+EMBEDDED = ("mini", "drawn")  # the names that --data takes in place of a folder
+# Flags that may change when a run is resumed: they do not decide its result.
+RESUMABLE = {"workers", "device", "compile", "checkpoint_every", "activation_checkpointing"}
+# Fields of older config.json files -> their names today.
+RENAMED = {
+    "difficulty": "phase_1",
+    "record_difficulty": "record_cosines",
+    "difficulty_weights": "epoch_weights",
+}
+GROUPS = {
+    "data": "image-prompt pairs, their cleaning and splits",
+    "model": "backbone, weights and heads",
+    "curriculum": "the order of samples, and the curricula that the paper compares with its own",
+    "optimisation": "steps and rates",
+    "machine": "flags that do not decide the result; --resume may change most of them",
+}
+
+
+def option(group: str, default: Any, help: str, choices: tuple = (), **bounds: float) -> Any:
+    """A field with its flag's help and check. `bounds`: above, least, below, most."""
+    metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's result. None = chosen from `weights`, see `DEFAULTS`.
+
+    Raises data.DataError, in one line, for a value out of its range.
+    """
+
+    # fmt: off
+    # -- data
+    data: str = option(
+        "data", "mini",
+        "'mini', pictures that the miniature Stable Diffusion made; 'drawn', mini scenes drawn by program at "
+        "first use; or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt beside each image, or "
+        "images that hold their prompt",
+    )
+    clean: str = option(
+        "data", "auto",
+        "paper = as in section 4.1; duplicates = the same, but only equal prompts are duplicates; off; "
+        "auto = paper, or duplicates where prompts follow a template and the paper's rule would keep few",
+        ("auto", "paper", "duplicates", "off"),
+    )
+    val_size: int | None = option(
+        "data", None,
+        "validation pairs (default: 30,000 or an eighth, whichever is less)",
+        least=1,
+        most=10**9,
+    )
+    test_size: int | None = option(
+        "data", None, "test pairs (default: 30,000 or an eighth, whichever is less)", least=1, most=10**9
+    )
+    seed: int = option(
+        "data", 0,
+        "random seed for the split, the heads' initial weights and the order of samples",
+        least=0,
+        most=2**63 - 1,
+    )
+    # -- model
+    backbone: str = option(
+        "model", "unet",
+        "image encoder: the diffusion model's own U-Net, or an independent one",
+        tuple(BACKBONES),
+    )
+    weights: str | None = option(
+        "model", None,
+        "pretrained weights: a name of `python -m weights list`, a file or a folder "
+        "(default: the backbone's miniature, as sd-mini)",
+    )
+    random_start: bool = option("model", False, "ablation: same architecture, random weights")
+    captions: str | None = option(
+        "model", None,
+        "text for the U-Net's cross-attention: empty = the empty text; prompt = the true one, an upper bound "
+        "that no method may use; a BLIP that captions the images (blip-base, a folder), as in the paper; or "
+        "a file of captions (.jsonl, .csv, .json, .txt) (default: blip-mini with sd-mini, else blip-base)",
+    )
+    image_size: int | None = option(
+        "model", None,
+        "side in pixels to which the U-Net's images are cropped (default: 64 with sd-mini, else 256)",
+        least=8,
+        most=4096,
+    )
+    train_blocks: int | None = option(
+        "model", None,
+        "train only the last N blocks of the backbone; 0 = none: its features are computed once and cached, "
+        "and the heads train on them (default: all)",
+        least=0,
+    )
+    heads: int = option("model", 3, "placement of the vocabulary head in figure 3; 0 = none", (0, 1, 2, 3))
+    words: int = option("model", 1000, "vocabulary size m", least=1, most=10**6)
+    # -- curriculum
+    curriculum: str = option(
+        "curriculum", "none",
+        "difficulty: the paper's, which trains twice, the second time from easy to hard; lerac and cbs: its "
+        "competitors of table 7",
+        ("none", "difficulty", "lerac", "cbs"),
+    )
+    chunks: str = option(
+        "curriculum", "thirds",
+        "how easy, medium and hard are separated: equal thirds, or two thresholds of the cosine",
+        ("thirds", "thresholds"),
+    )
+    # Paper: "a significant portion" and "a small subset".
+    easy_share: float = option(
+        "curriculum", 0.5, "share of samples above the first of --chunks thresholds", above=0, most=1
+    )
+    hard_share: float = option(
+        "curriculum", 0.1, "share of samples below the second of --chunks thresholds", least=0, below=1
+    )
+    record_cosines: bool = option(
+        "curriculum", False,
+        "record each training sample's cosine after every epoch, as phase 1 of the curriculum does",
+    )
+    phase_1: str | None = option(
+        "curriculum", None,
+        "reuse the cosines recorded by this run and skip phase 1: a run on the same pairs and split, trained "
+        "with --record-cosines",
+    )
+    epoch_weights: str | None = option(
+        "curriculum", None,
+        "weights of phase 1's epochs in the mean cosine, as 0,0,0,.2,.3,.5 in the authors' code (default: "
+        "equal weights, the paper's)",
+    )
+    lerac_epochs: float = option("curriculum", 1.0, "epochs until LeRaC's learning rates meet", above=0)
+    lerac_min_lr: float = option(
+        "curriculum", 1e-8, "LeRaC's first learning rate at the output; at the input it is --lr", above=0
+    )
+    cbs_every: float | None = option(
+        "curriculum", None,
+        "epochs after which CBS multiplies sigma by 0.9; 5 in its authors' code (default: a twentieth of the "
+        "run, so that a short one too ends without smoothing)",
+        above=0,
+    )
+    # -- optimisation
+    epochs: int | None = option(
+        "optimisation", None,
+        "passes over the training pairs (default: 6 for miniatures, else 3, the paper's)",
+        least=1,
+        most=10**6,
+    )
+    batch_size: int | None = option(
+        "optimisation", None,
+        "samples of a step, all processes together (default: 32 for miniatures, else 64, the paper's)",
+        least=1,
+        most=10**6,
+    )
+    accumulate: int = option(
+        "optimisation", 1,
+        "parts in which each process computes its share of a batch, to save memory",
+        least=1,
+    )
+    optimizer: str = option(
+        "optimisation", "adam", "adam: the paper's; adamw: the authors' code's", ("adam", "adamw")
+    )
+    lr: float | None = option(
+        "optimisation", None,
+        "peak learning rate of the cosine schedule (default: 2e-3 with sd-mini, 1e-3 for other miniatures, "
+        "else 1e-4, the paper's)",
+        above=0,
+        most=1e3,
+    )
+    layer_decay: float = option(
+        "optimisation", 1.0,
+        "learning rate of each block, as a multiple of that of the block above it; 1 = the same for all",
+        above=0,
+        most=1,
+    )
+    weight_decay: float = option(
+        "optimisation", 0.0, "of adamw, or the L2 penalty of adam", least=0, most=1e3
+    )
+    clip_norm: float = option("optimisation", 1.0, "largest norm of the gradient; 0 = do not clip", least=0)
+    mlc_weight: float = option("optimisation", 0.1, "lambda of equation (4)", least=0, most=1e6)
+    # -- machine
+    device: str = option("machine", "auto", "auto, cpu, cuda")
+    precision: str = option(
+        "machine", "auto", "auto = bf16 on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
+    )
+    compile: bool = option("machine", False, "torch.compile the regressor")
+    activation_checkpointing: bool = option("machine", False, "compute activations twice, to save memory")
+    workers: int = option("machine", 0, "processes that read images", least=0, most=1024)
+    checkpoint_every: int = option("machine", 100, "optimizer steps between checkpoints", least=1)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if wrong := fault(f, getattr(self, f.name)):
+                raise data.DataError(f"{flag_of(f.name)} {getattr(self, f.name)}: {wrong}")
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def type_of(name: str) -> type:
+    """The type of a field's values other than None."""
+    hint = typing.get_type_hints(TrainConfig)[name]
+    return next(t for t in (typing.get_args(hint) or (hint,)) if t is not type(None))
+
+
+def fault(f: dataclasses.Field, value: Any) -> str | None:
+    """What is wrong with a field's value, or None; None passes where it is the default."""
+    kind, choices, bounds = type_of(f.name), f.metadata["choices"], f.metadata["bounds"]
+    if value is None and f.default is None:
+        return None
+    if not isinstance(value, (int, float) if kind is float else kind) or (
+        isinstance(value, bool) and kind is not bool
+    ):
+        return f"must be {'a number' if kind is float else f'of type {kind.__name__}'}"
+    if choices and value not in choices:
+        return f"must be one of {', '.join(map(str, choices))}"
+    if kind is float and not math.isfinite(value):
+        return "must be a finite number"
+    tests = {
+        "above": ("above", lambda bound: value > bound),
+        "least": ("at least", lambda bound: value >= bound),
+        "below": ("below", lambda bound: value < bound),
+        "most": ("at most", lambda bound: value <= bound),
+    }
+    if not all(tests[name][1](bound) for name, bound in bounds.items()):
+        return "must be " + " and ".join(f"{tests[name][0]} {bound:g}" for name, bound in bounds.items())
+    return None
+
+
+# Paper: three epochs of batches of 64 (section 4.2). 1e-4 with cosine decay is the authors' code's. With
+# 6,000 pairs both would leave the miniatures half trained; their learning rates were chosen on validation
+# from a grid of powers of two.
+PAPER_DEFAULTS = {"epochs": 3, "batch_size": 64, "lr": 1e-4, "image_size": 256, "captions": "blip-base"}
+MINI_DEFAULTS = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
+DEFAULTS = {"sd-mini": MINI_DEFAULTS | {"lr": 2e-3, "image_size": 64, "captions": "blip-mini"}}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with every None that `weights` decides replaced by its default.
+
+    Raises data.DataError for flags that contradict each other.
+    """
+    backbone = BACKBONES[config.backbone]
+    source = config.weights or backbone.mini
+    if config.image_size and not backbone.white_box:
+        raise data.DataError(
+            "--image-size: black boxes read images at the size of their weights; leave it out"
+        )
+    defaults = PAPER_DEFAULTS | DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
+    if not backbone.white_box:
+        del defaults["image_size"], defaults["captions"]
+    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, weights=source, **unset)
+    for wrong, message in contradictions(config):
+        if wrong:
+            raise data.DataError(message)
+    return config
+
+
+def contradictions(c: TrainConfig) -> list[tuple[bool, str]]:
+    """(whether it holds, message) for each way in which flags of a resolved configuration contradict."""
+    weights = epoch_weights(c)
+    lerac, curriculum = c.curriculum == "lerac", f"--curriculum {c.curriculum}"
+    return [
+        (
+            bool(c.phase_1) and c.curriculum != "difficulty",
+            "--phase-1: only --curriculum difficulty reads it",
+        ),
+        (
+            bool(c.phase_1) and not os.path.isfile(os.path.join(c.phase_1 or "", "cosines.npy")),
+            f"--phase-1 {c.phase_1}: {NO_COSINES}",
+        ),
+        (
+            bool(weights) and not c.phase_1 and len(weights or ()) != c.epochs,
+            f"--epoch-weights: {len(weights or ())} weights for {c.epochs} epochs; give one for each",
+        ),
+        (c.easy_share + c.hard_share > 1, "--easy-share and --hard-share: together they are at most 1"),
+        (
+            c.curriculum in ("lerac", "cbs") and c.train_blocks == 0,
+            f"{curriculum}: needs blocks that train; leave out --train-blocks 0",
+        ),
+        (
+            lerac and c.layer_decay != 1,
+            f"{curriculum}: sets the layers' rates itself; leave out --layer-decay",
+        ),
+        (lerac and c.lerac_min_lr > c.lr, f"--lerac-min-lr: must be at most --lr, {c.lr:g}"),
+        (
+            lerac and c.lerac_epochs >= c.epochs,
+            f"--lerac-epochs: must be below --epochs, {c.epochs}, where the rate is 0",
+        ),
+        (
+            c.random_start and c.train_blocks is not None,
+            "--random-start: all blocks have to be trained; leave out --train-blocks",
+        ),
+        (
+            bool(c.image_size) and c.image_size % 8 != 0,
+            f"--image-size {c.image_size}: must be a multiple of 8, the latents' grid",
+        ),
+    ]
+
+
+NO_COSINES = "holds no recorded cosines; give a finished run of train.py --record-cosines"
+
+
+def epoch_weights(config: TrainConfig) -> list[float] | None:
+    """The --epoch-weights as numbers; None = equal weights."""
+    if config.epoch_weights is None:
+        return None
+    try:
+        weights = [float(weight) for weight in config.epoch_weights.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not min(weights) >= 0 or not 0 < sum(weights) < math.inf:
+        raise data.DataError(
+            f"--epoch-weights {config.epoch_weights}: must be numbers of at least 0, not all 0, separated by "
+            "commas"
+        )
+    return weights
+
+
+def parse_args(argv: list[str], description: str) -> tuple[dict[str, Any], Path | None, Path | None]:
+    """The flags on the command line, by field name; the folder of --out; the folder of --resume."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
+    for f in dataclasses.fields(TrainConfig):
+        group, kind, help = groups[f.metadata["group"]], type_of(f.name), f.metadata["help"]
+        shown = "" if f.default is None else f" (default: {f.default})"
+        if kind is bool:
+            group.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=help + shown)
+        else:
+            choices = f.metadata["choices"] or None
+            group.add_argument(flag_of(f.name), type=kind, choices=choices, help=help + shown)
+    folder = parser.add_argument_group("folder")
+    folder.add_argument(
+        "--out", type=Path, help="the run's folder (default: runs/BACKBONE-DATA[-CURRICULUM]-seedN)"
+    )
+    folder.add_argument("--resume", type=Path, help="continue the run in this folder")
+    flags = vars(parser.parse_args(argv))
+    out, resume = flags.pop("out", None), flags.pop("resume", None)
+    if resume and (out or flags.keys() - RESUMABLE):
+        parser.error(
+            f"--resume takes the run's own configuration; the only other flags are {sorted(RESUMABLE)}"
+        )
+    for f in dataclasses.fields(TrainConfig):
+        if f.name in flags and (wrong := fault(f, flags[f.name])):
+            parser.error(f"{flag_of(f.name)} {flags[f.name]}: {wrong}")
+    return flags, out, resume

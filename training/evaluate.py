@@ -1,0 +1,79 @@
+"""One run's evaluation: predictions of every split, the test cosine beside its baseline, pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+import data
+from reverse_sd import load_run, predict
+from training.inputs import Prepared, Samples, input_batches
+from training.loop import save_array
+from training.metrics import average_precision, bootstrap_interval, cosines
+from training.pictures import examples_picture
+
+
+def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0) -> dict:
+    """The content of a run's result.json, from predictions of every split.
+
+    Writes result.json, predictions/*.npy (the unit-length predicted embeddings of each split and their
+    targets, in the order of predictions/rows.json) and examples.png, and prints a summary.
+
+    `seconds`: time spent before this call, added to this call's own in `seconds` of the result.
+    """
+    started = time.time()
+    run = load_run(folder, device)
+    (folder / "predictions").mkdir(exist_ok=True)
+    predictions, rows_by_split = {}, {}
+    for split, rows in prepared.splits.items():
+        samples = Samples(prepared, rows, run.vocabulary)
+        predictions[split] = predict(run.regressor, input_batches(samples, device))
+        save_array(folder / "predictions" / f"{split}.npy", predictions[split][0])
+        save_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
+        rows_by_split[split] = [
+            {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
+        ]
+    data.atomic_write(folder / "predictions" / "rows.json", json.dumps(rows_by_split, indent=0))
+
+    test = prepared.splits["test"]
+    targets = prepared.targets[test]
+    mean_embedding = prepared.targets[prepared.splits["train"]].astype(np.float64).mean(axis=0)
+    embedding, probabilities = predictions["test"]
+    test_cosines = cosines(embedding, targets)
+    baseline = cosines(mean_embedding, targets)
+    low, high = bootstrap_interval(test_cosines)
+    result = {
+        "test_cosine": float(test_cosines.mean()),
+        "test_cosine_95": [low, high],
+        "mean_embedding_cosine": float(baseline.mean()),
+        "error_ratio": float((1 - test_cosines.mean()) / (1 - baseline.mean())),
+        "val_cosine": float(cosines(predictions["val"][0], prepared.targets[prepared.splits["val"]]).mean()),
+        "n_train": len(prepared.splits["train"]),
+        "n_val": len(prepared.splits["val"]),
+        "n_test": len(test),
+        "seed": run.config["seed"],
+    }
+    if probabilities is not None:
+        truth = run.vocabulary.targets([prepared.pairs.prompts[i] for i in test]).numpy() > 0
+        result["vocabulary_map"] = average_precision(probabilities, truth)
+    result["seconds"] = round(seconds + time.time() - started, 1)
+    data.atomic_write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    examples_picture(folder / "examples.png", run, prepared, embedding, probabilities)
+    print(summary(folder, result))
+    return result
+
+
+def summary(folder: Path, result: dict) -> str:
+    low, high = result["test_cosine_95"]
+    return (
+        f"{folder}\n"
+        f"  test cosine            {result['test_cosine']:.4f}   95 % interval {low:.4f} to {high:.4f}, "
+        f"{result['n_test']:,} pairs\n"
+        f"  mean-embedding cosine  {result['mean_embedding_cosine']:.4f}   the same answer for every image\n"
+        f"  error left             {result['error_ratio']:.1%}   (1 - test cosine) / (1 - that)\n"
+        f"  seconds                {result['seconds']:.0f}\n"
+        f"  written                result.json, predictions/, examples.png"
+    )

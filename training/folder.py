@@ -1,0 +1,103 @@
+"""A run's folder: made for a new run, its configuration, the cosines that phase 1 records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data
+import weights
+from reverse_sd import BACKBONES, Vocabulary
+from training.config import NO_COSINES, RENAMED, TrainConfig
+from training.inputs import Prepared
+from training.loop import save_array
+
+
+def new_folder(config: TrainConfig, out: Path | None) -> Path:
+    """The folder of a new run, created here: --out, or the first free runs/BACKBONE-DATA[-CURRICULUM]-seedN.
+
+    `mkdir` without `exist_ok` decides between two runs that start at once. Raises data.DataError for an --out
+    that holds a run already or is no folder, and where the folder cannot be created.
+    """
+    kind = "" if config.curriculum == "none" else f"-{config.curriculum}"
+    name = f"{config.backbone}-{Path(config.data).resolve().name}{kind}-seed{config.seed}"
+    number = 1
+    while True:
+        folder = out or Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+        except FileExistsError as error:
+            if out is None:
+                number += 1
+            elif out.is_dir() and not (out / "config.json").exists():
+                return out
+            else:
+                raise data.DataError(
+                    f"{out}: is a file; give a folder" if not out.is_dir() else
+                    f"{out}: holds a run already; continue it by --resume {out}, or give another --out"
+                ) from error
+        except OSError as error:
+            raise data.DataError(
+                f"{folder}: cannot be created ({error.strerror or error}); give another --out"
+            ) from error
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in `folder`. Raises data.DataError for a folder that is no run."""
+    return TrainConfig(**saved_fields(folder))
+
+
+def saved_fields(folder: Path) -> dict[str, Any]:
+    """The fields of TrainConfig in a run's config.json, older names included."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        saved = {RENAMED.get(name, name): value for name, value in saved.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise data.DataError(
+            f"{folder}: not a run of train.py ({error}); give the folder that it wrote"
+        ) from error
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    return {name: value for name, value in saved.items() if name in fields}
+
+
+def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary: Vocabulary) -> None:
+    """Write what describes a new run into its folder; config.json comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data.atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
+    derived = {
+        "model": weights.config(BACKBONES[config.backbone].kind, config.weights),
+        "preprocessing": prepared.preprocessing,
+    }
+    content = dataclasses.asdict(config) | {k: dataclasses.asdict(value) for k, value in derived.items()}
+    data.atomic_write(folder / "config.json", json.dumps(content, indent=1) + "\n")
+
+
+def save_cosines(folder: Path, cosines: np.ndarray, easiness: np.ndarray, **about: Any) -> None:
+    """Write easiness.npy (n,), curriculum.json and, last, cosines.npy (epochs, n): then all are there."""
+    save_array(folder / "easiness.npy", easiness)
+    about = {"epochs": len(cosines)} | about
+    data.atomic_write(folder / "curriculum.json", json.dumps(about, indent=1) + "\n")
+    save_array(folder / "cosines.npy", cosines)
+
+
+def read_cosines(folder: Path, prepared: Prepared) -> np.ndarray:
+    """The cosines (epochs, n) that a run recorded of these training samples."""
+    names = ("curriculum.json", "difficulty.json")  # today's, older runs'
+    try:
+        about = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+        recorded = json.loads(about.read_text())["data"]
+        cosines = np.load(folder / "cosines.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise data.DataError(f"{folder}: {NO_COSINES} ({error})") from error
+    if recorded != prepared.fingerprint or cosines.shape[1:] != prepared.splits["train"].shape:
+        raise data.DataError(
+            f"{folder}: recorded its cosines on other pairs or another split (--data, --clean, --seed, "
+            "--val-size, --test-size); give a run on these"
+        )
+    return cosines

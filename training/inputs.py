@@ -1,0 +1,275 @@
+"""What training and evaluation read: pairs, splits, targets and the backbone's inputs, cached."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import data
+import weights
+from reverse_sd import BACKBONES, EMBEDDING_WIDTH, SDReader, Vocabulary, as_backbone, captioner_of
+from training.cache import Encoder, cached_captions, cached_images, cached_rows, cached_texts
+from training.config import TrainConfig
+
+log = logging.getLogger("train")
+
+MINI_PAIRS = Path(__file__).resolve().parent.parent / "mini" / "generated"  # by mini/generated.py
+# On a CPU a transformer takes 1.4 times as long for each sample at 256: its activations leave the cache.
+EVALUATION_BATCH = 64
+
+
+class Distinct(NamedTuple):
+    """One row for each distinct text (u, ...), and the row number of each pair (n,)."""
+
+    rows: np.ndarray
+    index: np.ndarray
+
+    def __getitem__(self, i: int | np.ndarray) -> np.ndarray:
+        return self.rows[self.index[i]]
+
+
+class Images:
+    """The picture of each pair as the backbone reads it, decoded at each access."""
+
+    def __init__(self, pairs: data.Pairs, preprocessing: data.Preprocessing):
+        self.pairs, self.preprocessing = pairs, preprocessing
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return data.image_tensor(self.pairs.image(i), self.preprocessing).numpy()
+
+
+@dataclass
+class Prepared:
+    """What training and evaluation read, row by row over the cleaned pairs; `splits` holds rows."""
+
+    pairs: data.Pairs
+    splits: dict[str, np.ndarray]
+    targets: Distinct  # (n, 384) float32, unit rows
+    inputs: tuple[np.ndarray | Distinct | Images, ...]  # of the backbone's forward, see `prepare`
+    preprocessing: data.Preprocessing
+    fingerprint: str  # of the prompts and their split
+
+
+def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
+    """Pairs, cleaned and split, with all that is cached for them: targets and the backbone's inputs.
+
+    The inputs are, for the U-Net, latents (n, 4, h, w) and caption states (n, 77, D), both float16; for the
+    black boxes the images; for a backbone of which no block trains its features (n, width) float32. Caches
+    lie under weights.cache_dir() and do not depend on the heads or the seed. Pairs whose image cannot be read
+    are left out of every split.
+    """
+    backbone = BACKBONES[config.backbone]
+    # Read first, so that weights which are missing stop the run before anything long. The encoders themselves
+    # are loaded only if their cache lacks rows.
+    for kind in (backbone.kind, *(("vae", "clip-text") if backbone.white_box else ())):
+        weights.config(kind, config.weights)
+    if backbone.white_box and (captioner := captioner_of(config.captions)):
+        weights.config("blip", captioner)
+    preprocessing = preprocessing_of(config)
+    path = pairs_folder(config.data)
+    pairs = data.read_pairs(path)
+    pairs = pairs.subset(cleaned(pairs.prompts, config.clean))
+    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size)
+    targets = prompt_targets(pairs.prompts, device)
+    inputs_of = unet_inputs if backbone.white_box else image_inputs
+    inputs, readable = inputs_of(config, pairs, preprocessing, device)
+    splits = {name: rows[readable[rows]] for name, rows in splits.items()}
+    for name, rows in splits.items():
+        if not len(rows):
+            raise data.DataError(f"{path}: no readable image is left for {name}; give more pairs")
+    log.info("pairs: %s", ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items()))
+    digest = hashlib.sha256("\n".join(pairs.prompts).encode())
+    for rows in splits.values():
+        digest.update(rows.tobytes())
+    return Prepared(pairs, splits, targets, inputs, preprocessing, digest.hexdigest())
+
+
+def pairs_folder(name: str) -> Path:
+    """The folder of --data; "drawn" scenes are drawn into the cache unless they are there."""
+    if name == "mini":
+        return MINI_PAIRS
+    if name != "drawn":
+        return Path(name)
+    from mini import scenes
+
+    path = weights.cache_dir() / f"mini-scenes-{scenes.VERSION}"
+    scenes.build(path)
+    return path
+
+
+def preprocessing_of(config: TrainConfig) -> data.Preprocessing:
+    """How the run's images are prepared: for a black box as its checkpoint was trained."""
+    backbone = BACKBONES[config.backbone]
+    if backbone.white_box:
+        return data.Preprocessing.square(config.image_size)
+    return data.Preprocessing(**weights.preprocessing(backbone.kind, config.weights))
+
+
+def cleaned(prompts: list[str], rule: str) -> np.ndarray:
+    """Rows of the prompts that are kept, by the `clean` of TrainConfig; logs what was dropped."""
+    if rule == "off":
+        return np.flatnonzero([bool(prompt) for prompt in prompts])
+    kept, report = data.clean(prompts, near_duplicates=rule != "duplicates")
+    log.info("cleaning (section 4.1): %s", ", ".join(f"{n:,} {name}" for name, n in report.items()))
+    if rule == "auto" and len(kept) < 0.1 * len(set(prompts)):
+        log.warning(
+            "cleaning: these prompts follow a template: the paper's rule of 50 equal characters keeps %d of "
+            "%d; only equal prompts are dropped (--clean paper insists on the rule)",
+            *(len(kept), len(prompts)),
+        )
+        return cleaned(prompts, "duplicates")
+    return kept
+
+
+# ============================================================================================================
+# Caches
+# ============================================================================================================
+
+
+def prompt_targets(prompts: list[str], device: str) -> Distinct:
+    """The sentence embedding of each prompt, (n, 384)."""
+    minilm = functools.cache(lambda: weights.load("minilm", device=device))
+    encoder = Encoder(
+        "targets", {"model": weights.fingerprint("minilm")}, (EMBEDDING_WIDTH,), np.float32, 1024,
+        lambda texts: minilm().encode(texts),
+    )  # fmt: skip
+    return Distinct(*cached_texts(weights.cache_dir(), prompts, encoder))
+
+
+def unet_inputs(
+    config: TrainConfig, pairs: data.Pairs, preprocessing: data.Preprocessing, device: str
+) -> tuple[tuple, np.ndarray]:
+    """Latents and caption states of all pairs, or the frozen U-Net's features; and which images are
+    readable."""
+    cache, source = weights.cache_dir(), config.weights
+    sd = SDReader(source, captioner_of(config.captions), device)
+    vae, text = weights.config("vae", source), weights.config("clip-text", source)
+    vae_key, text_key = weights.fingerprint("vae", source), weights.fingerprint("clip-text", source)
+    captions = captions_of(config, pairs, sd)
+    height, width = preprocessing.size
+    shape = (vae.embed_dim, height // 8, width // 8)
+    latents, readable = cached_images(
+        cache, pairs, preprocessing,
+        Encoder("latents", {"model": vae_key}, shape, np.float16, 32, sd.latents), config.workers,
+    )  # fmt: skip
+    shape = (77, text.hidden_size)
+    states = Encoder("captions", {"model": text_key}, shape, np.float16, 32, sd.states)
+    contexts = Distinct(*cached_texts(cache, captions, states))
+    if "tokenizer" in sd.networks and (cut := sd.network("tokenizer").truncated):
+        log.warning("captions: %d were cut after 75 tokens, all that the text tower reads", cut)
+    if config.train_blocks != 0:
+        return (latents, contexts), readable
+
+    unet = functools.cache(lambda: load_backbone(config).to(device).eval())
+
+    @torch.no_grad()
+    def features_of(rows: np.ndarray) -> Tensor:
+        tensors = (torch.from_numpy(x[rows].astype(np.float32)).to(device) for x in (latents, contexts))
+        return unet()(*tensors)
+
+    key = {
+        "model": weights.fingerprint(BACKBONES[config.backbone].kind, source),
+        "vae": vae_key,
+        "text": text_key,
+        "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
+        "preprocessing": dataclasses.asdict(preprocessing),
+    }
+    features = Encoder(
+        f"{config.backbone}-features", key, (backbone_width(config),), np.float32, 32, features_of
+    )
+    return (cached_rows(cache, pairs, features),), readable
+
+
+def captions_of(config: TrainConfig, pairs: data.Pairs, sd: SDReader) -> list[str]:
+    """The captions of all pairs, by the `captions` of TrainConfig."""
+    if config.captions == "prompt":
+        log.warning("captions: the U-Net reads the true prompts: an upper bound, not a result")
+        return pairs.prompts
+    if config.captions == "empty":
+        log.info("captions: none, the U-Net's cross-attention reads the empty text")
+        return [""] * len(pairs)
+    if sd.captioner is None:
+        return data.read_captions(Path(config.captions), pairs)
+    preprocessing = data.Preprocessing(**weights.preprocessing("blip", sd.captioner))
+    key = {"model": weights.fingerprint("blip", sd.captioner), "generate": "defaults"}
+    encoder = Encoder("made-captions", key, (), None, 16, sd.captions)
+    return cached_captions(weights.cache_dir(), pairs, preprocessing, encoder, config.workers)
+
+
+def image_inputs(
+    config: TrainConfig, pairs: data.Pairs, preprocessing: data.Preprocessing, device: str
+) -> tuple[tuple, np.ndarray]:
+    """The images of all pairs, or the frozen backbone's features; and which images are readable."""
+    if config.train_blocks != 0:
+        readable = Encoder("readable", {}, (1,), np.uint8, 256, lambda images: torch.zeros(len(images), 1))
+        _, ok = cached_images(weights.cache_dir(), pairs, preprocessing, readable, config.workers)
+        return (Images(pairs, preprocessing),), ok
+    backbone = functools.cache(lambda: load_backbone(config).to(device).eval())
+
+    @torch.no_grad()
+    def features_of(images: Tensor) -> Tensor:
+        return backbone()(images.to(device))
+
+    key = {"model": weights.fingerprint(BACKBONES[config.backbone].kind, config.weights)}
+    encoder = Encoder(
+        f"{config.backbone}-features", key, (backbone_width(config),), np.float32, 32, features_of
+    )
+    features, ok = cached_images(weights.cache_dir(), pairs, preprocessing, encoder, config.workers)
+    return (features,), ok
+
+
+def load_backbone(config: TrainConfig) -> nn.Module:
+    """The backbone, pretrained unless --random-start: inputs -> features (B, width)."""
+    kind = BACKBONES[config.backbone].kind
+    if config.random_start:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = weights.build(kind, weights.config(kind, config.weights))
+    else:
+        model = weights.load(kind, config.weights)
+    model.checkpointing = config.activation_checkpointing
+    return as_backbone(config.backbone, model)
+
+
+def backbone_width(config: TrainConfig) -> int:
+    """The width of the backbone's features, without loading it."""
+    kind = BACKBONES[config.backbone].kind
+    with torch.device("meta"):
+        return weights.build(kind, weights.config(kind, config.weights)).width
+
+
+# ============================================================================================================
+# Samples
+# ============================================================================================================
+
+
+class Samples(Dataset):
+    """Rows as tensors: the backbone's inputs, target, vocabulary targets, row number."""
+
+    def __init__(self, prepared: Prepared, rows: np.ndarray, vocabulary: Vocabulary):
+        self.prepared, self.rows, self.vocabulary = prepared, rows, vocabulary
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Tensor | int, ...]:
+        p, row = self.prepared, int(self.rows[i])
+        numbers = (torch.from_numpy(x[row].astype(np.float32)) for x in (*p.inputs, p.targets))
+        return *numbers, self.vocabulary.targets([p.pairs.prompts[row]])[0], row
+
+
+def input_batches(samples: Samples, device: str) -> Iterator[tuple[Tensor, ...]]:
+    """The backbone's inputs in order, for `reverse_sd.predict`."""
+    for *inputs, _, _, _ in DataLoader(samples, EVALUATION_BATCH, generator=torch.Generator()):
+        yield tuple(tensor.to(device) for tensor in inputs)

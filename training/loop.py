@@ -1,0 +1,346 @@
+"""The one training loop, and the one format of its checkpoints.
+
+train.py's regressor, the captioner and the miniatures are trained by `Trainer.fit`; each subclass gives its
+batches, its loss and its learning rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import DataError, atomic_write
+
+log = logging.getLogger("train")
+
+# ============================================================================================================
+# Processes
+# ============================================================================================================
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started; the only one without it."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return once all processes have called this."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Process]:
+    """Join torchrun's processes (gloo on CPUs, nccl on GPUs), and leave them in the end."""
+    if "RANK" not in os.environ:
+        yield Process(0, 1, device)
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # The first process may fill the caches for hours while the others wait.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+# ============================================================================================================
+# Checkpoints
+# ============================================================================================================
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors beside `path`, bring them to the disk, and rename: the file is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    atomic_write(path, buffer.getvalue())
+
+
+class Checkpoint:
+    """last/: the tensors of one step in a file named after it, and state.json, which names that file.
+
+    A process killed at any moment leaves either the former state.json with its tensors or the new one with
+    its own.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def save(self, state: dict, tensors: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"step-{state['step']:08d}.safetensors"
+        save_tensors(self.folder / name, tensors)
+        atomic_write(self.folder / "state.json", json.dumps(state | {"tensors": name}, indent=1))
+        for other in self.folder.glob("step-*.safetensors*"):  # former tensors, and half-written ones
+            if other.name != name:
+                other.unlink()
+
+    def load(self) -> tuple[dict, dict[str, Tensor]] | None:
+        """The last complete checkpoint, or None where there is none yet."""
+        if not (self.folder / "state.json").exists():
+            return None
+        try:
+            state = json.loads((self.folder / "state.json").read_text())
+            return state, load_file(self.folder / state["tensors"])
+        except Exception as error:  # safetensors, JSON and the disk each raise their own
+            raise DataError(
+                f"{self.folder}: the checkpoint cannot be read ({error}); remove it to start the run again"
+            ) from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """Adam's moments and step counts under the names of their parameters."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{slot}.{names[i]}": value for i, slots in state.items() for slot, value in slots.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of `optimizer_tensors` back."""
+    slots = optimizer.state_dict()
+    slots["state"] = {
+        i: {slot: tensors[f"optimizer.{slot}.{name}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
+        for i, name in enumerate(names)
+    }
+    optimizer.load_state_dict(slots)
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """The states of torch's random number generators."""
+    return {"rng.cpu": torch.get_rng_state()} | (
+        {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    )
+
+
+def load_rng(tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of `rng_tensors` back, as far as they are there."""
+    if "rng.cpu" in tensors:
+        torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+# ============================================================================================================
+# The loop
+# ============================================================================================================
+
+
+def learning_rate(peak: float, step: int, total: int) -> float:
+    """A cosine from `peak` at the first step to 0 after the last."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The samples of each step of an epoch: a shuffle that depends on seed and epoch alone."""
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    return [order[start : start + batch_size] for start in range(0, n, batch_size)]
+
+
+class Trainer(ABC):
+    """A model, its optimizer and the folder of its training; `fit` is the loop.
+
+    A subclass defines `batches`, `loss` and `rate`, and, where it needs them, `validate`, `state` and
+    `load_state`; it sets `total`, `steps_per_epoch` and `checkpoint_every`. `identity` is a hash of what a
+    checkpoint must have been trained on; `names` those of the optimizer's parameters, in its order.
+    """
+
+    label = "train"  # of the progress bar
+    clip_norm = math.inf
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        names: list[str],
+        identity: str,
+        process: Process | None = None,
+    ):
+        self.folder, self.model, self.optimizer, self.names = folder, model, optimizer, names
+        self.identity, self.process = identity, process or Process()
+        self.checkpoint = Checkpoint(folder / "last")
+        self.step, self.total, self.steps_per_epoch, self.checkpoint_every = 0, 0, 1, 100
+        self.stopping = False
+
+    # -- what a subclass defines ------------------------------------------------
+
+    @abstractmethod
+    def batches(self, epoch: int, first: int) -> Iterable[tuple[int, Any]]:
+        """(samples, batch) for the steps of an epoch, from its step number `first` on."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> dict[str, Tensor]:
+        """Named terms; the first is minimised."""
+
+    @abstractmethod
+    def rate(self) -> float:
+        """The schedule's learning rate at `self.step`; a group's is this times its `scale`."""
+
+    def validate(self, epoch: int) -> dict[str, float]:
+        """What is logged at the end of an epoch."""
+        return {}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What resuming needs: JSON, and tensors."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= optimizer_tensors(self.optimizer, self.names) | rng_tensors()
+        return {"step": self.step, "total": self.total, "data": self.identity}, tensors
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        # Copied into the parameters that the optimizer holds, not put in their place.
+        own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        self.model.load_state_dict(own)
+        load_optimizer(self.optimizer, self.names, tensors)
+        load_rng(tensors)
+        self.step = state["step"]
+
+    # -- the loop ------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the last step. Ctrl-C saves first; kill -9 loses what came after the last checkpoint."""
+        self.restore()
+        self.model.train()
+        with self.recorder() as record, self.progress() as bar, self.stop_between_steps():
+            while self.step < self.total:
+                epoch, first = divmod(self.step, self.steps_per_epoch)
+                started = time.perf_counter()
+                for samples, batch in self.batches(epoch, first):
+                    lr = self.rate()
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = self.group_rate(lr, group.get("scale", 1.0))
+                    terms = self.train_step(batch)
+                    self.step += 1
+
+                    now = time.perf_counter()
+                    record(epoch=epoch, **terms, lr=lr, images_per_second=samples / (now - started))
+                    started = now
+                    bar.update()
+                    bar.set_postfix(self.shown(terms), refresh=False)
+
+                    end_of_epoch = self.step % self.steps_per_epoch == 0
+                    if end_of_epoch and (measured := self.validate(epoch)):
+                        record(epoch=epoch, **measured)
+                    if end_of_epoch or self.stopping or self.step % self.checkpoint_every == 0:
+                        self.save()
+                    if self.stopping:  # only now, since half a step cannot be resumed
+                        raise KeyboardInterrupt
+
+    def train_step(self, batch: Any) -> dict[str, float]:
+        """One step of the optimizer; returns the loss's terms."""
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.forward_backward(batch)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        if not all(map(math.isfinite, (*terms.values(), norm))):
+            raise DataError(
+                f"{self.folder}: the loss is not finite at step {self.step}; start a new run with a lower "
+                "learning rate; the last checkpoint is kept"
+            )
+        self.optimizer.step()
+        return terms
+
+    def forward_backward(self, batch: Any) -> dict[str, float]:
+        """The terms of a batch's loss; the parameters then hold its gradient."""
+        terms = self.loss(batch)
+        next(iter(terms.values())).backward()
+        return {name: term.item() for name, term in terms.items()}
+
+    def group_rate(self, lr: float, scale: float) -> float:
+        """The learning rate of a group of parameters where the schedule's is `lr`."""
+        return lr * scale
+
+    def shown(self, terms: dict[str, float]) -> dict[str, str]:
+        """What stands beside the progress bar."""
+        return {name: f"{value:.3f}" for name, value in terms.items()}
+
+    # -- its surroundings ------------------------------------------------
+
+    def save(self) -> None:
+        if self.process.first:
+            self.checkpoint.save(*self.state())
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint, if there is one, and drop what was logged after it."""
+        if (found := self.checkpoint.load()) is not None:
+            state, tensors = found
+            if state.get("data", state.get("identity")) != self.identity:
+                raise DataError(
+                    f"{self.folder}: was trained on other pairs or with other options; put them back, or "
+                    "start a new run"
+                )
+            self.load_state(state, tensors)
+            log.info("resumed at step %d of %d", self.step, self.total)
+        path = self.folder / "log.jsonl"
+        if self.process.first and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            atomic_write(path, "".join(kept))
+
+    @contextlib.contextmanager
+    def recorder(self) -> Iterator[Any]:
+        """A function that appends a line to log.jsonl, in the first process alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "log.jsonl" if self.process.first else os.devnull, "a") as file:
+
+            def record(**entry: float) -> None:
+                file.write(json.dumps({"step": self.step} | entry) + "\n")
+                file.flush()
+
+            yield record
+
+    def progress(self) -> tqdm:
+        quiet = not self.process.first
+        return tqdm(total=self.total, initial=self.step, desc=self.label, unit="step", disable=quiet)
+
+    @contextlib.contextmanager
+    def stop_between_steps(self) -> Iterator[None]:
+        """Let the first Ctrl-C or SIGTERM wait for the step under way."""
+
+        def request_stop(*_: object) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+
+        former = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
