@@ -30,7 +30,8 @@ def assert_reads_images_as_evaluated(run: Path, few_scenes: Path) -> None:
 def test_black_boxes_train(backbone: str, few_scenes: Path, cache: Path, tmp_path: Path):
     run = train_here(few_scenes, tmp_path / "run", "--backbone", backbone)
     assert json.loads((run / "result.json").read_text())["n_train"] == 60
-    before = weights.load(reverse_sd.BACKBONES[backbone].kind, reverse_sd.BACKBONES[backbone].mini).state_dict()
+    record = reverse_sd.BACKBONES[backbone]
+    before = weights.load(record.kind, record.mini).state_dict()
     after = load_file(run / "model.safetensors")
     trained = {name.removeprefix("backbone.") for name in after if not name.startswith("heads.")}
     assert trained == before.keys()
@@ -60,7 +61,7 @@ def test_only_the_last_blocks_train(few_scenes: Path, cache: Path, tmp_path: Pat
 @pytest.mark.parametrize("backbone, blocks", [("unet", 9), ("vit", 6), ("swin", 8), ("clip", 6)])
 def test_layers_are_counted_from_the_input(backbone: str, blocks: int):
     config = resolve(TrainConfig(backbone=backbone))
-    regressor = train.build_regressor(config, n_words=5)
+    regressor = train.build_regressor(config, None, n_words=5)
     names = [name for name, _ in regressor.named_parameters()]
     depths = dict(zip(names, train.depths_of(names, reverse_sd.BACKBONES[backbone].blocks), strict=True))
     assert set(depths.values()) == set(range(blocks + 2))
@@ -70,7 +71,7 @@ def test_layers_are_counted_from_the_input(backbone: str, blocks: int):
 
 def test_each_block_learns_at_a_fraction_of_the_rate_above_it():
     config = resolve(TrainConfig(backbone="swin", layer_decay=0.5))
-    groups = train.parameter_groups(train.build_regressor(config, n_words=5), config)
+    groups = train.parameter_groups(train.build_regressor(config, None, n_words=5), config)
     scale = {name: factor for factor, group in groups.items() for name in group}
     assert scale["heads.embedding.weight"] == scale["backbone.norm.weight"] == 1
     assert scale["backbone.layers.2.blocks.3.mlp.fc1.weight"] == 0.5
@@ -100,7 +101,7 @@ def test_weights_without_all_the_parts_stop_the_run_before_anything_long(
 
 def test_a_black_box_decides_its_own_image_size(few_scenes: Path, cache: Path, capsys):
     assert train.main(["--data", str(few_scenes), "--backbone", "vit", "--image-size", "32"]) == 2
-    assert "as its weights want them" in capsys.readouterr().err
+    assert "read images at the size of their weights" in capsys.readouterr().err
 
 
 def test_a_broken_image_is_left_out(few_scenes: Path, cache: Path, tmp_path: Path):

@@ -13,9 +13,10 @@ from transformers import BertTokenizer
 import baselines
 import data
 import weights
-from baselines import CaptionerConfig, knn_regression, neighbours
+from baselines import knn_regression, neighbours
 from mini import pretrain
 from training import captioner
+from training.captioner import CaptionerConfig
 from training.loop import Checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("vocab.txt", "preprocessor_config.json"):
         (folder / name).write_bytes((captioner.BLIP_MINI / name).read_bytes())
-    monkeypatch.setattr(baselines, "BLIP_MINI", folder)
+    monkeypatch.setattr(captioner, "BLIP_MINI", folder)
     return folder
 
 
@@ -186,7 +187,7 @@ def test_stopped_and_resumed_training_ends_alike(
         return loss(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(baselines, "caption_loss", stopping)
+        patch.setattr(captioner, "caption_loss", stopping)
         with pytest.raises(KeyboardInterrupt):
             tune("stopped")
     resumed = tune("stopped")

@@ -174,7 +174,7 @@ def test_phase_2_sees_easy_samples_first_and_from_a_reset_model(
         return on_device(self, batch, size)
 
     def starting(self):
-        starts.append({name: value.clone() for name, value in self.regressor.state_dict().items()})
+        starts.append({name: value.clone() for name, value in self.model.state_dict().items()})
         assert not self.optimizer.state
         fit(self)
 
@@ -239,11 +239,11 @@ def test_weights_of_the_epochs_reach_the_difficulty(recorded: Path, few_scenes: 
     "flags, said",
     [
         (["--phase-1", "nowhere"], "only --curriculum difficulty"),
-        (["--curriculum", "difficulty", "--phase-1", "nowhere"], "nowhere: holds no recorded difficulty"),
+        (["--curriculum", "difficulty", "--phase-1", "nowhere"], "nowhere: holds no recorded cosines"),
         (["--curriculum", "difficulty", "--epoch-weights", "1,1,1"], "3 weights for 2 epochs"),
         (["--curriculum", "difficulty", "--epoch-weights", "1,x"], "must be numbers"),
         (["--chunks", "thresholds", "--easy-share", "0.8", "--hard-share", "0.3"], "--easy-share"),
-        (["--curriculum", "cbs", "--train-blocks", "0"], "train some blocks"),
+        (["--curriculum", "cbs", "--train-blocks", "0"], "leave out --train-blocks 0"),
         (["--curriculum", "lerac", "--layer-decay", "0.5"], "--layer-decay"),
         (["--curriculum", "lerac", "--lerac-min-lr", "1"], "--lerac-min-lr"),
         (["--curriculum", "lerac", "--lerac-epochs", "3"], "--lerac-epochs"),
@@ -263,7 +263,7 @@ def test_difficulty_of_other_pairs_or_another_split_is_refused(
     assert "other pairs" in error_line(capsys, "--data", str(tmp_path / "others"), *flags)
     assert "another split" in error_line(capsys, "--data", str(few_scenes), "--seed", "1", *flags)
     flags += ["--epoch-weights", "1,1,1"]
-    assert "3 difficulty weights for 2 epochs" in error_line(capsys, "--data", str(few_scenes), *flags)
+    assert "3 weights for 2 epochs" in error_line(capsys, "--data", str(few_scenes), *flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -299,12 +299,12 @@ def test_lerac_rates_fall_from_input_to_output_and_meet(
         patch.setattr(train.RegressorTrainer, "train_step", watching)
         train_here(few_scenes, run, *flags)
     config = TrainConfig(**saved_fields(run))
-    meet = learning_rate(config, 5, 10)
+    meet = learning_rate(config.lr, 5, 10)
     assert seen[0] == pytest.approx([1e-3, 1e-3 * 1e-5 ** (1 / 7), 1e-8])
     assert seen[2][2] == pytest.approx(1e-8**0.6 * meet**0.4)
     assert seen[2][0] == pytest.approx(1e-3**0.6 * meet**0.4)
     for step in range(5, 10):
-        assert seen[step] == [learning_rate(config, step, 10)] * 3
+        assert seen[step] == [learning_rate(config.lr, step, 10)] * 3
 
 
 # -- CBS ----------------------------------------

@@ -18,8 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from data import DataError, Preprocessing, atomic_write, cached_images, cached_texts, read_pairs
+from data import DataError, Preprocessing, atomic_write, read_pairs
+from training import cache as caches
+from training.cache import Encoder, cached_images, cached_texts
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,23 +54,12 @@ class Means:
 
 
 def texts_cache(cache, texts, encode, key="model a", batch_size=2, dtype=np.float32):
-    return cached_texts(cache, "targets", texts, key, (2,), dtype, encode, batch_size, progress=False)
+    return cached_texts(cache, texts, Encoder("targets", key, (2,), dtype, batch_size, encode))
 
 
 def images_cache(cache, pairs, encode, key="vae", size=16, workers=0):
-    return cached_images(
-        cache,
-        "latents",
-        pairs,
-        key,
-        Preprocessing.square(size),
-        (3,),
-        "float16",
-        encode,
-        4,
-        workers,
-        progress=False,
-    )
+    encoder = Encoder("latents", key, (3,), "float16", 4, encode)
+    return cached_images(cache, pairs, Preprocessing.square(size), encoder, workers)
 
 
 TEXTS = ["bee", "a", "bee", "", "cc", "dddd", "a", "é" * 7]
@@ -142,14 +132,14 @@ def test_a_killed_process_leaves_a_cache_to_resume(tmp_path):
     script = textwrap.dedent("""
         import sys, time, torch
         sys.path.insert(0, sys.argv[1])
-        import data
-        data.COMMIT_SECONDS = 0.0
+        from training import cache
+        cache.COMMIT_SECONDS = 0.0
         def encode(texts):
             time.sleep(0.01)
             print(texts[0], flush=True)
             return torch.tensor([[float(t), 1.0] for t in texts])
         texts = [str(k) for k in range(10_000)]
-        data.cached_texts(sys.argv[2], "targets", texts, "k", (2,), "float32", encode, 1)
+        cache.cached_texts(sys.argv[2], texts, cache.Encoder("targets", "k", (2,), "float32", 1, encode))
     """)
     run = subprocess.Popen(
         [sys.executable, "-c", script, ROOT, tmp_path],
@@ -167,17 +157,8 @@ def test_a_killed_process_leaves_a_cache_to_resume(tmp_path):
         asked.extend(texts)
         return torch.tensor([[float(t), 1.0] for t in texts])
 
-    rows, _ = cached_texts(
-        tmp_path,
-        "targets",
-        [str(k) for k in range(10_000)],
-        "k",
-        (2,),
-        "float32",
-        encode,
-        500,
-        progress=False,
-    )
+    texts = [str(k) for k in range(10_000)]
+    rows, _ = cached_texts(tmp_path, texts, Encoder("targets", "k", (2,), "float32", 500, encode))
     assert rows[:, 0].tolist() == list(range(10_000)) and (rows[:, 1] == 1).all()
     assert last - 1 <= int(asked[0]) and len(asked) == 10_000 - int(asked[0])
 
@@ -201,6 +182,53 @@ def test_damaged_cache_files_are_made_again(tmp_path):
         encode = Lengths()
         assert np.array_equal(texts_cache(tmp_path, TEXTS, encode)[0], expected)
         assert len(sum(encode.asked, [])) == 6, file
+
+
+@pytest.mark.parametrize("n, damaged", [(6, [0]), (600, [3]), (600, [599, 300])])
+def test_flipped_bits_are_found_and_their_rows_computed_again(tmp_path, caplog, n, damaged):
+    texts = [str(k) for k in range(n)]
+    rows, _ = texts_cache(tmp_path, texts, Lengths(), batch_size=100)
+    expected = np.array(rows)
+    (folder,) = tmp_path.iterdir()
+    raw = bytearray((folder / "rows.npy").read_bytes())
+    for row in damaged:
+        raw[len(raw) - (n - row) * 8] ^= 1
+    (folder / "rows.npy").write_bytes(raw)
+    encode = Lengths()
+    assert np.array_equal(texts_cache(tmp_path, texts, encode, batch_size=100)[0], expected)
+    blocks = {row // caches.BLOCK for row in damaged}
+    again = [k for k in range(n) if k // caches.BLOCK in blocks]
+    assert sorted(map(int, sum(encode.asked, []))) == again and f"{len(again)} rows are damaged" in caplog.text
+    assert np.array_equal(texts_cache(tmp_path, texts, Lengths(stop_after=0))[0], expected)
+
+
+def test_a_cache_without_checksums_is_read_and_gets_them(tmp_path):
+    rows, _ = texts_cache(tmp_path, TEXTS, Lengths())
+    (folder,) = tmp_path.iterdir()
+    sums = (folder / "sums.npy").read_bytes()
+    (folder / "sums.npy").unlink()
+    assert np.array_equal(texts_cache(tmp_path, TEXTS, Lengths(stop_after=0))[0], rows)
+    assert (folder / "sums.npy").read_bytes() == sums
+
+
+def test_two_processes_fill_one_cache_once(tmp_path):
+    script = textwrap.dedent("""
+        import sys, time, torch
+        sys.path.insert(0, sys.argv[1])
+        from training import cache
+        def encode(texts):
+            time.sleep(0.02)
+            print(*texts, flush=True)
+            return torch.tensor([[float(t), 1.0] for t in texts])
+        texts = [str(k) for k in range(60)]
+        encoder = cache.Encoder("targets", "k", (2,), "float32", 4, encode)
+        rows, _ = cache.cached_texts(sys.argv[2], texts, encoder)
+        assert rows[:, 0].tolist() == list(range(60))
+    """)
+    command = [sys.executable, "-c", script, ROOT, tmp_path]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(3)]
+    encoded = [word for run in runs for word in run.communicate()[0].split()]
+    assert [run.returncode for run in runs] == [0, 0, 0] and sorted(map(int, encoded)) == list(range(60))
 
 
 def test_encoders_that_answer_wrongly(tmp_path):
@@ -255,9 +283,8 @@ def test_the_image_key_covers_archives_members_and_size(tmp_path, pairs):
     images_cache(cache, pairs.subset([0, 2, 1]), Means())
     images_cache(cache, pairs, Means(), key="another vae")
     how = Preprocessing.square(8)
-    cached_images(
-        cache, "latents", pairs, "vae", how, (3,), "float16", lambda x: x.mean((2, 3)), 4, progress=False
-    )
+    encoder = Encoder("latents", "vae", (3,), "float16", 4, lambda images: images.mean((2, 3)))
+    cached_images(cache, pairs, how, encoder)
     assert len(list(cache.iterdir())) == 5
     os.utime(pairs.archives[0], ns=(1, 1))
     images_cache(cache, pairs, Means())
@@ -304,7 +331,7 @@ def test_no_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     encode = Lengths()
     expected = r"no space left in .*: needs 8 MB, 5 MB free; set REVERSE_SD_CACHE to a larger disk$"
     with pytest.raises(DataError, match=expected) as caught:
-        cached_texts(tmp_path, "targets", TEXTS, "k", (330_000,), np.float32, encode, 2, progress=False)
+        cached_texts(tmp_path, TEXTS, Encoder("targets", "k", (330_000,), np.float32, 2, encode))
     assert "\n" not in str(caught.value) and not encode.asked and not list(tmp_path.rglob("rows.npy"))
 
 
@@ -322,7 +349,7 @@ def test_a_disk_that_fills_while_reserving(tmp_path, monkeypatch):
 def test_a_disk_that_fills_half_way_leaves_a_cache_to_resume(tmp_path, monkeypatch):
     texts = [f"text {k}" for k in range(21)]
     with monkeypatch.context() as patch:
-        patch.setattr(data, "COMMIT_SECONDS", 0.0)
+        patch.setattr(caches, "COMMIT_SECONDS", 0.0)
         flush, calls = np.memmap.flush, []
 
         def flush_or_fail(self):
@@ -339,9 +366,8 @@ def test_a_disk_that_fills_half_way_leaves_a_cache_to_resume(tmp_path, monkeypat
 
 def test_rows_are_reserved_on_the_disk(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        cached_texts(
-            tmp_path, "targets", TEXTS, "k", (100_000,), np.float32, Lengths(stop_after=0), 2, progress=False
-        )
+        encode = Lengths(stop_after=0)
+        cached_texts(tmp_path, TEXTS, Encoder("targets", "k", (100_000,), np.float32, 2, encode))
     (rows,) = tmp_path.rglob("rows.npy")
     if hasattr(os, "posix_fallocate"):
         assert rows.stat().st_blocks * 512 >= 6 * 400_000
@@ -358,7 +384,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
     rows, _ = texts_cache(tmp_path, TEXTS, Lengths())
     monkeypatch.setattr(Path, "mkdir", refuse)
-    monkeypatch.setattr(data, "atomic_write", refuse)
+    monkeypatch.setattr(caches, "atomic_write", refuse)
     with pytest.raises(DataError, match="Permission denied"):
         texts_cache(tmp_path / "other", TEXTS, Lengths())
     assert np.array_equal(texts_cache(tmp_path, TEXTS, Lengths(stop_after=0))[0], rows), (

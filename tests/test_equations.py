@@ -17,7 +17,7 @@ from baselines import cbs_sigma, lerac_rate
 from reverse_sd import Dakl, Vocabulary, cosine_loss, curriculum_batches, rbf
 from training.config import TrainConfig, resolve
 from training.inputs import prepare
-from training.loop import Process, learning_rate
+from training.loop import Process, epoch_batches, learning_rate
 
 LAMBDA = 0.3
 
@@ -35,12 +35,11 @@ def step(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
     vocabulary = Vocabulary.of((prepared.pairs.prompts[i] for i in prepared.splits["train"]), config.words)
     folder = tmp_path_factory.mktemp("equations")
     trainer = train.RegressorTrainer(config, folder, Process(0, 1, "cpu"), prepared, vocabulary)
-    heads = {name: p.detach().double().numpy().copy() for name, p in trainer.regressor.named_parameters()}
-    batches = trainer.batches(0)[:1]
-    (batch,) = trainer.loader(batches)
+    heads = {name: p.detach().double().numpy().copy() for name, p in trainer.model.named_parameters()}
+    (batch,) = trainer.loader(epoch_batches(len(trainer.train_samples), 8, config.seed, 0)[:1])
     features, target, _, rows = (x.double().numpy() for x in batch)
-    terms = trainer.train_step(trainer.on_device(batch, 8), 8)
-    gradients = {name: p.grad.double().numpy() for name, p in trainer.regressor.named_parameters()}
+    terms = trainer.train_step((8, trainer.on_device(batch, 8)))
+    gradients = {name: p.grad.double().numpy() for name, p in trainer.model.named_parameters()}
     present = [
         [float(word in prepared.pairs.prompts[int(row)].lower()) for word in vocabulary.words] for row in rows
     ]

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import weights
-from baselines import UNLABELLED, caption_loss
 from models.blip import BLIP, CONFIGS, BLIPConfig
 from tests.parity import assert_parity, assert_same_shapes, parameters, randomise
+from training.captioner import UNLABELLED, caption_loss
 from weights import WeightsError, from_home, to_home
 from weights.kinds.blip import KIND, load_tokenizer, published
 

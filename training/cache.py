@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ def cached_captions(
 ) -> list[str]:
     """A caption of each image, written once; "" where the image cannot be read.
 
-    `encoder.encode` gives strings here; its shape and dtype are (CAPTION_BYTES,) and uint8: the cache holds
-    each caption as UTF-8 filled up with zeros, a longer one is cut. Else as `cached_images`.
+    `encoder.encode` gives strings; its shape and dtype are not used: the cache holds each caption as UTF-8 in
+    CAPTION_BYTES bytes, filled up with zeros; a longer one is cut. Else as `cached_images`.
     """
 
     def encode(images: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ def cached_captions(
             row[: len(raw)] = np.frombuffer(raw, np.uint8)
         return torch.from_numpy(rows)
 
-    encoder = Encoder(encoder.name, encoder.key, (CAPTION_BYTES,), np.uint8, encoder.batch_size, encode)
-    rows, _ = cached_images(folder, pairs, preprocessing, encoder, workers)
+    as_bytes = replace(encoder, shape=(CAPTION_BYTES,), dtype=np.uint8, encode=encode)
+    rows, _ = cached_images(folder, pairs, preprocessing, as_bytes, workers)
     return [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in np.asarray(rows)]
 
 
@@ -244,7 +244,8 @@ class RowCache:
                     self._commit()
             with self._disk():
                 self.rows, self.state = self._map("r")
-                if self.state.all() and not (self.folder / "sums.npy").exists():
+            if self.state.all() and not (self.folder / "sums.npy").exists():
+                with contextlib.suppress(OSError):  # an older cache, complete but read-only
                     self._write_sums()
 
     def missing(self) -> np.ndarray:

@@ -357,7 +357,4 @@ def parse_args(argv: list[str], description: str) -> tuple[dict[str, Any], Path 
         parser.error(
             f"--resume takes the run's own configuration; the only other flags are {sorted(RESUMABLE)}"
         )
-    for f in dataclasses.fields(TrainConfig):
-        if f.name in flags and (wrong := fault(f, flags[f.name])):
-            parser.error(f"{flag_of(f.name)} {flags[f.name]}: {wrong}")
     return flags, out, resume

@@ -108,9 +108,10 @@ class Checkpoint:
         name = f"step-{state['step']:08d}.safetensors"
         save_tensors(self.folder / name, tensors)
         atomic_write(self.folder / "state.json", json.dumps(state | {"tensors": name}, indent=1))
-        for other in self.folder.glob("step-*.safetensors*"):  # former tensors, and half-written ones
-            if other.name != name:
-                other.unlink()
+        for pattern in ("step-*.safetensors*", ".state.json.*.tmp"):  # former tensors, half-written files
+            for other in self.folder.glob(pattern):
+                if other.name != name:
+                    other.unlink()
 
     def load(self) -> tuple[dict, dict[str, Tensor]] | None:
         """The last complete checkpoint, or None where there is none yet."""
@@ -271,7 +272,7 @@ class Trainer(ABC):
         if not all(map(math.isfinite, (*terms.values(), norm))):
             raise DataError(
                 f"{self.folder}: the loss is not finite at step {self.step}; start a new run with a lower "
-                "learning rate; the last checkpoint is kept"
+                "learning rate (--lr); the last checkpoint is kept"
             )
         self.optimizer.step()
         return terms
