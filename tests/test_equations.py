@@ -137,4 +137,4 @@ def test_by_thirds_an_easy_sample_is_seen_five_times_as_often_as_a_hard_one():
     batches = curriculum_batches(chunks, total=90, batch_size=64, seed=0, start=0, stop=90)
     seen = np.bincount(np.concatenate(batches)).reshape(3, 640).mean(axis=1)
     assert seen == pytest.approx([5.5, 2.5, 1.0], abs=0.01)
-    assert learning_rate(TrainConfig(lr=1.0), 60, 90) == pytest.approx(0.25)
+    assert learning_rate(1.0, 60, 90) == pytest.approx(0.25)

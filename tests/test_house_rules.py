@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-OURS = {"models", "weights", "mini", "data", "reverse_sd", "train", "eval", "tables", "generate", "baselines"}
+OURS = {"models", "weights", "training", "mini", "tables", "data", "reverse_sd", "baselines", "generate"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
-TRAINING = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "mini"}  # of the miniatures
+MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
 
 # What a file may import when it is imported itself; the standard library always.
 ALLOWED = {
@@ -31,21 +31,25 @@ ALLOWED = {
     },
     "reverse_sd.py": {"torch", "numpy", "models"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
-    "mini/pretrain.py": TRAINING | {"tokenizers", "baselines"},
-    "mini/diffusion.py": TRAINING | {"generate"},
-    **{f"mini/{name}.py": TRAINING | {"PIL", "generate"} for name in ("judge", "generated")},
-    **{f"mini/{name}.py": TRAINING for name in ("loop", "write", "autoencoder", "contrastive", "naming")},
+    "mini/pretrain.py": MINIATURES | {"tokenizers"},
+    "mini/diffusion.py": MINIATURES | {"generate"},
+    **{f"mini/{name}.py": MINIATURES | {"PIL", "generate"} for name in ("judge", "generated")},
+    **{f"mini/{name}.py": MINIATURES for name in ("loop", "write", "autoencoder", "contrastive", "naming")},
     "mini/*.py": {"numpy", "PIL", "tqdm", "data", "mini"},
+    "training/metrics.py": {"numpy"},
+    "training/cache.py": {"torch", "numpy", "tqdm", "data"},
+    "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data"},
+    "training/*.py": TENSORS | {"models", "weights", "data", "reverse_sd", "training"},
     "train.py": COMPOSITION,
     "eval.py": COMPOSITION,
     "tables/*.py": COMPOSITION,
     "generate.py": COMPOSITION,
-    "baselines.py": COMPOSITION,
+    "baselines.py": {"torch", "numpy", "models"},
 }
 FILES = [
     path
-    for pattern in ("*.py", "models/*.py", "weights/*.py", "weights/kinds/*.py", "mini/*.py", "tables/*.py")
-    for path in sorted(ROOT.glob(pattern))
+    for folder in ("", "models", "weights", "weights/kinds", "training", "mini", "tables")
+    for path in sorted((ROOT / folder).glob("*.py"))
 ]
 
 
@@ -72,8 +76,67 @@ def test_imports(path: Path):
     assert not strays, f"{path.name} may not import {strays}"
     inside = imports(module) - COMPOSITION - {"pyarrow"} - set(sys.stdlib_module_names)
     assert not inside, f"{path.name} imports {inside} in a function"
-    if path.name not in ("reverse_sd.py", "train.py"):
-        assert imports(module) - {"pyarrow"} <= allowed(path) | set(sys.stdlib_module_names)
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Our modules that a file imports, at its head or in a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= parts if parts <= modules else parts | {node.module}
+    return names & modules - {module_of(path)}
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components of more than one module (Tarjan)."""
+    found, index, low, stack = [], {}, {}, []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in arrows[name]:
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            component = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for name in arrows:
+        if name not in index:
+            visit(name)
+    return found
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_files_import_each_other_in_a_circle_and_nobody_imports_the_commands():
+    modules = {module_of(path) for path in FILES}
+    # `from weights import load` reads weights/__init__.py, which only gathers names from its own files.
+    arrows = {module_of(path): imported_modules(path, modules) for path in FILES}
+    assert circles(arrows) == []
+    assert [name for name, others in arrows.items() if others & {"train", "eval"}] == []
+
+
+def test_no_file_is_too_long_to_read():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: lines for name, lines in lengths.items() if lines > 800} == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -84,22 +147,6 @@ def test_nothing_banned(path: Path):
         r"|TOD[O]|FIXM[E]|NotImplemented[E]rror"
     )
     assert not re.findall(banned, text, re.MULTILINE)
-
-
-# Beside tests and benchmarks: tables are made of runs of train.py, and baselines.py trains by its steps.
-MAY_IMPORT = {
-    "train": ("eval.py", "baselines.py", "tables/*.py"),
-    "eval": ("train.py",),
-    "generate": ("mini/diffusion.py", "mini/judge.py", "mini/generated.py", "tables/*.py"),
-    "tables": ("eval.py", "tables/*.py"),
-}
-
-
-def test_only_tests_and_benchmarks_import_the_command_line_files():
-    for path in FILES:
-        for module in imports(ast.parse(path.read_text())) & MAY_IMPORT.keys():
-            name = path.relative_to(ROOT)
-            assert any(name.match(pattern) for pattern in MAY_IMPORT[module]), f"{name} imports {module}"
 
 
 def test_ruff():
@@ -125,6 +172,6 @@ def test_the_readme_holds_the_two_commands_and_names_every_part():
     train, test = (readme.split(f"<!-- {name} command -->")[1].split("```")[1] for name in ("train", "test"))
     assert train.splitlines()[-1] == ".venv/bin/python train.py --backbone unet"
     assert test.splitlines()[-1] == ".venv/bin/python -m pytest -q"
-    folders = ["models/", "weights/", "mini/", "tables/", "tests/"]
+    folders = ["models/", "weights/", "training/", "mini/", "tables/", "tests/"]
     for part in [path.name for path in ROOT.glob("*.py")] + folders:
         assert part in readme

@@ -324,7 +324,7 @@ class RowCache:
             sums = np.load(self.folder / "sums.npy", allow_pickle=False)
         except (FileNotFoundError, ValueError, EOFError):
             return []
-        fits = [a == b for a, b in zip(_checksums(rows), sums.tolist(), strict=False)]
+        fits = np.array(_checksums(rows), np.uint32) == sums
         return [row for row in np.flatnonzero(state == DONE).tolist() if not fits[row // BLOCK]]
 
     def _write_sums(self) -> None:
