@@ -29,8 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import linear
-
 EMBEDDING_WIDTH = 384  # all-MiniLM-L6-v2
 
 # ============================================================================================================
@@ -475,8 +473,8 @@ def nearest_rows(queries: Tensor, rows: Tensor, block: int = 1024) -> tuple[Tens
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """a b': (m, E), (n, E) -> (m, n). By `linear`, which is twice as fast as `@` on some processors."""
-    return linear(a[None], b, None)[0]
+    """a b': (m, E), (n, E) -> (m, n)."""
+    return a @ b.T
 
 
 def kmeans_start(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:

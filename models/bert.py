@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Linear, Namespace, attention
+from models.layers import Namespace, attention
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Layer(nn.Module):
         self.heads = config.num_attention_heads
         self.attention = Namespace(
             self=Namespace(
-                query=Linear(width, width), key=Linear(width, width), value=Linear(width, width)
+                query=nn.Linear(width, width), key=nn.Linear(width, width), value=nn.Linear(width, width)
             ),
-            output=Namespace(dense=Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps)),
+            output=Namespace(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps)),
         )
-        self.intermediate = Namespace(dense=Linear(width, inner))
-        self.output = Namespace(dense=Linear(inner, width), LayerNorm=nn.LayerNorm(width, eps=eps))
+        self.intermediate = Namespace(dense=nn.Linear(width, inner))
+        self.output = Namespace(dense=nn.Linear(inner, width), LayerNorm=nn.LayerNorm(width, eps=eps))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         read, write = self.attention.self, self.attention.output

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Linear, Namespace, attention
+from models.layers import Namespace, attention
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, (B, N, D) each
 
@@ -80,9 +80,9 @@ class VisionLayer(nn.Module):
         super().__init__()
         width, inner = config.vision_hidden_size, config.vision_intermediate_size
         self.heads, eps = config.vision_num_attention_heads, config.vision_layer_norm_eps
-        self.self_attn = Namespace(qkv=Linear(width, 3 * width), projection=Linear(width, width))
+        self.self_attn = Namespace(qkv=nn.Linear(width, 3 * width), projection=nn.Linear(width, width))
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Namespace(fc1=Linear(width, inner), fc2=Linear(inner, width))
+        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ def _attention_names(width: int, source: int, eps: float) -> Namespace:
     """BERT's names of one attention: queries of width `width` that read states of width `source`."""
     return Namespace(
         self=Namespace(
-            query=Linear(width, width), key=Linear(source, width), value=Linear(source, width)
+            query=nn.Linear(width, width), key=nn.Linear(source, width), value=nn.Linear(source, width)
         ),
-        output=Namespace(dense=Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps)),
+        output=Namespace(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps)),
     )
 
 
@@ -110,8 +110,8 @@ class TextLayer(nn.Module):
         self.heads, eps = config.text_num_attention_heads, config.text_layer_norm_eps
         self.attention = _attention_names(width, width, eps)
         self.crossattention = _attention_names(width, config.vision_hidden_size, eps)
-        self.intermediate = Namespace(dense=Linear(width, inner))
-        self.output = Namespace(dense=Linear(inner, width), LayerNorm=nn.LayerNorm(width, eps=eps))
+        self.intermediate = Namespace(dense=nn.Linear(width, inner))
+        self.output = Namespace(dense=nn.Linear(inner, width), LayerNorm=nn.LayerNorm(width, eps=eps))
 
     def forward(self, x: Tensor, image: KeysValues, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         """New words (B·beams, N, D) -> the same, and the keys and values of all words so far.
@@ -155,7 +155,7 @@ class BLIP(nn.Module):
         for table in (words, places):
             nn.init.normal_(table.weight, std=0.02)  # torch's 1 is too large for words that are the head too
         layers = [TextLayer(config) for _ in range(config.text_num_hidden_layers)]
-        head = Namespace(dense=Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps))
+        head = Namespace(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps))
         self.text_decoder = Namespace(
             bert=Namespace(
                 embeddings=Namespace(

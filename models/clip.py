@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Linear, Namespace, attention, quick_gelu, run
+from models.layers import Namespace, attention, quick_gelu, run
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -128,7 +128,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(width, heads)
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Namespace(fc1=Linear(width, inner), fc2=Linear(inner, width))
+        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
         self.hidden_act = hidden_act
 
@@ -203,7 +203,7 @@ class CLIPVision(nn.Module):
         embeddings.class_embedding = nn.Parameter(torch.empty(width))
         for table in (embeddings.class_embedding, embeddings.position_embedding.weight):
             nn.init.normal_(table, std=width**-0.5)  # OpenAI's; torch's 1 would drown the patches
-        self.visual_projection = Linear(width, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(width, config.projection_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), normalised with CLIP's mean and deviation -> embeddings (B, P), not of unit

@@ -1,4 +1,4 @@
-"""What several architectures share: stateless functions, a class that only gives names, a faster nn.Linear.
+"""What several architectures share: stateless functions, and a class that only gives names.
 
 No blocks live here, so that every model file can be read beside its own checkpoint.
 Letters used in all of models/: B batch, N tokens, D width, H heads, C channels, V vocabulary; h, w a grid's
@@ -21,30 +21,6 @@ class Namespace(nn.Module):
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b, (..., in) -> (..., out); on the CPU, for many rows, computed as a 1x1 convolution.
-
-    torch multiplies float32 matrices by MKL, which leaves AMD's processors at half of their speed; its
-    convolutions run by oneDNN, on which no maker's are slow. benchmarks/encoders.py measures what it brings.
-    """
-    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    few = x.shape[:-1].numel() < 256 or not weight.numel()  # its start costs more; it refuses no outputs
-    if not on_cpu or x.dim() < 3 or few:
-        return F.linear(x, weight, bias)
-    # One long row of places; but on one thread oneDNN is asked only for batches.
-    shape = (1, 1, -1) if torch.get_num_threads() > 1 else (-1, 1, x.shape[-2])
-    rows = x.reshape(*shape, x.shape[-1]).permute(0, 3, 1, 2)  # channels first by name, last in memory
-    y = F.conv2d(rows, weight[:, :, None, None], bias, padding=0)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
-class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 def attention(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Linear, Namespace, linear, run
+from models.layers import Namespace, run
 
 
 @dataclass(frozen=True)
@@ -145,20 +145,20 @@ class WindowAttention(nn.Module):
             offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
             self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-            self.qkv = Linear(width, 3 * width, bias=config.qkv_bias)
+            self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         else:
             self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
-            self.cpb_mlp = nn.Sequential(Linear(2, 512), nn.ReLU(), Linear(512, heads, bias=False))
-            self.qkv = Linear(width, 3 * width, bias=False)
+            self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
+            self.qkv = nn.Linear(width, 3 * width, bias=False)
             self.q_bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
             self.v_bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
-        self.proj = Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, index: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
         bias = self.qkv.bias
         if self.version == 2 and self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(x) if self.version == 1 else linear(x, self.qkv.weight, bias)
+        qkv = self.qkv(x) if self.version == 1 else F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B · windows, H, N, D/H)
         if self.version == 1:
             table, scale = self.relative_position_bias_table, q.shape[-1] ** -0.5
@@ -194,7 +194,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-5)
         self.attn = WindowAttention(config, width, heads, window)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
-        self.mlp = Namespace(fc1=Linear(width, inner), fc2=Linear(inner, width))
+        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
 
     def forward(self, x: Tensor, index: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.version == 1:
@@ -229,7 +229,7 @@ class PatchMerging(nn.Module):
     def __init__(self, version: int, width: int):
         super().__init__()
         self.version = version
-        self.reduction = Linear(4 * width, 2 * width, bias=False)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
         # Version 2 norms after the reduction: half as wide.
         self.norm = nn.LayerNorm(4 * width if version == 1 else 2 * width, eps=1e-5)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Linear, Namespace, attention, run, timestep_embedding
+from models.layers import Namespace, attention, run, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ResBlock(nn.Module):
             nn.SiLU(),
             nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(time_dim, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(GROUPS, out_channels, eps=1e-5),
             nn.SiLU(),
@@ -92,10 +92,10 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(width, width, bias=False)
-        self.to_k = Linear(context_dim, width, bias=False)
-        self.to_v = Linear(context_dim, width, bias=False)
-        self.to_out = nn.Sequential(Linear(width, width))
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -107,7 +107,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.proj = Linear(width, 2 * inner)
+        self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -121,7 +121,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attn1 = CrossAttention(width, width, heads)
         gate, dropout = GEGLU(width, 4 * width), nn.Identity()  # rate 0, as in ResBlock
-        self.ff = Namespace(net=nn.Sequential(gate, dropout, Linear(4 * width, width)))
+        self.ff = Namespace(net=nn.Sequential(gate, dropout, nn.Linear(4 * width, width)))
         self.attn2 = CrossAttention(width, context_dim, heads)
         self.norm1 = nn.LayerNorm(width, eps=1e-5)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
@@ -157,7 +157,7 @@ class SpatialTransformer(nn.Module):
 
 
 def _projection(ch: int, linear: bool) -> nn.Module:
-    return Linear(ch, ch) if linear else nn.Conv2d(ch, ch, kernel_size=1, padding=0)
+    return nn.Linear(ch, ch) if linear else nn.Conv2d(ch, ch, kernel_size=1, padding=0)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class UNetEncoder(nn.Module):
         self.config = config
         self.checkpointing = False
         ch, time_dim = config.model_channels, 4 * config.model_channels
-        self.time_embed = nn.Sequential(Linear(ch, time_dim), nn.SiLU(), Linear(time_dim, time_dim))
+        self.time_embed = nn.Sequential(nn.Linear(ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         conv_in = nn.Conv2d(config.in_channels, ch, kernel_size=3, padding=1)
         self.input_blocks = nn.ModuleList([Stage([conv_in])])
         self.skip_widths = [ch]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Linear, Namespace, attention, run
+from models.layers import Namespace, attention, run
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Block(nn.Module):
         self.heads = config.num_heads
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Namespace(
-            qkv=Linear(width, 3 * width, bias=config.qkv_bias), proj=Linear(width, width)
+            qkv=nn.Linear(width, 3 * width, bias=config.qkv_bias), proj=nn.Linear(width, width)
         )
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Namespace(fc1=Linear(width, inner), fc2=Linear(inner, width))
+        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)  # each (B, N, D)
