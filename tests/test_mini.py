@@ -126,15 +126,15 @@ def test_stopped_and_resumed_training_ends_alike(tmp_path: Path, monkeypatch: py
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     steps = [json.loads(line)["step"] for line in (tmp_path / "pretrain-other/log.jsonl").open()]
-    assert steps == [2, 4, 5]
-    loop.forget("other")
+    assert steps == [1, 2, 3, 4, 5]
+    loop.remove_checkpoint("other")
     assert not (tmp_path / "pretrain-other").exists()
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
     loop.train("part", model := small_model(), noisy(model), 20, QUICK, seed=1)
-    with pytest.raises(weights.WeightsError, match="another recipe"):
+    with pytest.raises(data.DataError, match="other options"):
         loop.train("part", model := small_model(), noisy(model), 20, replace(QUICK, lr=1e-3), seed=1)
 
 
@@ -149,7 +149,7 @@ def test_the_averaged_weights_are_the_result(tmp_path: Path, monkeypatch: pytest
         return {"loss": -model[0]}
 
     loop.train("part", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0)
-    last = load_file(tmp_path / "pretrain-part" / "30.safetensors")["model.0"]
+    last = load_file(tmp_path / "pretrain-part" / "last" / "step-00000030.safetensors")["model.0"]
     average = 0.0
     for step, value in enumerate([*seen[1:], float(last)], start=1):
         average += (value - average) * (1 - min(0.999, step / (step + 9)))
@@ -462,13 +462,13 @@ def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(
 ):
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
     monkeypatch.setattr(pretrain, "training_world", lambda parts: world)
-    (tmp_path / "pretrain-vit").mkdir()
-    (tmp_path / "pretrain-vit" / "state.json").write_text('{"recipe": {}, "seed": 0, "n": 8, "step": 500}')
+    trainer = loop.MiniTrainer("vit", small_model(), lambda *_: {}, 20, QUICK, seed=1)
+    trainer.checkpoint.save({"step": 0, "data": "of another recipe"}, {"x": torch.zeros(1)})
     monkeypatch.setattr("sys.argv", ["pretrain", "vit"])
     with pytest.raises(SystemExit) as stop:
         command.end(pretrain.main)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert stop.value.code == 2 and "pretrain-vit: of another recipe" in line
+    assert stop.value.code == 2 and "pretrain-vit: was trained on other pairs or with other options" in line
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(capsys):

@@ -28,6 +28,8 @@ from tables.figures import undrawn_share
 from tables.methods import Member, members_of
 from tables.rows import TABLES, Row, Table
 from tables.runs import MODELS, RECORDING, SOURCES, Plan, flags_of, with_phase_1
+from training.config import parse_args
+from training.folder import saved_fields
 from training.metrics import cosines, paired_test, rank_correlation, ranks, spearman, student_p
 
 QUICK = shlex.split("--epochs 1 --batch-size 12 --val-size 12 --test-size 12 --train-blocks 0")
@@ -156,7 +158,7 @@ def test_all_that_the_ensemble_needs_is_trained_once(make):
     assert [row["paper"] for row in nine["rows"][5:8]] == [0.6785, 0.6887, 0.6854]
     # Phase 1 of the curriculum is the run of the row above.
     stated = json.loads((folder / "runs" / "vit-mlc-cl-seed0" / "config.json").read_text())
-    assert stated["difficulty"] == str(folder / "runs" / "vit-mlc-seed0")
+    assert stated["phase_1"] == str(folder / "runs" / "vit-mlc-seed0")
 
     # The same by hand.
     unet, vit = (folder / "runs" / f"{b}-mlc-cl-seed0" / "predictions" for b in ("unet", "vit"))
@@ -214,7 +216,7 @@ def test_the_ceiling_is_what_the_probe_reads(make, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(probe, "readings", lambda pairs, rows: torch.stack(
         [naming.targets([everything[pairs.prompts[i]]])[0].float() for i in rows]
     ))
-    saved = folder.saved_fields(folder / "runs" / "unet-mlc-seed0")
+    saved = saved_fields(folder / "runs" / "unet-mlc-seed0")
     given = {name: saved[name] for name in ("val_size", "test_size")}
     plan = Plan(saved["data"], SOURCES["mini"], (0,), folder / "runs", 1, "cpu", given)
     like = Member(folder / "runs" / "unet-mlc-seed0")
@@ -295,10 +297,10 @@ def test_flags_reach_the_runs_that_they_mean_something_to(tmp_path: Path):
     plain, cl, cbs, unet = (p.fields(run, 4) for run in ("vit-plain", "vit-mlc-cl", "vit-cbs", "unet-mlc"))
     assert plain == {"lr": 0.5, "backbone": "vit", "data": "mini", "weights": "vit-mini", "seed": 4,
                      "device": "cpu", "heads": 0, "record_cosines": True}
-    assert cl["chunks"] == "thresholds" and cl["difficulty"] == str(tmp_path / "vit-mlc-seed4")
+    assert cl["chunks"] == "thresholds" and cl["phase_1"] == str(tmp_path / "vit-mlc-seed4")
     assert cbs["cbs_every"] == 2.0 and "chunks" not in cbs and "image_size" not in cbs
     assert unet["image_size"] == 32 and unet["heads"] == 3 and unet["record_cosines"]
-    parsed, out, resume = train.parse_args(flags_of(cl))
+    parsed, out, resume = parse_args(flags_of(cl), "")
     assert parsed == cl and out is resume is None
 
 
