@@ -20,11 +20,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
-import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 try:
@@ -657,7 +658,8 @@ class Preprocessing:
         box = self.size if self.resize is None else self.resize
         box = box if isinstance(box, tuple) else (box, box)
         good = (len(self.size) == len(box) == 2 and len(self.mean) == len(self.std) == 3
-                and min(*self.size, *box) > 0 and min(self.std) > 0 and self.filter in FILTERS
+                and min(*self.size, *box) > 0 and min(self.std) > 0
+                and self.filter in ("bicubic", "bilinear", "lanczos")
                 and self.rules in ("torchvision", "transformers")
                 and not (self.squash and isinstance(self.resize, int)))
         if not good:
@@ -685,109 +687,46 @@ class Preprocessing:
         return round((side - size) / 2) if self.rules == "torchvision" else (side - size) // 2
 
 
-# Pillow's filters: how far each reaches, and its weight at a distance of x >= 0.
-FILTERS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
-    "bilinear": (1, lambda x: np.clip(1 - x, 0, None)),
-    "bicubic": (2, lambda x: np.where(x < 1, (1.5 * x - 2.5) * x * x + 1,
-                                      np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0))),
-    "lanczos": (3, lambda x: np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0)),
-}
-STRIP = 8  # so many times longer than what is kept of it
+STRIP = 8  # a picture so many times longer than what is kept of it is cropped before it is enlarged
+TENSORS_BY_LANCZOS = tuple(map(int, torchvision.__version__.split(".")[:2])) >= (0, 27)
 
 
-def image_tensor(image: Image.Image, how: Preprocessing) -> Tensor:
-    """The picture resized, cropped to the centre and normalised -> (3, h, w) float32."""
+def image_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """The picture resized, cropped to the centre and normalised -> (3, h, w) float32.
+
+    Pillow resizes strips, and by lanczos before torchvision 0.27, under either rules: hard edges and noise
+    may differ by some grey levels there, as they do between versions of Pillow.
+    """
     image = _rgb(image)
-    height, width = how.scaled(image.height, image.width)
-    h, w = how.size
-    strip = max(height / h, width / w) > STRIP  # enlarged whole, one of 1 x 20,000 would take gigabytes
-    torchs = how.rules == "transformers"
-    if strip or (torchs and how.filter == "lanczos"):  # torch has had that one for a short time only
-        return pixels_tensor(_bytes(image)[None], how)[0]
-    if torchs:
-        levels = F.interpolate(_bytes(image)[None], (height, width), mode=how.filter, antialias=True)[0]
+    height, width = preprocessing.scaled(image.height, image.width)
+    h, w = preprocessing.size
+    top, left = preprocessing.offset(height, h), preprocessing.offset(width, w)
+    interpolation = InterpolationMode[preprocessing.filter.upper()]
+    if max(height / h, width / w) > STRIP:  # enlarged whole, one of 1 x 20,000 would take gigabytes
+        rows, columns = (max(top, 0), min(top + h, height)), (max(left, 0), min(left + w, width))
+        image = _resized_part(image, (height, width), rows, columns, preprocessing.filter)
+        levels, top, left = TF.pil_to_tensor(image), min(top, 0), min(left, 0)
+    elif preprocessing.rules == "transformers" and (preprocessing.filter != "lanczos" or TENSORS_BY_LANCZOS):
+        levels = TF.resize(TF.pil_to_tensor(image), [height, width], interpolation, antialias=True)
     else:
-        levels = _bytes(image.resize((width, height), Image.Resampling[how.filter.upper()]))
-    top, left = how.offset(height, h), how.offset(width, w)
-    return _normalised(F.pad(levels, (-left, left + w - width, -top, top + h - height)), how)
+        levels = TF.pil_to_tensor(TF.resize(image, [height, width], interpolation))
+    levels = TF.crop(levels, top, left, h, w)  # what the crop lacks is black
+    return TF.normalize(levels.float() / 255, preprocessing.mean, preprocessing.std).contiguous()
 
 
-def _bytes(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _normalised(levels: Tensor, how: Preprocessing) -> Tensor:
-    mean, std = (torch.tensor(values, device=levels.device)[:, None, None] for values in (how.mean, how.std))
-    return ((levels.float() / 255 - mean) / std).contiguous()
-
-
-def pixels_tensor(pixels: Tensor, how: Preprocessing) -> Tensor:
-    """`image_tensor` for a batch on any device: (B, 3, H, W) uint8 -> (B, 3, h, w) float32 there.
-
-    The same grey levels. Raises ValueError for anything but uint8 (B, 3, H, W).
-    """
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not all(pixels.shape[2:]):
-        raise ValueError(f"pictures are uint8 (B, 3, H, W), not {pixels.dtype} {tuple(pixels.shape)}")
-    old, new = tuple(pixels.shape[2:]), how.scaled(*pixels.shape[2:])
-    # Since its version 13 Pillow begins with the rows where that spares it work.
-    rows_first = (how.rules == "torchvision" and int(PIL.__version__.split(".")[0]) >= 13
-                  and old[0] > new[0] and old[0] - new[0] > 2 * (old[1] - new[1]))
-    plans = [_Plan(old[axis], new[axis], how.offset(new[axis], how.size[axis]), how.size[axis], how)
-             for axis in (0, 1)]
-    rows, columns = (plan.kept for plan in plans)
-    levels = pixels[:, :, rows, columns].int().contiguous()
-    for axis in (0, 1) if rows_first else (1, 0):
-        levels = plans[axis].resampled(levels, axis + 2)
-    return _normalised(levels, how)
-
-
-class _Plan:
-    """How one axis becomes `length` long, of which `count` are kept from `first` on.
-
-    In whole numbers, as Pillow and torch's kernel for bytes do it, so that every device gives the same. On
-    a GPU torch's own `interpolate` would keep what overshoots black and white between the two axes, which
-    is several grey levels in a photograph.
-    """
-
-    def __init__(self, old: int, length: int, first: int, count: int, how: Preprocessing) -> None:
-        low, high = max(first, 0), min(first + count, length)
-        # torch's bits depend on the heaviest weight of all; a strip's are too many to look at
-        start, stop = (0, length) if length <= STRIP * count else (low, high)
-        index, weight, self.bits = _taps(old, length, start, stop, how)
-        self.index, self.weight = (x[:, low - start:high - start] for x in (index, weight))
-        self.kept = slice(int(self.index.min()), int(self.index.max()) + 1)
-        self.black = [low - first, first + count - high]
-
-    def resampled(self, levels: Tensor, dim: int) -> Tensor:
-        """The `kept` grey levels (int32) along `dim`, resized; what the crop lacks is black."""
-        index, weight = (torch.from_numpy(x).to(levels.device)
-                         for x in (self.index - self.kept.start, self.weight))
-        shape = [-1 if axis == dim else 1 for axis in range(levels.ndim)]
-        total = torch.full((), 1 << (self.bits - 1), dtype=torch.int32, device=levels.device)
-        for i, w in zip(index, weight, strict=True):
-            total = total + levels.index_select(dim, i) * w.view(shape)
-        return F.pad((total >> self.bits).clamp(0, 255), [0, 0] * (levels.ndim - 1 - dim) + self.black)
-
-
-def _taps(old: int, new: int, low: int, high: int, how: Preprocessing) -> tuple[np.ndarray, np.ndarray, int]:
-    """What positions low to high are made of where `old` become `new` -> index, weight (taps, n), bits.
-
-    The weights are whole numbers of 2^-bits: Pillow's have 22 bits, torch's as many as fit into an int16.
-    """
-    reach, weigh = FILTERS[how.filter]
-    scale = old / new
-    stretch = max(scale, 1.0)
-    centre = (np.arange(low, high) + 0.5) * scale
-    start = np.maximum(np.floor(centre - reach * stretch + 0.5), 0).astype(np.int64)
-    stop = np.minimum(np.floor(centre + reach * stretch + 0.5), old).astype(np.int64)
-    index = start + np.arange((stop - start).max())[:, None]
-    weight = weigh(np.abs(index + 0.5 - centre) / stretch) * (index < stop)
-    weight = weight / weight.sum(0)
-    bits = 22
-    if how.rules == "transformers":
-        bits = next((n for n in range(1, 22) if int(weight.max() * 2 ** (n + 1) + 0.5) >= 2**15), 22)
-    weight = np.trunc(weight * 2**bits + np.copysign(0.5, weight)).astype(np.int32)
-    return index.clip(max=old - 1), weight, bits
+def _resized_part(image: Image.Image, size: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int],
+                  filter: str) -> Image.Image:
+    """Those rows and columns (begin, end) of the picture resized to `size` (height, width)."""
+    axes = []
+    for old, new, (begin, end) in ((image.width, size[1], columns), (image.height, size[0], rows)):
+        scale = old / new
+        reach = 4 * math.ceil(max(scale, 1))  # no filter reaches further
+        low, high = max(int(begin * scale) - reach, 0), min(math.ceil(end * scale) + reach, old)
+        axes.append((low, high, begin * scale - low, min(end * scale, old) - low))
+    (left, right, x, end_x), (top, bottom, y, end_y) = axes
+    part = image.crop((left, top, right, bottom))
+    shape = (columns[1] - columns[0], rows[1] - rows[0])
+    return part.resize(shape, Image.Resampling[filter.upper()], (x, y, end_x, end_y))
 
 
 # ============================================================================================================
