@@ -19,8 +19,8 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -463,18 +463,13 @@ def nearest_rows(queries: Tensor, rows: Tensor, block: int = 1024) -> tuple[Tens
         position = torch.zeros(len(query), dtype=torch.long, device=rows.device)
         for start in range(0, len(rows), 2 * block):
             part = slice(start, start + 2 * block)
-            value, index = inner_products(query, rows[part]).neg_().add_(half[part]).min(dim=1)
+            value, index = (query @ rows[part].T).neg_().add_(half[part]).min(dim=1)
             closer = value < best
             best = torch.where(closer, value, best)
             position = torch.where(closer, index + start, position)
         positions.append(position)
         distances.append((2 * best + query.square().sum(dim=1)).clamp_min(0))
     return torch.cat(positions), torch.cat(distances)
-
-
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """a b': (m, E), (n, E) -> (m, n)."""
-    return a @ b.T
 
 
 def kmeans_start(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -614,242 +609,138 @@ def dakl_literal(
     return f_t @ f_s.T @ a + middle_y
 
 
-# The penalties tried, in units of `Dakl.scale`, which goes with gamma^2 n k: a fixed alpha, as the authors'
-# code has it (10), means something else for each gamma and each n.
+# The penalties tried, in units of `Dakl.scale`, which grows as gamma^2 n k: a fixed alpha, as in the authors'
+# code (10), is a different penalty for each gamma and each n.
 RELATIVE_ALPHAS = tuple(10 ** (half / 2) for half in range(2, -13, -1))
 
 
+@dataclass
 class Dakl:
     """Domain-adaptive kernel learning: better predictions from predictions, with unlabelled target rows.
 
         dakl = Dakl(gamma=1e-3).fit(centroids, their_targets, targets, validation=(rows, embeddings))
         better = dakl.predict(test_rows)
 
-    `form` "linear" is the limit of small gamma, in O(n E^2), for any number of sources. For unit rows x,
-    F_ij = e^-gamma e^(gamma K^_ij) with |K^_ij| <= 1, and Taylor's remainder gives
+    `form` "exact" is equations (5) to (7) in float64. F is made in blocks of columns, so memory holds two
+    (k, k) matrices, the rows and blocks. "linear" is the limit of small gamma, where F_ij is
+    e^-gamma (1 + gamma K^_ij): ridge regression in E + 1 unknowns, for any number of sources. AUDIT.md bounds
+    the difference. After `fit`: `alpha`, chosen on validation unless given; `scale`, the trace of this form's
+    F_S F_S', columns centred, divided by E; `tried`, the pairs (alpha / scale, validation cosine).
 
-        |F_ij - e^-gamma (1 + gamma K^_ij)| <= e^-gamma (gamma^2 / 2) e^gamma = gamma^2 / 2.
-
-    What F is near to is <phi(x_i), psi_j> with phi(x) = [1, gamma x] and psi_j = e^-gamma [1, x_j], so that
-
-        F_S F_S' ~ phi_S M phi_S',  F_T F_S' ~ phi_T M phi_S',  M = sum of psi_j psi_j' over all columns j:
-
-    ridge regression of the true embeddings on the predicted ones, under a metric in which directions that
-    vary much, in the target domain too, are penalised little; E + 1 unknowns in place of k. Centred, M is n
-    times the covariance of all rows, the 1 falls out, and all that is left of gamma is a factor
-    (gamma e^-gamma)^2 that alpha can take up.
-
-    What follows for predictions: with n columns, d = sqrt(n) gamma^2 / 2 bounds the error of a row of
-    features. Let |Y| be the spectral norm of the k source targets and |f| the length of the approximate
-    features of a target (all centred, if they are). |(F'F + alpha I)^-1 F'| <= 1 / (2 sqrt(alpha)) leads to
-
-        |y_exact - y_linear| <= |Y| (2 d / (2 sqrt(alpha)) + 5 sqrt(k) d |f| / (4 alpha)).
-
-    alpha is a multiple of gamma^2 n, |f| is of order gamma sqrt(n): the bound is O(gamma).
-
-    `form` "exact" is equations (5) to (7) at the paper's scale: F = phi psi' + R, where R, the remainder, is
-    made in blocks of columns from the rows, so that memory holds k^2 float64 numbers, the rows, and blocks;
-    never (k + t)^2. All that is linear is done in float64. R is of size gamma^2 / 2 beside gamma, so its
-    product R R' and what it adds to predictions may be float32, up to gamma = 0.1: their rounding
-    is gamma^2 and gamma times as large as it would be without the split.
-
-    Paper: F is centred, its rows at their means over the n columns and then its columns, with the source
-    targets, at their means over the sources. The equations do not say so. But F is 1 minus something of order
-    gamma, and uncentred the constant part of F F' is some gamma^-2 times larger than what informs: it eats
-    half of float64's digits at gamma = 1e-4. That part adds n r_i r_j to F F', with the row means r = 1 -
-    O(gamma), and so frees a nearly constant function of all penalty; centring frees the constant one, which
-    changes predictions by O(gamma). `centred=False` follows the equations to the letter. Nor does the paper
-    state alpha: None chooses it on validation.
-
-    After `fit`: `alpha`; `scale`, the mean of the E eigenvalues of the centred F_S F_S' in the linear limit;
-    `tried`, a list of (alpha / scale, validation cosine).
+    Paper: F is centred, its rows at their means over the k + t columns, then its columns and y at their means
+    over the sources. Uncentred, the constant part of F F' is gamma^-2 times larger than the rest and takes
+    half of float64's digits at gamma 1e-4. Centring changes predictions by O(gamma); `centred=False` follows
+    the equations to the letter.
     """
 
-    def __init__(
-        self,
-        gamma: float = 1e-3,
-        alpha: float | None = None,
-        form: str = "exact",
-        centred: bool = True,
-        relative_alphas: Sequence[float] = RELATIVE_ALPHAS,
-        validation_limit: int = 2000,
-        block: int = 1000,
-        single_up_to: float = 0.1,
-    ):
-        """`relative_alphas`: the penalties to try, in units of `scale`, from the largest down; the search
-        ends when three in a row have been no better; `validation_limit`: they are compared on at most so many
-        validation rows, evenly spaced; `block`: rows and columns worked on at a time; `single_up_to`: the
-        remainder is float32 up to this gamma, 0.1 at most, and float64 above."""
-        if form not in ("exact", "linear"):
-            raise ValueError(f'form must be "exact" or "linear", not {form!r}')
-        if gamma <= 0 or (alpha is not None and alpha <= 0):
-            raise ValueError(f"gamma and alpha must be above 0, not {gamma} and {alpha}")
-        self.gamma, self.fixed_alpha, self.form, self.centred = gamma, alpha, form, centred
-        self.relative_alphas = relative_alphas
-        self.validation_limit, self.block = validation_limit, block
-        self.work = torch.float32 if gamma <= min(single_up_to, 0.1) else torch.float64
+    gamma: float = 1e-3
+    alpha: InitVar[float | None] = None
+    form: str = "exact"
+    centred: bool = True
+    relative_alphas: Sequence[float] = RELATIVE_ALPHAS  # tried in turn until three in a row are no better
+    validation_limit: int = 2000  # of validation rows that compare them, evenly spaced
+    block: int = 1000  # rows and columns worked on at a time
+
+    def __post_init__(self, alpha: float | None) -> None:
+        if self.form not in ("exact", "linear"):
+            raise ValueError(f'form must be "exact" or "linear", not {self.form!r}')
+        if not self.gamma > 0 or not (alpha is None or alpha > 0):
+            raise ValueError(f"gamma and alpha must be above 0, not {self.gamma} and {alpha}")
+        self._given = alpha
 
     @torch.no_grad()
     def fit(
-        self,
-        sources: Tensor,
-        source_targets: Tensor,
-        targets: Tensor,
-        validation: tuple[Tensor, Tensor] | None = None,
+        self, sources: Tensor, y: Tensor, targets: Tensor, validation: tuple[Tensor, Tensor] | None = None
     ) -> Dakl:
-        """sources, source_targets (k, E), targets (t, E), validation: predictions and true embeddings (v, E).
-
-        `targets` are all predictions of the target domain, without labels: in the paper those of validation
-        and test. `validation` serves to choose alpha alone. Raises ValueError for shapes that do not fit and
-        for rows that are zero or not finite.
-        """
-        if len(sources) != len(source_targets):
-            raise ValueError(f"DAKL: {len(sources)} sources but {len(source_targets)} targets of theirs")
-        if self.fixed_alpha is None and validation is None:
+        """This object, fitted to sources (k, E), their true embeddings y (k, D) and all rows of the target
+        domain (t, E), in the paper those of validation and test. `validation`: rows (v, E) and their true
+        embeddings (v, D), for the choice of alpha alone. All lie on one device. Raises ValueError for shapes
+        that do not fit and for rows that are zero or not finite."""
+        if self._given is None and not (validation and len(validation[0])):
             raise ValueError("DAKL: alpha is chosen on validation rows; give them, or alpha")
-        rows, truth = validation if self.fixed_alpha is None else (sources[:0], source_targets[:0])
-        keep = torch.linspace(0, len(rows) - 1, min(len(rows), self.validation_limit), dtype=torch.float64)
-        keep = keep.long().to(rows.device)
-        rows, truth = _unit(rows[keep]), F.normalize(truth[keep].double(), dim=-1)
-
-        y = source_targets.double()
-        mean_y = y.mean(dim=0) if self.centred else torch.zeros_like(y[0])
-        y = y - mean_y
-        middle, middle_psi, second, metric, product = self._moments(sources, y, targets)
-        if self.form == "linear":
-            values, vectors = torch.linalg.eigh(metric)
-            root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-            values, vectors = torch.linalg.eigh(root @ second @ root)
-            left, right = root @ vectors, vectors.T @ (root @ product)
-            phi = self._phi(rows) - middle
-            self._slope = self._choose(
-                lambda alpha: left @ (right / (values.clamp_min(0) + alpha)[:, None]),
-                lambda slope: phi @ slope + mean_y,
-                truth,
-            )
-            self._bias = mean_y - middle @ self._slope
-            return self
-
-        k, pool = len(sources), torch.cat([sources, targets])
-        self._pool = torch.cat([_unit(part).to(self.work) for part in pool.split(self.block)])  # (n, E)
-        gram, cross, middle_r, across = self._products(pool, k, rows, middle, middle_psi, metric)
-        ridge = _Ridge(gram, self.block)
-        a = self._choose(lambda alpha: ridge.solve(y, alpha), lambda a: cross @ a + mean_y, truth)
-        # A prediction is f (F_S' A): with W = F_S' A = psi (phi' A) + R' A it is phi (psi' W) + r W.
-        self._weights = self._pool.new_empty(len(pool), y.shape[1])
-        self._slope, self._bias = torch.zeros_like(product), mean_y
-        inner, outer = (self._phi(_unit(sources)) - middle).T @ a, across @ a
-        for columns in _blocks(len(pool), self.block):
-            psi = self._psi(_unit(pool[columns])) - middle_psi
-            r = self._remainder(self._pool[:k], self._pool[columns]).double().sub_(middle_r[columns])
-            w = psi @ inner + r.T @ a - outer
-            self._slope += psi.T @ w
-            self._bias = self._bias - middle_r[columns] @ w
-            self._weights[columns] = w.to(self._weights)
-        self._bias = self._bias - middle @ self._slope
+        rows, truth = validation if self._given is None else (sources[:0], y[:0])
+        shapes = [tuple(x.shape) for x in (sources, y, targets, rows, truth)]
+        k, n, v, e, d = len(sources), len(sources) + len(targets), len(rows), sources.shape[-1], y.shape[-1]
+        if not k or shapes != [(k, e), (k, d), (n - k, e), (v, e), (v, d)]:
+            raise ValueError(f"DAKL: shapes {shapes} are not (k, E), (k, D), (t, E), (v, E), (v, D), k > 0")
+        if not bool(y.isfinite().all()):
+            raise ValueError("DAKL: a source's true embedding is not finite")
+        v = min(v, self.validation_limit)
+        keep = torch.linspace(0, len(rows) - 1, v, dtype=torch.float64, device=rows.device).long()
+        pool, rows, truth = _unit(torch.cat([sources, targets])), _unit(rows[keep]), _unit(truth[keep])
+        self._mean_y = y.double().mean(dim=0) * self.centred
+        sources, y, linear = pool[:k], y.double() - self._mean_y, self.form == "linear"
+        self._parts = [self._root(pool)] if linear else pool.split(self.block)
+        self._means = [0.0] * len(self._parts)
+        means = [f.mean(dim=0) for f in self._columns(sources)]
+        self._means = [mean * self.centred for mean in means]
+        if linear:
+            f, cross = (next(self._columns(x)) for x in (sources, rows))
+            gram, right = f.T @ f, f.T @ y
+        else:
+            gram, cross = self._products(torch.cat([sources, rows]), k, n).tensor_split([k])
+            right = y
+        uncentred = k * sum(float(mean.square().sum()) for mean in means) * (not self.centred)
+        self.scale = (float(gram.trace()) - uncentred) / e
+        self._weights = [self._ridge(gram, right, cross, truth)]
+        if not linear:
+            weights = torch.cat([f.T @ self._weights[0] for f in self._columns(sources)])  # F_S' A
+            self._weights = (weights - weights.mean(dim=0) * self.centred).split(self.block)
         return self
 
     @torch.no_grad()
     def predict(self, rows: Tensor, unit: bool = True) -> Tensor:
-        """Predictions (b, E) -> better ones (b, E), float64, L2-normalised unless `unit` is False."""
-        better = []
-        for part in rows.split(self.block):
-            x = _unit(part)
-            y = self._phi(x) @ self._slope + self._bias
-            if self.form == "exact":
-                for columns in _blocks(len(self._pool), self.block):
-                    r = self._remainder(x.to(self._pool), self._pool[columns])
-                    y += inner_products(r, self._weights[columns].T)
-            better.append(y)
-        return F.normalize(torch.cat(better), dim=-1) if unit else torch.cat(better)
+        """Predictions (b, E) -> better ones (b, D), float64, L2-normalised unless `unit` is False."""
+        better = [
+            sum(f @ w for f, w in zip(self._columns(_unit(part)), self._weights, strict=True)) + self._mean_y
+            for part in rows.split(self.block)
+        ]
+        return F.normalize(torch.cat(better), dim=1) if unit else torch.cat(better)
 
-    def _moments(self, sources: Tensor, y: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What is linear in F: the means of phi_S and of psi (E + 1,), phi_S' phi_S and M (E + 1, E + 1), and
-        phi_S' Y; sets `scale`. Where nothing is centred the means are 0."""
-        (k, width), n = sources.shape, len(sources) + len(targets)
-        middle, second = y.new_zeros(width + 1), y.new_zeros(width + 1, width + 1)
-        product = y.new_zeros(width + 1, y.shape[1])
-        middle_psi, metric = torch.zeros_like(middle), torch.zeros_like(second)
-        for part in _blocks(k, self.block):
-            phi = self._phi(_unit(sources[part]))
-            middle += phi.sum(dim=0) / k
-            second += phi.T @ phi
-            product += phi.T @ y[part]
-        for rows in (sources, targets):
-            for part in rows.split(self.block):
-                psi = self._psi(_unit(part))
-                middle_psi += psi.sum(dim=0) / n
-                metric += psi.T @ psi
-        centre = second - k * torch.outer(middle, middle)
-        spread = metric - n * torch.outer(middle_psi, middle_psi)
-        self.scale = float((centre * spread).sum()) / width  # the trace of phi_S M phi_S', centred
-        if not self.centred:
-            return torch.zeros_like(middle), torch.zeros_like(middle), second, metric, product
-        return middle, middle_psi, centre, spread, product - torch.outer(middle, y.sum(dim=0))
+    def _columns(self, x: Tensor) -> Iterator[Tensor]:
+        """The features of unit rows (b, E), less the sources' means, in blocks of columns."""
+        for part, mean in zip(self._parts, self._means, strict=True):
+            if self.form == "linear":
+                yield F.pad(x, (1, 0), value=1.0) @ part - mean
+            else:
+                z = (x @ part.T).sub_(1).mul_(self.gamma)  # -gamma (1 - K^)
+                yield (z.expm1_() if self.centred else z.exp_()).sub_(mean)  # centred, F and F - 1 are equal
 
-    def _products(
-        self, pool: Tensor, k: int, rows: Tensor, middle: Tensor, middle_psi: Tensor, metric: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """F_S F_S' (k, k), lower triangle alone, F_V F_S' (v, k) for validation rows; what centres R_S by
-        columns (n,) and by rows (k,).
+    def _root(self, pool: Tensor) -> Tensor:
+        """B (E + 1, E + 1) with which F F' = f f' in the linear limit, f = [1, x] B."""
+        psi = F.pad(pool, (1, 0), value=1.0)
+        psi -= psi.mean(dim=0) * self.centred
+        values, vectors = torch.linalg.eigh(psi.T @ psi)
+        root = math.exp(-self.gamma) * vectors * values.clamp_min(0).sqrt()
+        root[1:] *= self.gamma
+        return root
 
-        F F' = (phi psi' + R) (phi psi' + R)' = phi M phi' + phi (R psi)' + (R psi) phi' + R R'.
-        """
-        n, phi = len(pool), self._phi(torch.cat([_unit(pool[:k]), rows])) - middle
-        both = torch.cat([self._pool[:k], rows.to(self._pool)])  # sources, then validation rows
-        gram, cross = phi.new_zeros(k, k), phi.new_zeros(len(rows), k)
-        middle_r, across = phi.new_zeros(n), phi.new_zeros(len(both))
-        mixed = torch.zeros_like(phi)  # R psi
-        for columns in _blocks(n, self.block):
-            r = self._remainder(both, self._pool[columns])
-            if self.centred:
-                middle_r[columns] = mean = r[:k].mean(dim=0, dtype=torch.float64)
-                r -= mean
-                across += r.sum(dim=1, dtype=torch.float64) / n
-            mixed += r.double() @ (self._psi(_unit(pool[columns])) - middle_psi)
-            for part in _blocks(k, self.block):
-                gram[part, : part.stop] += inner_products(r[: part.stop], r[part]).T
-            cross += inner_products(r[:k], r[k:]).T
-        # Centring R by rows takes n across across' from R R', and nothing from R psi, as psi is centred.
-        left = torch.cat([phi, mixed, across[:, None]], dim=1)
-        right = torch.cat([phi[:k] @ metric + mixed[:k], phi[:k], -n * across[:k, None]], dim=1).T
-        for part in _blocks(k, self.block):
-            gram[part, : part.stop].addmm_(left[part], right[:, : part.stop])
-        return gram, cross.addmm_(left[k:], right), middle_r, across[:k]
+    def _products(self, x: Tensor, k: int, n: int) -> Tensor:
+        """F F_S' (b, k) of unit rows (b, E), first the k sources, whose upper triangle is not computed."""
+        products, sums = x.new_zeros(len(x), k), x.new_zeros(len(x))
+        for f in self._columns(x):
+            sums += f.sum(dim=1)
+            for start in range(0, len(x), self.block):
+                part, end = slice(start, start + self.block), min(start + self.block, k)
+                products[part, :end].addmm_(f[part], f[:end].T)
+        return products.addr_(sums, sums[:k], alpha=-self.centred / n)  # less n m m', m the rows' means
 
-    def _phi(self, x: Tensor) -> Tensor:
-        return torch.cat([torch.ones_like(x[:, :1]), self.gamma * x], dim=1)  # (b, E + 1)
-
-    def _psi(self, x: Tensor) -> Tensor:
-        return torch.cat([torch.ones_like(x[:, :1]), x], dim=1) * math.exp(-self.gamma)  # (b, E + 1)
-
-    def _remainder(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """R = F - phi psi' = e^-gamma (e^z - 1 - z), z = gamma K^. Unit rows (a, E), (b, E) -> (a, b)."""
-        z = inner_products(rows, self.gamma * columns)
-        if z.dtype == torch.float64:
-            return (torch.expm1(z) - z) * math.exp(-self.gamma)
-        # float32 serves |z| <= 0.1, where the difference would cancel but five terms of the series do
-        r = z / 720
-        for factorial in (120, 24, 6, 2):
-            r.add_(1 / factorial).mul_(z)
-        return r.mul_(z).mul_(math.exp(-self.gamma))
-
-    def _choose(
-        self, solve: Callable[[float], Tensor], predict: Callable[[Tensor], Tensor], truth: Tensor
-    ) -> Tensor:
-        """The solution of the penalty whose predictions have the highest mean cosine to `truth`."""
+    def _ridge(self, gram: Tensor, y: Tensor, cross: Tensor, truth: Tensor) -> Tensor:
+        """A = (G + alpha I)^-1 Y for the given alpha, or for that whose predictions, cross A, have the
+        highest mean cosine to `truth`. Reads the lower triangle of G and changes its diagonal."""
         self.tried: list[tuple[float, float]] = []
-        best, solution, worse = -torch.inf, None, 0
-        given = self.fixed_alpha is not None
-        for alpha in [self.fixed_alpha] if given else [part * self.scale for part in self.relative_alphas]:
-            try:
-                trial = solve(alpha)
-            except torch.linalg.LinAlgError:  # this penalty is lost in the rounding of F F'
+        diagonal, best, solution, worse = gram.diagonal().clone(), -torch.inf, None, 0
+        for alpha in [self._given] if self._given else [part * self.scale for part in self.relative_alphas]:
+            gram.diagonal().copy_(diagonal + alpha)
+            factor, lost = torch.linalg.cholesky_ex(gram)
+            if lost:  # in the rounding of G
                 continue
-            if given:
+            trial = torch.cholesky_solve(y, factor)
+            del factor  # before the next one is made
+            if self._given:
                 self.alpha = alpha
                 return trial
-            cosine = float((F.normalize(predict(trial), dim=-1) * truth).sum(dim=-1).mean())
+            cosine = float((F.normalize(cross @ trial + self._mean_y, dim=1) * truth).sum(dim=1).mean())
             self.tried.append((alpha / self.scale, cosine))
             if cosine > best:
                 best, solution, self.alpha, worse = cosine, trial, alpha, 0
@@ -866,39 +757,6 @@ def _unit(rows: Tensor) -> Tensor:
     if not bool(((lengths > 0) & lengths.isfinite()).all()):
         raise ValueError("DAKL: a row is zero or not finite, and equation (6) divides by its length")
     return rows.double() / lengths
-
-
-def _blocks(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-class _Ridge:
-    """(G + alpha I)^-1 Y for one G after another alpha, in the memory of G.
-
-    Cholesky's factor R (R'R = G + alpha I) is upper triangular and G symmetric: G keeps the lower triangle,
-    R takes the upper, and only the blocks on the diagonal are held twice.
-    """
-
-    def __init__(self, gram: Tensor, block: int):
-        """gram (k, k): its lower triangle, in blocks of `block`, is read; the upper one is overwritten."""
-        self.gram, self.blocks = gram, _blocks(len(gram), block)
-        self.diagonal = [gram[part, part].clone() for part in self.blocks]
-
-    def solve(self, y: Tensor, alpha: float) -> Tensor:
-        """(k, E) -> (k, E). Raises torch.linalg.LinAlgError where alpha is lost in G's rounding."""
-        r, y = self.gram, y.clone()
-        for part, corner in zip(self.blocks, self.diagonal, strict=True):  # G = R'R, and R'y' = y on the way
-            above = r[: part.start, part].T.contiguous()
-            corner = corner + alpha * torch.eye(len(corner), dtype=r.dtype, device=r.device)
-            lower = torch.linalg.cholesky(corner - above @ above.T)
-            right = torch.addmm(r[part.stop :, part].T, above, r[: part.start, part.stop :], alpha=-1)
-            r[part, part] = lower.T
-            r[part, part.stop :] = torch.linalg.solve_triangular(lower, right, upper=False)
-            y[part] = torch.linalg.solve_triangular(lower, y[part] - above @ y[: part.start], upper=False)
-        for part in reversed(self.blocks):  # R a = y'
-            rest = y[part] - r[part, part.stop :] @ y[part.stop :]
-            y[part] = torch.linalg.solve_triangular(r[part, part], rest, upper=True)
-        return y
 
 
 # ============================================================================================================

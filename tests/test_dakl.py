@@ -1,6 +1,7 @@
 """DAKL: equations (5), (6), (7) by hand; the plain, the streamed and the linear form against one another."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch.nn.functional as F
 from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor
 
-from reverse_sd import Dakl, _Ridge, dakl_literal, kmeans, linear_kernel, nearest_rows, normalise_kernel, rbf
+from reverse_sd import Dakl, dakl_literal, kmeans, linear_kernel, nearest_rows, normalise_kernel, rbf
 
 WIDTH = 16
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
 def pairs(n: int, noise: float, seed: int, rotation: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -75,21 +78,35 @@ def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gamma", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 20.0])
-def test_streamed_is_plain(gamma: int):
+def test_streamed_is_plain(gamma: float):
     sources, y, targets, truth = problem()
     for block in (7, 64, 1000):
         dakl = Dakl(gamma, block=block).fit(sources, y, targets, (targets, truth))
         plain = dakl_literal(sources, y, targets, gamma, dakl.alpha, centred=True)
-        assert torch.allclose(dakl.predict(targets, unit=False), plain, atol=1e-7)
-        assert torch.allclose(dakl.predict(targets), F.normalize(plain, dim=1), atol=1e-7)
+        assert torch.allclose(dakl.predict(targets, unit=False), plain, atol=1e-11)
+        assert torch.allclose(dakl.predict(targets), F.normalize(plain, dim=1), atol=1e-11)
 
 
-@pytest.mark.parametrize("gamma", [1e-4, 1e-2, 0.1])
-def test_float64_throughout_is_plain_to_the_last_digits(gamma: float):
-    sources, y, targets, truth = problem()
-    dakl = Dakl(gamma, block=50, single_up_to=0).fit(sources.double(), y, targets.double(), (targets, truth))
-    plain = dakl_literal(sources, y, targets, gamma, dakl.alpha, centred=True)
-    assert torch.allclose(dakl.predict(targets.double(), unit=False), plain, atol=1e-10)
+@pytest.mark.parametrize("form", ["exact", "linear"])
+def test_float32_rows_are_taken_as_the_float64_rows_of_the_same_values(form: str):
+    rows = problem()
+    single, double = (
+        Dakl(form=form).fit(*given[:3], given[2:]) for given in (rows, [x.double() for x in rows])
+    )
+    predicted = single.predict(rows[2])
+    assert predicted.dtype == torch.float64
+    assert single.tried == double.tried and torch.equal(predicted, double.predict(rows[2].double()))
+
+
+@pytest.mark.parametrize("form", ["exact", "linear"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_that_it_makes_lies_with_its_rows(device: str, form: str):
+    expected = Dakl(form=form).fit(*problem()[:3], problem()[2:]).predict(problem()[2])
+    sources, y, targets, truth = (x.to(device) for x in problem())
+    with torch.device("meta"):  # a tensor made without a device would lie there
+        predicted = Dakl(form=form).fit(sources, y, targets, (targets, truth)).predict(targets)
+    assert predicted.device.type == device
+    assert torch.allclose(predicted.cpu(), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("gamma", [1e-2, 0.1, 1.0])
@@ -203,34 +220,88 @@ def test_a_fixed_alpha_shrinks_to_the_mean_where_a_chosen_one_gains():
     assert cosine(chosen, truth).mean() > cosine(targets, truth).mean() > cosine(fixed, truth).mean()
 
 
-def test_the_two_triangles_of_ridge_serve_every_alpha():
-    g = torch.Generator().manual_seed(0)
-    f = torch.randn(37, 50, generator=g, dtype=torch.float64)
-    y = torch.randn(37, 3, generator=g, dtype=torch.float64)
-    gram = f @ f.T
-    ridge = _Ridge(gram.clone().tril(), block=10)
-    for alpha in (0.1, 5.0, 0.1):
-        expected = torch.linalg.solve(gram + alpha * torch.eye(37), y)
-        assert torch.allclose(ridge.solve(y, alpha), expected, atol=1e-9)
+@pytest.mark.parametrize("gamma", [1e-4, 1e-3, 1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("centred", [True, False])
+def test_scale_is_a_trace_of_the_exact_features(gamma: float, centred: bool):
+    """Columns at their means over the sources; rows, too, if the features are centred."""
+    sources, y, targets, _ = problem()
+    f = rbf(normalise_kernel(linear_kernel(torch.cat([sources, targets]).double())), gamma)
+    f = f - f.mean(dim=1, keepdim=True) if centred else f
+    expected = float((f[:90] - f[:90].mean(dim=0)).square().sum()) / WIDTH
+    exact, linear = (Dakl(gamma, 1.0, form, centred).fit(sources, y, targets) for form in ("exact", "linear"))
+    assert exact.scale == pytest.approx(expected, rel=1e-5)
+    assert linear.scale == pytest.approx(expected, rel=gamma)
+
+
+def by_cosine() -> tuple[list[float], Callable[..., Dakl]]:
+    """Five penalties, the best one first; and a fit that tries what it is given."""
+    sources, y, targets, truth = problem()
+
+    def fit(*relative: float) -> Dakl:
+        return Dakl(relative_alphas=relative).fit(sources, y, targets, (targets, truth))
+
+    tried = fit(*[10.0**-i for i in range(-1, 3)]).tried + fit(1e-5).tried
+    return [alpha for alpha, _ in sorted(tried, key=lambda pair: -pair[1])], fit
+
+
+def test_the_search_ends_at_three_in_a_row_no_better():
+    (best, second, third, fourth, fifth), fit = by_cosine()
+    for relative, count in (
+        ((second, third, fourth, fifth, best), 4),  # three worse than the first
+        ((second, third, fourth, best, fifth, third), 6),  # two worse ones end nothing
+        ((third, fourth, second, fifth, fourth, third, best), 6),  # counted from the best so far
+        ((second, second, second, second, best), 4),  # equal is no better
+        ((fifth, fourth, third, second, best), 5),
+    ):
+        dakl = fit(*relative)
+        assert [alpha for alpha, _ in dakl.tried] == pytest.approx(relative[:count])
+        cosines = [cosine for _, cosine in dakl.tried]
+        assert dakl.alpha / dakl.scale == pytest.approx(relative[cosines.index(max(cosines))])
+
+
+def test_validation_limit_compares_evenly_spaced_rows():
+    sources, y, targets, truth = problem()
+    some = torch.tensor([0, 32, 64, 96, 129])  # of 130
+    limited = Dakl(validation_limit=5).fit(sources, y, targets, (targets, truth))
+    by_hand = Dakl().fit(sources, y, targets, (targets[some], truth[some]))
+    assert limited.tried == by_hand.tried and limited.alpha == by_hand.alpha
+    whole = [Dakl(validation_limit=n).fit(sources, y, targets, (targets, truth)).tried for n in (130, 2000)]
+    assert whole[0] == whole[1] != limited.tried
 
 
 def test_penalties_below_the_rounding_are_passed_over():
     sources, y, targets, truth = problem()
     dakl = Dakl(1e-4, centred=False, relative_alphas=[1e-30, 0.1]).fit(sources, y, targets, (targets, truth))
     assert [relative for relative, _ in dakl.tried] == [pytest.approx(0.1)]
+    relative = [0.1, 1e-30, 1e-30, 1e-30, 0.01]  # and are no three in a row that are no better
+    dakl = Dakl(1e-4, centred=False, relative_alphas=relative).fit(sources, y, targets, (targets, truth))
+    assert len(dakl.tried) == 2
     with pytest.raises(ValueError, match="below the rounding"):
         Dakl(1e-4, alpha=1e-30, centred=False).fit(sources, y, targets)
 
 
 def test_what_does_not_fit_is_said():
-    x = torch.ones(3, 4)
+    x, one, nan = torch.ones(3, 4), Dakl(alpha=1.0), float("nan")
     for message, call in (
         ("form", lambda: Dakl(form="quick")),
         ("above 0", lambda: Dakl(gamma=0)),
-        ("3 sources but 2", lambda: Dakl(alpha=1.0).fit(x, x[:2], x)),
+        ("above 0", lambda: Dakl(gamma=nan)),
+        ("above 0", lambda: Dakl(alpha=-1.0)),
+        (r"\(3, 4\), \(2, 4\).* are not", lambda: one.fit(x, x[:2], x)),
+        ("are not", lambda: one.fit(x[:0], x[:0], x)),
+        ("are not", lambda: one.fit(x, x, x[:, :2])),
+        ("are not", lambda: one.fit(x, x[:, 0], x)),
+        ("are not", lambda: Dakl().fit(x, x, x, (x, x[:2]))),
+        ("are not", lambda: Dakl().fit(x, x, x, (x[:, :2], x))),
+        ("are not", lambda: Dakl().fit(x, x, x, (x, x[:, :2]))),
         ("validation", lambda: Dakl().fit(x, x, x)),
-        ("zero or not finite", lambda: Dakl(alpha=1.0).fit(x * 0, x, x)),
-        ("zero or not finite", lambda: Dakl(alpha=1.0).fit(x, x, x / 0)),
+        ("validation", lambda: Dakl().fit(x, x, x, (x[:0], x[:0]))),
+        ("embedding is not finite", lambda: one.fit(x, x * nan, x)),
+        ("zero or not finite", lambda: one.fit(x * 0, x, x)),
+        ("zero or not finite", lambda: one.fit(x, x, x / 0)),
+        ("zero or not finite", lambda: Dakl().fit(x, x, x, (x * nan, x))),
+        ("zero or not finite", lambda: Dakl().fit(x, x, x, (x, x * nan))),
+        ("zero or not finite", lambda: one.fit(x, x, x).predict(x * 0)),
     ):
         with pytest.raises(ValueError, match=message):
             call()

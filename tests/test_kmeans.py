@@ -1,11 +1,14 @@
 """k-means: start, distances, repair, determinism."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+import reverse_sd
 from reverse_sd import centroid_targets, cluster_means, fill_empty, kmeans, kmeans_start, nearest_rows
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -69,6 +72,46 @@ def test_every_iteration_lowers_the_inertia():
     rows, _ = blobs(40, 20, spread=0.3)
     inertia = [float(nearest_rows(rows, kmeans(rows, 40, 0, i, 0)[0])[1].mean()) for i in range(6)]
     assert inertia == sorted(inertia, reverse=True) and inertia[-1] < 0.97 * inertia[0]
+
+
+def plain_steps(rows: Tensor, k: int, steps: int) -> list[tuple[Tensor, float]]:
+    """The centroids after 0, 1, ... iterations of Lloyd's from the start that seed 0 gives; their inertia."""
+    centroids, labels = kmeans(rows, k, max_iterations=0)
+    found = []
+    for _ in range(steps + 1):
+        distances = torch.cdist(rows, centroids).square()
+        found.append((centroids, float(distances.min(dim=1).values.mean())))
+        labels = distances.argmin(dim=1)
+        centroids = torch.stack([rows[labels == cluster].mean(dim=0) for cluster in range(k)])
+    return found
+
+
+def test_max_iterations_are_so_many_steps_of_lloyd():
+    rows = blobs(40, 20, spread=0.3)[0].double()
+    for iterations, (centroids, _) in enumerate(plain_steps(rows, 20, 5)):
+        ours, labels = kmeans(rows, 20, max_iterations=iterations, tolerance=0)
+        assert torch.allclose(ours, centroids, atol=1e-12)
+        assert torch.equal(labels, nearest_rows(rows, ours)[0])
+
+
+def test_it_ends_when_the_inertia_falls_by_less_than_the_tolerance_of_itself():
+    rows = blobs(40, 20, spread=0.3)[0].double()
+    steps = plain_steps(rows, 20, 5)
+    falls = [(before - after) / after for (_, before), (_, after) in itertools.pairwise(steps)]
+    assert falls == sorted(falls, reverse=True) and falls[-1] > 0
+    for step, fall in enumerate(falls, start=1):
+        at, below = (kmeans(rows, 20, tolerance=fall * near)[0] for near in (1 + 1e-9, 1 - 1e-9))
+        assert torch.allclose(at, steps[step][0], atol=1e-12)
+        assert not torch.allclose(below, steps[step][0], atol=1e-12)
+
+
+@pytest.mark.parametrize(("tolerance", "steps"), [(1.0, 1), (0.999, 2)])
+def test_a_fall_of_just_the_tolerance_ends_it(tolerance: float, steps: int, monkeypatch: pytest.MonkeyPatch):
+    """One cluster of 0 and 2: the inertia falls from 2 to 1, by 1 times itself, and then no more."""
+    calls = []
+    monkeypatch.setattr(reverse_sd, "cluster_means", lambda *a: calls.append(a) or cluster_means(*a))
+    assert kmeans(torch.tensor([[0.0], [2.0]]), 1, tolerance=tolerance)[0].tolist() == [[1]]
+    assert len(calls) == steps
 
 
 @pytest.mark.parametrize("device", DEVICES)
