@@ -118,8 +118,7 @@ def table_text(result: dict) -> str:
             "pretrained weights) and are shown for reference."
         )
     cells = [
-        (row["name"], short(row["cosine"]), interval(row["cosine_95"]), short(row["deviation_of_seeds"]))
-        + (short(row["paper"]),)
+        (row["name"], row["cosine"], interval(row["cosine_95"]), row["deviation_of_seeds"], row["paper"])
         for row in rows
     ]
     methods = markdown("method | cosine | 95 % interval | deviation over seeds | paper", cells)

@@ -85,10 +85,8 @@ def processor(device: str) -> str:
     """The name of the GPU or CPU that computes."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), platform.processor() or platform.machine())
 
@@ -98,9 +96,12 @@ def page(title: str, *parts: str) -> str:
 
 
 def markdown(header: str, rows: Iterable[Sequence[object]]) -> str:
-    """A table; `header` holds the names of the columns as "a | b | c"."""
-    lines = [f"| {header} |", "|---" * (header.count(" | ") + 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+    """A table; `header` holds the names of the columns as "a | b | c". Floats are written by `short`."""
+    lines = [f"| {header} |", "|---" * len(header.split(" | ")) + "|"]
+    for row in rows:
+        cells = (short(cell) if cell is None or isinstance(cell, float) else str(cell) for cell in row)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def bullets(notes: Iterable[str]) -> str:

@@ -73,7 +73,7 @@ def figure_9_text(result: dict) -> str:
     """Figure 9's numbers as Markdown."""
     rows = [
         (run, entry["seed"], f"{entry['n']:,}", short(entry["spearman"], True))
-        + (interval(entry["spearman_95"], True), *(short(entry["undrawn"][name]) for name in CHUNKS))
+        + (interval(entry["spearman_95"], True), *(entry["undrawn"][name] for name in CHUNKS))
         for run, by_seed in result["runs"].items()
         for entry in by_seed
         if "undrawn" in entry
@@ -135,7 +135,7 @@ def figure_11_text(result: dict) -> str:
         quantiles = np.mean([of["quantiles"] for of in by_seed], axis=0)
         better = [seed["share_where_ensemble_is_better"].get(name) for seed in seeds]
         share = "" if name == "ensemble" else f"{np.mean(better):.1%}"
-        rows.append((name, short(mean), *(short(quantiles[i]) for i in (1, 3, 5)), share))
+        rows.append((name, mean, *quantiles[[1, 3, 5]], share))
     return page(
         "Figure 11: the ensemble and its members",
         f"{provenance_text(result)} Means over the seeds; figure-11.json holds the histograms.",

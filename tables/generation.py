@@ -24,7 +24,7 @@ import reverse_sd
 import train
 import weights
 from mini import drawbench, naming, scenes
-from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text, short
+from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text
 from tables.merit import RESAMPLES, bootstrap_interval, cosines, paired_test
 from tables.probe import default_views
 from tables.runs import Plan, RunName
@@ -184,8 +184,8 @@ def table_6_text(result: dict) -> str:
         prompts = "a list of prompts for mini scenes" if result["bench"] == "mini" else result["bench"]
         bench = f" DrawBench is {prompts}."
     rows = [
-        (row["prompts"], row["n_prompts"], row["judge"], short(row["original"]), short(row["trained"]))
-        + (*comparison(row), *map(short, row["paper"] or (None, None)))
+        (row["prompts"], row["n_prompts"], row["judge"], row["original"], row["trained"], *comparison(row))
+        + tuple(row["paper"] or (None, None))
         for row in result["rows"]
     ]
     return page(
@@ -274,7 +274,7 @@ def compute_noise(plan: Plan) -> dict:
 def noise_text(result: dict) -> str:
     """The noise study as Markdown."""
     rows = [
-        (entry["seed"], entry["prompts"], short(entry["cosine_to_mean"]), short(entry["deviation"]))
+        (entry["seed"], entry["prompts"], entry["cosine_to_mean"], entry["deviation"])
         + (interval(entry["deviation_95"]),)
         for entry in result["per_seed"]
     ]

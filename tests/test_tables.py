@@ -443,7 +443,7 @@ def test_numbers_are_written_as_the_paper_writes_them():
 
 
 def test_a_markdown_table():
-    assert markdown("a | b", [("x", 1), ("", None)]) == "| a | b |\n|---|---|\n| x | 1 |\n|  | None |"
+    assert markdown("a | b", [("x", 1), (None, 0.5)]) == "| a | b |\n|---|---|\n| x | 1 |\n|  | .5000 |"
     assert interval((0.5, -0.25), True) == "+.5000 to -.2500" and interval(None) == ""
 
 
