@@ -241,7 +241,7 @@ def train_missing(plan: Plan, runs: Iterable[RunName]) -> set[tuple[RunName, int
     futures: dict[tuple[RunName, int], Future] = {}
     running: dict[Path, subprocess.Popen] = {}
     failed, interval = set(), 2 if sys.stderr.isatty() else 60
-    with ThreadPoolExecutor(plan.jobs) as pool, tqdm(total=len(missing), unit="run") as bar:
+    with ThreadPoolExecutor(plan.jobs) as pool, tqdm(total=len(missing), desc="trainings") as bar:
         try:
             for run, seed in missing:
                 phase_1 = futures.get((run.phase_1, seed))
