@@ -11,15 +11,14 @@ beside the baseline that predicts the mean training embedding for every image. W
 RUN/predictions/*.npy (the unit-length predicted embeddings of each split and their targets, in the order of
 RUN/predictions/rows.json) and RUN/examples.png.
 
---table (1 heads and curriculum, 2 heads, 5 and 6 the trained U-Net put back to draw, 7 curricula, 8 ensemble
-and DAKL, 9 parts of the ensemble, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the paper,
-captions, what the U-Net reads, and ceiling, what the embedded pictures give away) and --figure (9 difficulty,
-11 the ensemble) train what is missing, a run for each row and seed, and go on where a former call was
-stopped. They write results/table-N.md and .json, ours beside the paper's. All other flags are train.py's and
-hold for every run, as --epochs (here 3).
+--table (1 heads and curriculum, 2 heads, 5 and 6 pictures by the trained U-Net, 7 curricula, 8 ensemble and
+DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the
+paper, captions, the text that the U-Net reads, and ceiling, the best achievable cosine) and --figure
+(9 difficulty, 11 the ensemble) train the missing runs, one for each row and seed, and resume those that were
+stopped. They write results/table-N.md and .json, with the paper's numbers beside ours. All other flags are
+train.py's and apply to every run, as --epochs (here 3).
 
-What a table runs and how its numbers come about is in tables/; here are one run's evaluation and the command
-line.
+tables/ defines the tables and figures.
 """
 
 from __future__ import annotations
@@ -31,26 +30,22 @@ import logging
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import data
 import weights
-from tables.compute import compute_table, table_text, write_result
-from tables.figures import FIGURES, compute_figure_9, compute_figure_11, figure_9_text, figure_11_text
-from tables.generation import DRAWN, RUN, read_drawbench
-from tables.probe import default_views
-from tables.rows import TABLES
+from tables.exhibit import Exhibit
+from tables.generation import read_drawbench
+from tables.probe import only_default_prompts
+from tables.registry import EXHIBITS
 from tables.runs import DECIDED, EPOCHS, SOURCES, Plan, cores, train_missing, with_phase_1
-from training.config import EMBEDDED, parse_args
+from training.config import parse_args
 from training.evaluate import evaluate
 from training.folder import saved_config
 from training.inputs import prepare
 
 log = logging.getLogger("eval")
-
-NUMBERS = sorted([*TABLES, *DRAWN], key=lambda n: (isinstance(n, str), n))
 
 
 # ============================================================================================================
@@ -58,35 +53,26 @@ NUMBERS = sorted([*TABLES, *DRAWN], key=lambda n: (isinstance(n, str), n))
 # ============================================================================================================
 
 
-def asked_for(given: str, known: Iterable[int | str], what: str) -> list[int | str]:
-    """ "1,2" or "all" as keys of TABLES or FIGURES, in their order."""
-    by_name = {str(key): key for key in known}
-    parts = list(by_name) if given == "all" else given.split(",")
-    if unknown := [part for part in parts if part not in by_name]:
-        raise data.DataError(
-            f"--{what} {unknown[0] or given}: no such {what} here; there are {', '.join(by_name)} and all"
-        )
-    return [key for name, key in by_name.items() if name in parts]
+def selected(flag: str, kind: str) -> dict[tuple[str, int | str], Exhibit]:
+    """The exhibits of a kind that a flag names, as "1,2" or "all", by kind and number."""
+    by_name = {str(number): number for number in EXHIBITS[kind]}
+    names = list(by_name) if flag == "all" else flag.split(",")
+    if unknown := [name for name in names if name not in by_name]:
+        raise data.DataError(f"--{kind} {unknown[0] or flag}: unknown; give {', '.join(by_name)} or all")
+    return {(kind, number): EXHIBITS[kind][number] for name, number in by_name.items() if name in names}
 
 
-def runs_of(number: int | str) -> list[str]:
-    """The runs that a table is made of."""
-    return [RUN] if number in DRAWN else [run for row in TABLES[number].rows for run in row.runs]
+def seeds_of(flag: str) -> tuple[int, ...]:
+    seeds = flag.split(",")
+    if not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
+        raise data.DataError(f"--seeds {flag}: must be different whole numbers with commas between, as 0,1,2")
+    return tuple(map(int, seeds))
 
 
-def seeds_of(given: str) -> tuple[int, ...]:
-    parts = given.split(",")
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise data.DataError(
-            f"--seeds {given}: must be different whole numbers with commas between, as 0,1,2"
-        )
-    return tuple(map(int, parts))
-
-
-def sources_of(given: str) -> dict[str, str]:
-    """ "paper", "mini" or "paper,clip=clip-l-14" as the source of each backbone."""
+def sources_of(flag: str) -> dict[str, str]:
+    """The weights of each backbone from "paper", "mini" or "paper,clip=clip-l-14"."""
     sources = dict(SOURCES["mini"])
-    for part in given.split(","):
+    for part in flag.split(","):
         backbone, _, source = part.partition("=")
         if part in SOURCES:
             sources |= SOURCES[part]
@@ -94,86 +80,74 @@ def sources_of(given: str) -> dict[str, str]:
             sources[backbone] = source
         else:
             raise data.DataError(
-                f"--weights {part}: must be {' or '.join(SOURCES)}, and then BACKBONE=SOURCE for "
-                f"{', '.join(sources)} that differ, with commas between"
+                f"--weights {part}: must be {' or '.join(SOURCES)}, or BACKBONE=SOURCE for "
+                f"{', '.join(sources)}, with commas between"
             )
     return sources
 
 
-def probe_knows(name: str) -> bool:
-    """Whether all prompts of --data are the embedded default's."""
-    return name in EMBEDDED or set(data.read_pairs(Path(name)).prompts) <= default_views().keys()
-
-
 def train_fields(flags: list[str]) -> dict[str, Any]:
-    """train.py's flags as fields. Raises DataError for one that it does not know or that the rows decide."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    """train.py's flags as fields. Raises DataError for unknown flags and for those that the rows decide."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             fields, out, resume = parse_args(flags, "")
         except SystemExit as stop:
-            line = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+            line = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
             raise data.DataError(f"{line}; see eval.py --help and train.py --help") from stop
-    decided = sorted(DECIDED & fields.keys()) + ["out"] * bool(out) + ["resume"] * bool(resume)
-    if decided:
+    if decided := sorted(DECIDED & fields.keys()) + ["out"] * bool(out) + ["resume"] * bool(resume):
         name = decided[0].replace("_", "-")
         raise data.DataError(f"--{name}: each row decides it; see --seeds and --runs in eval.py --help")
     return fields
 
 
-def make(args: argparse.Namespace, flags: list[str], command: str) -> int:
-    """The tables and figures asked for. Returns the exit status."""
-    seeds, sources = seeds_of(args.seeds), sources_of(args.weights)
-    tables = asked_for(args.table, NUMBERS, "table") if args.table else []
-    needs_probe = [n for n in (5, "ceiling") if n in tables]
-    if needs_probe and not (sources["unet"] == "sd-mini" and probe_knows(args.data)):
-        if args.table != "all":
-            raise data.DataError(
-                f"--table {needs_probe[0]}: its judge, the probe, knows the embedded mini scenes alone; "
-                "leave --data and --weights out"
-            )
-        tables = [n for n in tables if n not in needs_probe]
-    sheets = asked_for(args.figure, FIGURES, "figure") if args.figure else []
-    given = {"epochs": EPOCHS} | train_fields(flags)
-    device = weights.resolve_device(args.device)
-    jobs = args.jobs or (2 if device == "cpu" and cores() > 1 else 1)
+def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
+    if args.jobs is not None and args.jobs < 1:
+        raise data.DataError(f"--jobs {args.jobs}: must be at least 1")
+    seeds, sources, options = seeds_of(args.seeds), sources_of(args.weights), train_fields(flags)
     name = Path(args.data).resolve().name
     kind = "" if args.weights == "mini" else "-" + args.weights.replace("/", "_")
-    plan = Plan(
-        args.data, sources, seeds, args.folder or Path("runs") / f"tables-{name}{kind}", jobs, device, given
-    )
-    results = args.results or Path("results") / (name if args.data != "mini" else "")
-    # What would stop it after the trainings is better known before them.
-    there = next(path for path in (results.absolute(), *results.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise data.DataError(f"--results {results}: {there} is a file; give a folder")
-    if args.drawbench:
-        read_drawbench(args.drawbench)
-    runs = {("table", n): runs_of(n) for n in tables}
-    runs |= {("figure", n): FIGURES[n] for n in sheets}
-    failed = train_missing(plan, [run for needed in runs.values() for run in needed])
-    for (what, n), needed in runs.items():
-        missing = [run for run, _ in failed if run in with_phase_1(needed)]
-        if missing:
-            log.error("%s %s: not written, %d of its trainings failed", what, n, len(missing))
-            continue
-        results.mkdir(parents=True, exist_ok=True)
-        if what == "table" and n in DRAWN:
-            compute, text = DRAWN[n]
-            result = compute(plan, command, args.drawbench)
-            write_result(results, f"table-{n}", result, text(result))
-        elif what == "table":
-            result = compute_table(plan, n, command)
-            write_result(results, f"table-{n}", result, table_text(result))
-        elif n == 9:
-            result, sheet = compute_figure_9(plan, command)
-            data.atomic_write(results / "figure-9.png", sheet)
-            write_result(results, "figure-9", result, figure_9_text(result))
+    folder = args.folder or Path("runs") / f"tables-{name}{kind}"
+    device = weights.resolve_device(args.device)
+    jobs = args.jobs or (2 if device == "cpu" and cores() > 1 else 1)
+    options = {"epochs": EPOCHS} | options
+    return Plan(args.data, sources, seeds, folder, jobs, device, options, command, args.drawbench)
+
+
+def exhibits_of(args: argparse.Namespace, plan: Plan) -> dict[tuple[str, int | str], Exhibit]:
+    """The tables and figures to make; "all" leaves out tables that the data do not allow."""
+    exhibits = selected(args.table, "table") if args.table else {}
+    exhibits |= selected(args.figure, "figure") if args.figure else {}
+    needs_probe = [key for key, exhibit in exhibits.items() if exhibit.needs_probe]
+    if needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
+        if args.table != "all":
+            raise data.DataError(
+                f"--table {needs_probe[0][1]}: the probe can judge only the embedded mini scenes; leave out "
+                "--data and --weights"
+            )
+        exhibits = {key: exhibit for key, exhibit in exhibits.items() if key not in needs_probe}
+    return exhibits
+
+
+def make(args: argparse.Namespace, flags: list[str], command: str) -> None:
+    """Train what the tables and figures need, and write them."""
+    plan = plan_of(args, flags, command)
+    exhibits = exhibits_of(args, plan)
+    name = "" if args.data == "mini" else Path(args.data).resolve().name
+    results = args.results or Path("results") / name
+    # Errors that would come after the trainings are reported before them.
+    parent = next(path for path in (results.absolute(), *results.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise data.DataError(f"--results {results}: {parent} is a file; give a folder")
+    if plan.drawbench:
+        read_drawbench(plan.drawbench)
+    failed = train_missing(plan, [run for exhibit in exhibits.values() for run in exhibit.runs])
+    for (kind, number), exhibit in exhibits.items():
+        if missing := [run for run, _ in failed if run in with_phase_1(exhibit.runs)]:
+            log.error("%s %s: not written, %d of its trainings failed", kind, number, len(missing))
         else:
-            result = compute_figure_11(plan, command)
-            write_result(results, "figure-11", result, figure_11_text(result))
+            exhibit.write(plan, results, kind, number)
     if failed:
-        raise data.DataError(f"{len(failed)} trainings failed, see above; the same command tries them again")
-    return 0
+        raise data.DataError(f"{len(failed)} trainings failed, see above; the same command retries them")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,9 +158,9 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
         usage="%(prog)s RUN [RUN ...] | --table N | --figure N   [flags]",
     )
-    numbers = ", ".join(map(str, NUMBERS))
-    parser.add_argument("--table", metavar="N", help=f"{numbers}, several as 1,2, or all")
-    parser.add_argument("--figure", metavar="N", help=f"{', '.join(map(str, FIGURES))} or all")
+    for kind, exhibits in EXHIBITS.items():
+        numbers = ", ".join(map(str, exhibits))
+        parser.add_argument(f"--{kind}", metavar="N", help=f"{numbers}, several as 1,2, or all")
     parser.add_argument(
         "--data", default="mini", help="mini, drawn or a folder, as in train.py (default: mini)"
     )
@@ -204,10 +178,12 @@ def main(argv: list[str] | None = None) -> int:
         "--jobs", type=int, help="trainings at once (default: 2 on a CPU of several cores, else 1)"
     )
     parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="(default: results; of other data results/DATA)"
+        "--results", type=Path, metavar="DIR", help="(default: results; for other data results/DATA)"
     )
     parser.add_argument(
-        "--drawbench", type=Path, metavar="CSV",
+        "--drawbench",
+        type=Path,
+        metavar="CSV",
         help="DrawBench's prompts for table 6 (default: those of mini/drawbench.py)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
@@ -220,10 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if making:
-            if args.jobs is not None and args.jobs < 1:
-                raise data.DataError(f"--jobs {args.jobs}: must be at least 1")
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            return make(args, flags, f"python eval.py {shlex.join(argv)}")
+            make(args, flags, f"python eval.py {shlex.join(argv)}")
+            return 0
         device = weights.resolve_device(args.device)
         for folder in args.runs:
             config = saved_config(folder)
@@ -232,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; all that was trained is kept, and the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes the trainings", file=sys.stderr)
         return 130
     return 0
 

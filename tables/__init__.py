@@ -1,10 +1,11 @@
-"""The paper's tables and figures, each by its number, from trained runs.
+"""The paper's tables and figures from trained runs.
 
-    runs.py      the runs by name; training those that are missing
-    methods.py   what a row makes of its runs: ensemble, DAKL, k-NN, captioner
-    rows.py      the tables' rows and the paper's figures
-    compute.py   a table's numbers and its Markdown
-    figures.py   figures 9 and 11
-    merit.py     cosine, intervals, tests, correlation
-    pictures.py  sheets of pictures
+    registry.py    all of them, by number or name
+    exhibit.py     what they have in common: provenance, Markdown, writing
+    rows.py        the rows of the tables of cosines, with the paper's numbers
+    methods.py     how a row predicts from its runs: ensemble, DAKL, k-NN, captioner;  probe.py  the ceiling
+    compute.py     the numbers and the Markdown of these tables
+    generation.py  tables 5 and 6, section 4.7: pictures by the trained U-Net;  figures.py  figures 9 and 11
+    runs.py        the runs by name; training of the missing ones
+    merit.py       cosine, intervals, tests, correlation;  pictures.py  sheets of pictures
 """

@@ -1,58 +1,57 @@
-"""A table, ours beside the paper's: its numbers from runs that are there, and these as Markdown. Here too is
-what every file of results says of its origin, and the writing of these files."""
+"""The tables of rows.py: their numbers from finished runs, and these as Markdown beside the paper's."""
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
-import baselines
 import data
-import reverse_sd
-from tables.methods import Dakl, Member, Neighbours, members_of
-from tables.rows import TABLES, Row
-from tables.runs import MODELS, Plan, with_phase_1
+from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text, short
+from tables.methods import Member, members_of
+from tables.rows import ROW_TABLES, Row, Table
+from tables.runs import MODELS, Plan, RunName, with_phase_1
 from training.folder import saved_fields
 from training.loop import save_array
 from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test
 
 log = logging.getLogger("tables")
 
+# The fields of TrainConfig that a results file repeats.
+SETTINGS = ("backbone", "weights", "heads", "curriculum", "epochs", "batch_size", "optimizer", "lr")
+SETTINGS += ("train_blocks", "captions")
+
 
 def row_cosines(plan: Plan, row: Row, seed: int, like: Member) -> tuple[np.ndarray, dict]:
-    """The cosine of each test pair (n,), those of `like`, under a row's method; and what the method chose.
+    """The cosine of each test pair (n,) by a row's method, and what the method chose on validation.
 
-    What takes long is kept in the folder of the runs, under a hash of all that it follows from.
+    Slow results are cached in the runs' folder, keyed by a hash of their inputs and the method's version.
+    `like`: a member whose pairs all members must have.
     """
     members = members_of(plan, row.runs, seed, like)
     targets = like.targets("test")
-    if not isinstance(row.method, Dakl | Neighbours):
-        predicted, chose = row.method(members, plan, seed)
-        return cosines(predicted, targets), chose
-    digest = hashlib.sha256(f"{row.method} {row.runs}".encode())
-    for path in (Path(reverse_sd.__file__), Path(baselines.__file__)):
-        digest.update(path.read_bytes())
+    if row.method.version is None:
+        predicted, chosen = row.method(members, plan, seed)
+        return cosines(predicted, targets), chosen
+    key = hashlib.sha256(f"{row.method} {row.method.version} {[run.name for run in row.runs]}".encode())
     for member in members:
         for split in ("train", "val", "test"):
-            digest.update(np.ascontiguousarray(member.predicted(split)))
-            digest.update(np.ascontiguousarray(member.targets(split)))
-    kept = plan.folder / "kept" / f"{digest.hexdigest()[:16]}-seed{seed}"
-    if not kept.with_suffix(".json").exists():
+            key.update(np.ascontiguousarray(member.predicted(split)))
+            key.update(np.ascontiguousarray(member.targets(split)))
+    cached = plan.folder / "kept" / f"{key.hexdigest()[:16]}-seed{seed}"
+    if not cached.with_suffix(".json").exists():
         log.info("%s, seed %d", row.name, seed)
-        kept.parent.mkdir(exist_ok=True)
-        predicted, chose = row.method(members, plan, seed)
-        save_array(kept.with_suffix(".npy"), predicted)
-        data.atomic_write(kept.with_suffix(".json"), json.dumps(chose))
-    predicted = np.load(kept.with_suffix(".npy"), allow_pickle=False)
-    return cosines(predicted, targets), json.loads(kept.with_suffix(".json").read_text())
+        cached.parent.mkdir(exist_ok=True)
+        predicted, chosen = row.method(members, plan, seed)
+        save_array(cached.with_suffix(".npy"), predicted)
+        data.atomic_write(cached.with_suffix(".json"), json.dumps(chosen))
+    predicted = np.load(cached.with_suffix(".npy"), allow_pickle=False)
+    return cosines(predicted, targets), json.loads(cached.with_suffix(".json").read_text())
 
 
 def mean_embedding_cosines(member: Member) -> np.ndarray:
@@ -60,8 +59,8 @@ def mean_embedding_cosines(member: Member) -> np.ndarray:
     return cosines(member.targets("train").astype(np.float64).mean(axis=0), member.targets("test"))
 
 
-def numbers_of(values: Sequence[np.ndarray]) -> dict:
-    """The numbers of a row: `values` are the test pairs' cosines (n,), an array a seed."""
+def summary_of(values: Sequence[np.ndarray]) -> dict:
+    """The numbers of a row from the cosines of its test pairs, one array (n,) per seed."""
     per_seed = [float(v.mean()) for v in values]
     return {
         "cosine": float(np.mean(per_seed)),
@@ -71,162 +70,107 @@ def numbers_of(values: Sequence[np.ndarray]) -> dict:
     }
 
 
-def compute_table(plan: Plan, number: int | str, command: str) -> dict:
-    """All numbers of a table, from runs that are there."""
-    table = TABLES[number]
+def compute_table(table: Table, plan: Plan) -> dict:
+    """All numbers of a table, from finished runs."""
     first = [Member(plan.run_folder(table.rows[0].runs[0], seed)) for seed in plan.seeds]
     baseline = {"name": "mean training embedding", "paper": None, "runs": []}
-    rows = [baseline | numbers_of([mean_embedding_cosines(member) for member in first])]
-    done = {
-        row.name: [row_cosines(plan, row, seed, like) for seed, like in zip(plan.seeds, first, strict=True)]
-        for row in table.rows
-    }
-    values = {name: [cosine for cosine, _ in by_seed] for name, by_seed in done.items()}
+    entries = [baseline | summary_of([mean_embedding_cosines(member) for member in first])]
+    values, chosen = {}, {}
     for row in table.rows:
-        entry = {"name": row.name, "paper": row.paper, "runs": list(row.runs)}
-        entry |= numbers_of(values[row.name])
+        by_seed = [row_cosines(plan, row, seed, like) for seed, like in zip(plan.seeds, first, strict=True)]
+        values[row.name], chosen[row.name] = zip(*by_seed, strict=True)
+    for row in table.rows:
+        entry = {"name": row.name, "paper": row.paper, "runs": [run.name for run in row.runs]}
+        entry |= summary_of(values[row.name])
         entry["tests"] = [
             {"against": other} | paired_test(values[row.name], values[other]) for other in row.against
         ]
-        if any(chose := [chose for _, chose in done[row.name]]):
-            entry["chose"] = chose
-        rows.append(entry)
-    return stated(plan, command) | {
-        "table": number,
+        if any(chosen[row.name]):
+            entry["chose"] = list(chosen[row.name])
+        entries.append(entry)
+    return {
         "caption": table.caption,
         "notes": list(table.notes),
         "n_test": [len(v) for v in values[table.rows[0].name]],
         "n_train": [len(member.targets("train")) for member in first],
-        "rows": rows,
-        "runs": {
-            run: said_of(plan, run) for run in with_phase_1(run for row in table.rows for run in row.runs)
-        },
+        "rows": entries,
+        "runs": {run.name: run_settings(plan, run) for run in with_phase_1(table.runs)},
     }
 
 
-def stated(plan: Plan, command: str) -> dict:
-    """What every file of results says of its origin."""
-    return {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "data": Path(plan.data).resolve().name,
-        "weights": plan.sources,
-        "seeds": list(plan.seeds),
-    }
-
-
-def origin(result: dict) -> str:
-    """`stated` as a sentence."""
-    seeds = f"seed{'s' * (len(result['seeds']) > 1)} {', '.join(map(str, result['seeds']))}"
-    return (
-        f"`{result['command']}`, {result['date']}, torch {result['torch']}. Data: {result['data']}; {seeds}."
-    )
-
-
-def said_of(plan: Plan, run: str) -> dict:
-    """How a run was trained, and for how long, seed by seed."""
+def run_settings(plan: Plan, run: RunName) -> dict:
+    """How a run was trained, and the seconds that it took with each seed."""
     config = saved_fields(plan.run_folder(run, plan.seeds[0]))
-    names = (
-        "backbone",
-        "weights",
-        "heads",
-        "curriculum",
-        "epochs",
-        "batch_size",
-        "optimizer",
-        "lr",
-        "train_blocks",
-        "captions",
-    )
-    seconds = [
-        json.loads((plan.run_folder(run, seed) / "result.json").read_text())["seconds"] for seed in plan.seeds
-    ]
-    return {name: config.get(name) for name in names} | {"seconds": seconds}
-
-
-def short(value: float | None, sign: bool = False) -> str:
-    """.6544, as the paper writes cosines; +.0012 for differences."""
-    if value is None:
-        return ""
-    text = f"{value:+.4f}" if sign else f"{value:.4f}"
-    return text.replace("0.", ".", 1) if abs(value) < 1 else text
+    results = [json.loads((plan.run_folder(run, seed) / "result.json").read_text()) for seed in plan.seeds]
+    settings = {name: config.get(name) for name in SETTINGS}
+    return settings | {"seconds": [result["seconds"] for result in results]}
 
 
 def table_text(result: dict) -> str:
     """A table as Markdown."""
-    tests = sorted({f"{n:,}" for n in result["n_test"]})
-    trains = sorted({f"{n:,}" for n in result["n_train"]})
-    of_paper = any(row["paper"] is not None for row in result["rows"])
-    title, pairs = result["caption"], f"{' or '.join(trains)} training and {' or '.join(tests)} test pairs"
-    said = f"{origin(result)} {pairs} a seed."
-    if of_paper:
+    rows = result["rows"]
+    counts = [" or ".join(sorted({f"{n:,}" for n in result[name]})) for name in ("n_train", "n_test")]
+    introduction = "{} {} training and {} test pairs per seed.".format(provenance_text(result), *counts)
+    title = result["caption"]
+    if any(row["paper"] is not None for row in rows):
         title = f"Table {result['table']}: {title}"
-        said += " The paper's figures are of another world: DiffusionDB, 670,000 training pairs, pretrained "
-        said += "weights."
-    lines = [
-        f"# {title}",
-        "",
-        said,
-        "",
-        "| method | cosine | 95 % interval | deviation of seeds | paper |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        low, high = row["cosine_95"]
-        lines.append(
-            f"| {row['name']} | {short(row['cosine'])} | {short(low)} to {short(high)} | "
-            f"{short(row['deviation_of_seeds'])} | {short(row['paper'])} |"
+        introduction += (
+            " The paper's numbers come from a different data set (DiffusionDB, 670,000 training pairs, "
+            "pretrained weights) and are shown for reference."
         )
-    lines += ["", "| compared, pair by pair | difference | 95 % interval | p | paper | seed by seed |"]
-    lines.append("|---|---|---|---|---|---|")
-    paper = {row["name"]: row["paper"] for row in result["rows"]}
-    for row in result["rows"]:
-        for test in row.get("tests", ()):
-            low, high = test["difference_95"]
-            known = paper[row["name"]] is not None and paper[test["against"]] is not None
-            theirs = short(paper[row["name"]] - paper[test["against"]], True) if known else ""
-            p = "< .0001" if test["p"] < 1e-4 else short(test["p"])
-            by_seed = ", ".join(short(d, True) for d in test["per_seed"])
-            lines.append(
-                f"| {row['name']} − {test['against']} | {short(test['difference'], True)} | "
-                f"{short(low, True)} to {short(high, True)} | {p} | {theirs} | {by_seed} |"
-            )
-    notes = [
-        *result["notes"],
-        "Each seed has its own split, initial heads and order. Intervals: bootstrap over the test pairs of "
-        "all seeds. p: Student's paired test over the same pairs; how much of a difference is chance in "
-        "training, the seeds show.",
+    cells = [
+        (row["name"], row["cosine"], interval(row["cosine_95"]), row["deviation_of_seeds"], row["paper"])
+        for row in rows
     ]
-    if any(row["paper"] is None for row in result["rows"][1:]):
-        notes.insert(0, "Rows without a figure of the paper are ours, beyond it.")
-    for row in result["rows"]:
+    methods = markdown("method | cosine | 95 % interval | deviation over seeds | paper", cells)
+    return page(title, introduction, methods, comparisons_text(rows), bullets(notes_of(result)))
+
+
+def comparisons_text(rows: Sequence[dict]) -> str:
+    """The paired tests of a table's rows, with the paper's differences."""
+    paper = {row["name"]: row["paper"] for row in rows}
+    lines = []
+    for row in rows:
+        for test in row.get("tests", ()):
+            a, b = row["paper"], paper[test["against"]]
+            theirs = "" if a is None or b is None else short(a - b, True)
+            lines.append((f"{row['name']} − {test['against']}", *comparison(test), theirs))
+    return markdown("paired comparison | difference | 95 % interval | p | seed by seed | paper", lines)
+
+
+def notes_of(result: dict) -> list[str]:
+    rows, runs = result["rows"], result["runs"].values()
+    notes = list(result["notes"])
+    if any(row["paper"] is None for row in rows[1:]):
+        notes.insert(0, "Rows without a number in the column `paper` are not in the paper.")
+    notes.append(
+        "Each seed has its own split, initial heads and sample order. Intervals: bootstrap over the test "
+        "pairs of all seeds. p: Student's paired test over the same pairs; it does not cover chance in "
+        "training, which the differences seed by seed show."
+    )
+    for row in rows:
         if row.get("chose"):
-            notes.append(
-                f"{row['name']} chose, seed by seed: " + "; ".join(map(chosen_text, row["chose"])) + "."
-            )
-    started_from = {MODELS[run["backbone"]]: run["weights"] for run in result["runs"].values()}
-    sources = ", ".join(f"{name} {source}" for name, source in started_from.items())
-    if captions := dict.fromkeys(run["captions"] for run in result["runs"].values() if run["captions"]):
-        sources += f"; the U-Net reads captions: {', '.join(captions)}"
-    seconds = sum(sum(run["seconds"]) for run in result["runs"].values())
-    trainings = len(result["runs"]) * len(result["seeds"])
-    notes.append(f"Weights: {sources}. {trainings} trainings, {seconds:,.0f} s in all.")
-    return "\n".join([*lines, "", *(f"* {note}" for note in notes), ""])
+            choices = "; ".join(map(choice_text, row["chose"]))
+            notes.append(f'Chosen on validation for "{row["name"]}", seed by seed: {choices}.')
+    weights = {MODELS[run["backbone"]]: run["weights"] for run in runs}
+    sources = ", ".join(f"{name} {source}" for name, source in weights.items())
+    if captions := dict.fromkeys(run["captions"] for run in runs if run["captions"]):
+        sources += f"; captions for the U-Net: {', '.join(captions)}"
+    trainings, seconds = len(runs) * len(result["seeds"]), sum(sum(run["seconds"]) for run in runs)
+    return [*notes, f"Weights: {sources}. {trainings} trainings, {seconds:,.0f} s in all."]
 
 
-def chosen_text(chose: dict) -> str:
-    def said(value: Any) -> str:
+def choice_text(choice: dict) -> str:
+    def number(value: Any) -> str:
         if isinstance(value, list):
-            return "(" + ", ".join(map(said, value)) + ")"
+            return f"({', '.join(map(number, value))})"
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    return ", ".join(f"{name} {said(value)}" for name, value in chose.items())
+    return ", ".join(f"{name} {number(value)}" for name, value in choice.items())
 
 
-def write_result(folder: Path, name: str, result: dict, text: str) -> None:
-    """NAME.json and NAME.md in the folder of results."""
-    data.atomic_write(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    data.atomic_write(folder / f"{name}.md", text)
-    print(text)
-    print(f"written: {folder / name}.md and .json")
+def exhibit_of(table: Table) -> Exhibit:
+    return Exhibit(table.runs, partial(compute_table, table), table_text, table.needs_probe)
+
+
+COMPUTED_TABLES = {number: exhibit_of(table) for number, table in ROW_TABLES.items()}

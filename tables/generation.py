@@ -1,9 +1,8 @@
-"""Section 4.5, tables 5 and 6: what the U-Net that learned to read draws; section 4.7: the effect of noise.
+"""Section 4.5, tables 5 and 6: pictures generated with the trained U-Net; section 4.7: the effect of noise.
 
-Both U-Nets draw each prompt from the same noise, so that all comparisons are paired. Table 6 asks the
-trained U-Net itself how well the pictures fit their prompts, as the paper does; but it helped to draw half of
-them, so a run of the next seed, which drew none, is asked too. Table 5 asks the probe of mini scenes in place
-of people.
+Both U-Nets draw each prompt from the same noise, so that all comparisons are paired. The judge of table 6
+is the trained U-Net itself, as in the paper; and, because it helped to draw half of the pictures, also the
+run of the next seed. The judge of table 5 is the probe, in place of people.
 """
 
 from __future__ import annotations
@@ -24,51 +23,61 @@ import generate
 import reverse_sd
 import weights
 from mini import drawbench, naming, scenes
-from tables.compute import origin, short, stated
+from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text
 from tables.probe import default_views
-from tables.runs import Plan
+from tables.runs import Plan, RunName
 from training.loop import save_array
 from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test
 
 log = logging.getLogger("tables")
 
-RUN = "unet-mlc-cl"
-STEPS, GUIDANCE, SWAP_AFTER = 50, 7.5, 1  # the paper states the last one alone; the others are SD's own
-MINI_PROMPTS, PROMPTS = 200, 2500  # test prompts on the miniature, and the paper's number
+RUN = RunName("unet", "mlc-cl")
+STEPS, GUIDANCE, SWAP_AFTER = 50, 7.5, 1  # the paper states only the last; the others are SD's defaults
+MINI_PROMPTS, PROMPTS = 200, 2500  # test prompts with the miniature, and the paper's number
 VOTES = 100  # pairs of table 5
 NOISE_PROMPTS, NOISE_SEEDS = 100, 10  # section 4.7
 BATCH = 40
 PAPER = {"DrawBench": (0.4594, 0.5067), "test prompts": (0.6417, 0.6443)}
 PAPER_VOTES = ((52, 30, 18), (36, 10, 54), (31, 5, 64))
+TABLE_6_COLUMNS = (
+    "prompts | per seed | judge | original | trained | difference | 95 % interval | p | seed by seed | "
+    "paper: original | trained"
+)
+TABLE_6_NOTES = (
+    "A model judging images it helped to generate is biased; the paper's numbers are of this kind.",
+    "p: Student's paired test over prompts. The test prompts of all seeds are pooled; DrawBench, which is "
+    "the same for each seed, is averaged over the seeds.",
+    "Most test prompts of a seed are training prompts of the other, whose run predicts them better.",
+)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt, and what it asks for where that is known, as of mini scenes."""
+class Request:
+    """A prompt, and the view that it describes if that is known, as for mini scenes."""
 
     prompt: str
     view: scenes.View | None = None
 
 
-def prompt_sets(plan: Plan, seed: int, file: Path | None) -> dict[str, list[Asked]]:
-    """DrawBench from its file, or the miniature's own, and the first test prompts of the run of a seed."""
+def prompt_sets(plan: Plan, seed: int) -> dict[str, list[Request]]:
+    """DrawBench, from its file or the miniature's own, and the first test prompts of the run of a seed."""
     mini = plan.sources["unet"] == "sd-mini"
     rows = json.loads((plan.run_folder(RUN, seed) / "predictions" / "rows.json").read_text())
     seen = {row["prompt"] for split in rows.values() for row in split}
     sets = {}
-    if file is not None:
-        sets["DrawBench"] = [Asked(prompt) for prompt in read_drawbench(file)]
+    if plan.drawbench is not None:
+        sets["DrawBench"] = [Request(prompt) for prompt in read_drawbench(plan.drawbench)]
     elif mini:
-        sets["DrawBench"] = [Asked(asked.prompt, asked.view) for asked in drawbench.prompts(seen)]
+        sets["DrawBench"] = [Request(asked.prompt, asked.view) for asked in drawbench.prompts(seen)]
     else:
         log.warning("DrawBench is left out: give its file by --drawbench")
     views = default_views() if mini else {}
     test = [row["prompt"] for row in rows["test"][: MINI_PROMPTS if mini else PROMPTS]]
-    return sets | {"test prompts": [Asked(prompt, views.get(prompt)) for prompt in test]}
+    return sets | {"test prompts": [Request(prompt, views.get(prompt)) for prompt in test]}
 
 
 def read_drawbench(path: Path) -> list[str]:
-    """The column Prompts of DrawBench's CSV. Raises DataError where there is none."""
+    """The column Prompts of DrawBench's CSV. Raises DataError if it is missing or empty."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             cells = [(row.get("Prompts") or "").strip() for row in csv.DictReader(file)]
@@ -82,155 +91,130 @@ def read_drawbench(path: Path) -> list[str]:
 def drawn(
     plan: Plan, pipeline: generate.Pipeline, prompts: Sequence[str], seeds: Sequence[int], run: int | None
 ) -> np.ndarray:
-    """Pictures uint8 (n, H, W, 3), by the original U-Net or, after the first step, by the run of that seed.
+    """Pictures uint8 (n, H, W, 3) by the original U-Net or, after the first step, by the run of seed `run`.
 
-    Drawn once and kept in the folder of the runs.
+    Cached in the runs' folder.
     """
     source = plan.sources["unet"]
     side, _ = generate.trained_as(source)
-    said = [weights.fingerprint(kind, source) for kind in ("unet", "vae", "clip-text")]
-    said += [list(prompts), list(seeds), STEPS, GUIDANCE, side]
+    key = [weights.fingerprint(kind, source) for kind in ("unet", "vae", "clip-text")]
+    key += [list(prompts), list(seeds), STEPS, GUIDANCE, side]
     unet_at = None
     if run is not None:
         folder = plan.run_folder(RUN, run)
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        said += [digest, SWAP_AFTER]
-    kept = plan.folder / "kept" / f"drawn-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}.npy"
-    if kept.exists():
-        return np.load(kept, allow_pickle=False)
+        key += [hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), SWAP_AFTER]
+    path = plan.folder / "kept" / f"drawn-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
+    if path.exists():
+        return np.load(path, allow_pickle=False)
     if run is not None:
         trained = generate.swapped_by_run(pipeline.unet, folder, source)
         unet_at = generate.after(SWAP_AFTER, pipeline.unet, trained)
     options = {"steps": STEPS, "guidance": GUIDANCE, "unet_at": unet_at}
     pictures = pipeline.draw(prompts, seeds, (side, side), BATCH, **options).numpy()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    save_array(kept, pictures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_array(path, pictures)
     return pictures
 
 
+def drawn_by_both(
+    plan: Plan, pipeline: generate.Pipeline, requests: Sequence[Request], seed: int
+) -> dict[str, np.ndarray]:
+    """The pictures of the original U-Net and of the trained one, from the same noise."""
+    prompts, noise = [request.prompt for request in requests], list(range(len(requests)))
+    by_run = {"original": None, "trained": seed}
+    return {unet: drawn(plan, pipeline, prompts, noise, run) for unet, run in by_run.items()}
+
+
 def predicted(plan: Plan, seed: int, pictures: np.ndarray) -> np.ndarray:
-    """What the run of a seed reads in pictures: (n, E), unit rows."""
+    """The embeddings (n, E) that the run of a seed predicts from pictures, unit rows."""
     run = reverse_sd.load_run(plan.run_folder(RUN, seed), plan.device)
     read = reverse_sd.image_predictor(run, plan.device)
     parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
     return np.concatenate([read([Image.fromarray(picture) for picture in part])[0] for part in parts])
 
 
-def words_shown(pictures: np.ndarray, asked: Sequence[Asked]) -> np.ndarray:
-    """The share of the things that each prompt says that the probe finds in its picture, (n,)."""
+def words_shown(pictures: np.ndarray, requests: Sequence[Request]) -> np.ndarray:
+    """The share of the things in each prompt that the probe finds in its picture, (n,)."""
     probe = naming.load_probe(naming.FOLDER)
     rows = naming.name_pictures(probe, np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
-    found = [naming.realised(row, one.view) for row, one in zip(rows, asked, strict=True)]
-    return np.array([np.mean(list(shown.values())) for shown in found])
+    shown = [naming.realised(row, request.view) for row, request in zip(rows, requests, strict=True)]
+    return np.array([np.mean(list(of.values())) for of in shown])
 
 
 def open_pipeline(plan: Plan) -> generate.Pipeline:
     return generate.load_pipeline(plan.sources["unet"], plan.device)
 
 
-def compute_table_6(plan: Plan, command: str, file: Path | None) -> dict:
-    """Cosines between what a judge reads in the pictures and the prompts, set by set."""
+def drawing_settings() -> dict:
+    return {"steps": STEPS, "guidance": GUIDANCE, "swap_after": SWAP_AFTER, "run": RUN.name}
+
+
+def compute_table_6(plan: Plan) -> dict:
+    """Cosines between the prompts and the embeddings that a judge predicts from the pictures."""
     pipeline = open_pipeline(plan)
     minilm = weights.load("minilm", device=plan.device)
-    values: dict[tuple[str, str, str], list[np.ndarray]] = {}
+    values: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
     for seed, other in zip(plan.seeds, (*plan.seeds[1:], plan.seeds[0]), strict=True):
-        for name, asked in prompt_sets(plan, seed, file).items():
-            prompts, noise = [one.prompt for one in asked], list(range(len(asked)))
-            targets = minilm.encode(prompts).cpu().numpy()
-            judges = {"itself": seed} | ({"a run of another seed": other} if other != seed else {})
-            for unet, run in (("original", None), ("trained", seed)):
-                pictures = drawn(plan, pipeline, prompts, noise, run)
-                for judge, judging in judges.items():
-                    cosine = cosines(predicted(plan, judging, pictures), targets)
-                    values.setdefault((name, judge, unet), []).append(cosine)
+        judges = {"itself": seed} | ({"a run of another seed": other} if other != seed else {})
+        for name, requests in prompt_sets(plan, seed).items():
+            targets = minilm.encode([request.prompt for request in requests]).cpu().numpy()
+            for unet, pictures in drawn_by_both(plan, pipeline, requests, seed).items():
+                for judge, run in judges.items():
+                    by_unet = values.setdefault((name, judge), {"original": [], "trained": []})
+                    by_unet[unet].append(cosines(predicted(plan, run, pictures), targets))
     entries = []
-    for name, judge, unet in values:
-        if unet == "original":
-            both = [values[name, judge, which] for which in ("original", "trained")]
-            by_seed = [float(np.mean(trained - original)) for original, trained in zip(*both, strict=True)]
-            if name == "DrawBench":  # the same prompts for each seed
-                both = [[np.mean(of, axis=0)] for of in both]
-            entries.append(
-                {
-                    "prompts": name,
-                    "judge": judge,
-                    "n_prompts": len(both[0][0]),
-                    "original": float(np.mean(both[0])),
-                    "trained": float(np.mean(both[1])),
-                    "paper": PAPER[name] if judge == "itself" else None,
-                    **paired_test(both[1], both[0]),
-                    "per_seed": by_seed,
-                }
-            )
+    for (name, judge), by_unet in values.items():
+        original, trained = by_unet["original"], by_unet["trained"]
+        per_seed = [float(np.mean(b - a)) for a, b in zip(original, trained, strict=True)]
+        if name == "DrawBench":  # the same prompts for each seed
+            original, trained = [np.mean(original, axis=0)], [np.mean(trained, axis=0)]
+        entry = {"prompts": name, "judge": judge, "n_prompts": len(original[0])}
+        entry |= {"original": float(np.mean(original)), "trained": float(np.mean(trained))}
+        entry["paper"] = PAPER[name] if judge == "itself" else None
+        entries.append(entry | paired_test(trained, original) | {"per_seed": per_seed})
     bench = None
-    if any(entry["prompts"] == "DrawBench" for entry in entries):
-        bench = file.name if file else "mini"
-    return drawn_as(plan, command) | {"table": 6, "bench": bench, "rows": entries}
-
-
-def drawn_as(plan: Plan, command: str) -> dict:
-    settings = {"steps": STEPS, "guidance": GUIDANCE, "swap_after": SWAP_AFTER, "run": RUN}
-    return stated(plan, command) | settings
+    if any(name == "DrawBench" for name, _ in values):
+        bench = plan.drawbench.name if plan.drawbench else "mini"
+    return drawing_settings() | {"bench": bench, "rows": entries}
 
 
 def table_6_text(result: dict) -> str:
     """Table 6 as Markdown."""
     bench = ""
     if result["bench"]:
-        what = "one of mini scenes" if result["bench"] == "mini" else result["bench"]
-        bench = f" DrawBench is {what}."
-    lines = [
-        "# Table 6: pictures by the original and by the trained U-Net",
-        "",
-        f"{origin(result)} The cosine between the embedding that a judge reads in a picture and that of its "
-        f"prompt. Trained: {result['run']}, from step {result['swap_after'] + 1} of {result['steps']} on; "
-        f"guidance {result['guidance']:g}; the same noise for both.{bench}",
-        "",
-        "| prompts | a seed | judge | original | trained | difference | 95 % interval | p | seed by seed | "
-        "paper: original | trained |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        prompts = "a list of prompts for mini scenes" if result["bench"] == "mini" else result["bench"]
+        bench = f" DrawBench is {prompts}."
+    rows = [
+        (row["prompts"], row["n_prompts"], row["judge"], row["original"], row["trained"], *comparison(row))
+        + tuple(row["paper"] or (None, None))
+        for row in result["rows"]
     ]
-    for row in result["rows"]:
-        low, high = row["difference_95"]
-        by_seed = ", ".join(short(value, True) for value in row["per_seed"])
-        theirs = " | ".join(short(value) for value in row["paper"] or (None, None))
-        p = "< .0001" if row["p"] < 1e-4 else short(row["p"])
-        lines.append(
-            f"| {row['prompts']} | {row['n_prompts']} | {row['judge']} | {short(row['original'])} | "
-            f"{short(row['trained'])} | {short(row['difference'], True)} | {short(low, True)} to "
-            f"{short(high, True)} | {p} | {by_seed} | {theirs} |"
-        )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "* A judge that helped to draw is no fair one: the paper's figures are of the first kind.",
-            "* p: Student's paired test over prompts; test prompts of all seeds together, DrawBench's, which "
-            "are the same for each seed, averaged over the seeds.",
-            "* Most test prompts of a seed are training prompts of the other, so its run reads them better.",
-            "",
-        ]
+    return page(
+        "Table 6: pictures by the original and by the trained U-Net",
+        f"{provenance_text(result)} The cosine between the embedding that a judge predicts from a picture "
+        f"and that of its prompt. Trained: {result['run']}, from step {result['swap_after'] + 1} of "
+        f"{result['steps']} on; guidance {result['guidance']:g}; the same noise for both.{bench}",
+        markdown(TABLE_6_COLUMNS, rows),
+        bullets(TABLE_6_NOTES),
     )
 
 
-def compute_table_5(plan: Plan, command: str, file: Path | None) -> dict:
-    """How much of its prompt the probe finds in a picture, for VOTES test prompts of each seed."""
+def compute_table_5(plan: Plan) -> dict:
+    """The share of its prompt that the probe finds in a picture, for VOTES test prompts of each seed."""
     pipeline = open_pipeline(plan)
     shares: dict[str, list[np.ndarray]] = {"original": [], "trained": []}
     for seed in plan.seeds:
-        asked = [one for one in prompt_sets(plan, seed, file)["test prompts"] if one.view][:VOTES]
-        if not asked:
-            raise data.DataError("--table 5: its judge, the probe, reads mini scenes alone")
-        prompts, noise = [one.prompt for one in asked], list(range(len(asked)))
-        for unet, run in (("original", None), ("trained", seed)):
-            shares[unet].append(words_shown(drawn(plan, pipeline, prompts, noise, run), asked))
+        requests = [request for request in prompt_sets(plan, seed)["test prompts"] if request.view][:VOTES]
+        if not requests:
+            raise data.DataError("--table 5: the probe can judge only mini scenes")
+        for unet, pictures in drawn_by_both(plan, pipeline, requests, seed).items():
+            shares[unet].append(words_shown(pictures, requests))
     votes = [
         [int((a > b).sum()), int((a < b).sum()), int((a == b).sum())]
         for a, b in zip(shares["trained"], shares["original"], strict=True)
     ]
     card = json.loads((naming.FOLDER / "probe" / "card.json").read_text())
-    return drawn_as(plan, command) | {
-        "table": 5,
+    return drawing_settings() | {
         "n": len(shares["original"][0]),
         "votes": votes,
         "shares": {
@@ -244,87 +228,69 @@ def compute_table_5(plan: Plan, command: str, file: Path | None) -> dict:
 
 def table_5_text(result: dict) -> str:
     """Table 5 as Markdown."""
-    lines = [
-        "# Table 5: which picture shows more of its prompt",
-        "",
-        f"{origin(result)} The paper asked three people; here the probe of mini scenes counts how many of "
-        "the things that a prompt says (subjects, colours, place, ...) it finds in a picture. "
-        f"{result['n']} test prompts of each seed, the same noise for both U-Nets. Trained: {result['run']}.",
-        "",
-        "| choice | " + " | ".join(f"probe, seed {seed}" for seed in result["seeds"])
-        + " | paper: #1 | #2 | #3 |",
-        "|---|" + "---|" * (len(result["seeds"]) + 3),
-    ]  # fmt: skip
-    for i, choice in enumerate(("trained", "original", "undecided (as many)")):
-        ours = " | ".join(str(votes[i]) for votes in result["votes"])
-        lines.append(f"| {choice} | {ours} | " + " | ".join(str(votes[i]) for votes in PAPER_VOTES) + " |")
-    shares, test = result["shares"], result["test"]
+    probes = " | ".join(f"probe, seed {seed}" for seed in result["seeds"])
+    rows = zip(("trained", "original", "undecided (equal)"), *result["votes"], *PAPER_VOTES, strict=True)
+    test, drawn_shares = result["test"], result["probe"]["drawn"]
     low, high = test["difference_95"]
-    lines += [
-        "",
-        *(
-            f"* {unet}: {of['mean']:.1%} of what is said is found ({of['95'][0]:.1%} to {of['95'][1]:.1%})."
-            for unet, of in shares.items()
-        ),
-        f"* Difference {test['difference']:+.2%} ({low:+.2%} to {high:+.2%}), Student's paired test p = "
-        f"{test['p']:.2g}; seed by seed {', '.join(f'{d:+.2%}' for d in test['per_seed'])}.",
-        "* The probe itself, on drawn pictures that show all they say, finds: "
-        + ", ".join(f"{slot} {share:.1%}" for slot, share in result["probe"]["drawn"].items())
-        + ".",
-        "",
+    notes = [
+        f"{unet}: the probe finds {of['mean']:.1%} of the things ({of['95'][0]:.1%} to {of['95'][1]:.1%})."
+        for unet, of in result["shares"].items()
     ]
-    return "\n".join(lines)
+    return page(
+        "Table 5: which picture shows more of its prompt",
+        f"{provenance_text(result)} The paper asked three people; here the probe of mini scenes counts how "
+        "many of the things in a prompt (subjects, colours, place, ...) it finds in a picture. "
+        f"{result['n']} test prompts of each seed, the same noise for both U-Nets. Trained: {result['run']}.",
+        markdown(f"choice | {probes} | paper: #1 | #2 | #3", rows),
+        bullets(
+            (
+                *notes,
+                f"Difference {test['difference']:+.2%} ({low:+.2%} to {high:+.2%}), Student's paired test p "
+                f"= {test['p']:.2g}; seed by seed {', '.join(f'{d:+.2%}' for d in test['per_seed'])}.",
+                "In drawings that show all of their prompt, the probe finds: "
+                f"{', '.join(f'{slot} {share:.1%}' for slot, share in drawn_shares.items())}.",
+            )
+        ),
+    )
 
 
-def compute_noise(plan: Plan, command: str, file: Path | None) -> dict:
-    """Section 4.7: for each prompt the deviation, over pictures from other noise, of the cosines between each
-    prediction and their mean."""
-    pipeline = open_pipeline(plan)
-    seeds = []
+def compute_noise(plan: Plan) -> dict:
+    """The cosines between the predictions from pictures of one prompt, each from other noise, and their mean;
+    and the standard deviation of these cosines, averaged over prompts."""
+    pipeline, seeds = open_pipeline(plan), []
     for seed in plan.seeds:
-        prompts = [one.prompt for one in prompt_sets(plan, seed, file)["test prompts"][:NOISE_PROMPTS]]
+        prompts = [request.prompt for request in prompt_sets(plan, seed)["test prompts"][:NOISE_PROMPTS]]
         repeated = [prompt for prompt in prompts for _ in range(NOISE_SEEDS)]
-        noise = [s for _ in prompts for s in range(NOISE_SEEDS)]
-        pictures = drawn(plan, pipeline, repeated, noise, None)
-        found = predicted(plan, seed, pictures).reshape(len(prompts), NOISE_SEEDS, -1)
-        mean = found.mean(axis=1, keepdims=True)
-        cosine = (found * mean).sum(axis=-1) / np.linalg.norm(mean, axis=-1)
-        seeds.append(
-            {
-                "seed": seed,
-                "prompts": len(prompts),
-                "deviation": float(cosine.std(axis=1).mean()),
-                "deviation_95": bootstrap_interval(cosine.std(axis=1), 0, RESAMPLES),
-                "cosine_to_mean": float(cosine.mean()),
-            }
-        )
-    return drawn_as(plan, command) | {"table": "noise", "draws": NOISE_SEEDS, "per_seed": seeds}
+        pictures = drawn(plan, pipeline, repeated, list(range(NOISE_SEEDS)) * len(prompts), None)
+        embedding = predicted(plan, seed, pictures).reshape(len(prompts), NOISE_SEEDS, -1)
+        mean = embedding.mean(axis=1, keepdims=True)
+        cosine = (embedding * mean).sum(axis=-1) / np.linalg.norm(mean, axis=-1)
+        deviation = cosine.std(axis=1)
+        entry = {"seed": seed, "prompts": len(prompts), "deviation": float(deviation.mean())}
+        entry["deviation_95"] = bootstrap_interval(deviation, 0, RESAMPLES)
+        seeds.append(entry | {"cosine_to_mean": float(cosine.mean())})
+    return drawing_settings() | {"draws": NOISE_SEEDS, "per_seed": seeds}
 
 
 def noise_text(result: dict) -> str:
     """The noise study as Markdown."""
-    lines = [
-        "# Section 4.7: the effect of the input noise",
-        "",
-        f"{origin(result)} {result['draws']} pictures a prompt, each from other noise, read by "
-        f"{result['run']}: the cosine between each prediction and the mean of its prompt's, and its standard "
-        "deviation over the pictures of a prompt, averaged over prompts. The paper's figure is lost here.",
-        "",
-        "| seed | prompts | mean cosine to the mean | standard deviation | 95 % interval |",
-        "|---|---|---|---|---|",
+    rows = [
+        (entry["seed"], entry["prompts"], entry["cosine_to_mean"], entry["deviation"])
+        + (interval(entry["deviation_95"]),)
+        for entry in result["per_seed"]
     ]
-    for entry in result["per_seed"]:
-        low, high = entry["deviation_95"]
-        lines.append(
-            f"| {entry['seed']} | {entry['prompts']} | {short(entry['cosine_to_mean'])} | "
-            f"{short(entry['deviation'])} | {short(low)} to {short(high)} |"
-        )
-    return "\n".join([*lines, ""])
+    return page(
+        "Section 4.7: the effect of the input noise",
+        f"{provenance_text(result)} {result['draws']} pictures per prompt, each from other noise. "
+        f"{result['run']} predicts an embedding from each; the table gives the cosine between these and "
+        "their mean, and its standard deviation over the pictures of a prompt, both averaged over prompts. "
+        "The paper's number is not legible in the copy we used.",
+        markdown("seed | prompts | mean cosine to the mean | standard deviation | 95 % interval", rows),
+    )
 
 
-# table -> what computes it and what writes it down
-DRAWN = {
-    5: (compute_table_5, table_5_text),
-    6: (compute_table_6, table_6_text),
-    "noise": (compute_noise, noise_text),
+GENERATION_TABLES = {
+    5: Exhibit((RUN,), compute_table_5, table_5_text, needs_probe=True),
+    6: Exhibit((RUN,), compute_table_6, table_6_text),
+    "noise": Exhibit((RUN,), compute_noise, noise_text),
 }

@@ -1,6 +1,9 @@
-"""What a row of a table makes of its finished runs: the prediction of one, their ensemble, DAKL, k-NN, or a
-captioner beside them. A method takes the runs of one seed and returns the test predictions (n, E) and what it
-chose on validation."""
+"""The methods by which a table's row predicts: one run, the ensemble of several, DAKL, k-NN, or a captioner.
+
+A method takes the finished runs of one seed and returns the test predictions (n, E) and what it chose on
+validation. The predictions of a method with a `version` are cached (compute.py): raise it when the code that
+it calls gives other numbers.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,13 +20,15 @@ from torch import Tensor
 import baselines
 import data
 import reverse_sd
-from tables.runs import Plan
+from tables.runs import Plan, RunName
 from training import captioner
 from training.inputs import prepare
 
+CLIP = RunName("clip", "plain")
+
 
 class Member:
-    """A finished run of one seed, as methods read it. Arrays stay on the disk until they are used."""
+    """The predictions of a finished run, as memory maps."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -33,7 +39,7 @@ class Member:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise data.DataError(
-                f"{path}: cannot be read ({error}); write it again: python eval.py {self.folder}"
+                f"{path}: cannot be read ({error}); write it again by python eval.py {self.folder}"
             ) from error
 
     def predicted(self, split: str) -> np.ndarray:
@@ -44,7 +50,7 @@ class Member:
         return self.array(f"{split}-targets")
 
 
-def members_of(plan: Plan, runs: Sequence[str], seed: int, like: Member | None = None) -> list[Member]:
+def members_of(plan: Plan, runs: Sequence[RunName], seed: int, like: Member | None = None) -> list[Member]:
     """The runs of one seed. Raises DataError unless all have the same split, that of `like` if given."""
     members = [Member(plan.run_folder(run, seed)) for run in runs]
     like = like or members[0]
@@ -52,15 +58,21 @@ def members_of(plan: Plan, runs: Sequence[str], seed: int, like: Member | None =
         for split in ("val", "test"):
             if not np.array_equal(member.targets(split), like.targets(split)):
                 raise data.DataError(
-                    f"{member.folder}: its {split} pairs are not those of {like.folder}; remove the one of "
-                    "other data and call again"
+                    f"{member.folder}: its {split} pairs are not those of {like.folder}; remove the run on "
+                    "other data and repeat the command"
                 )
     return members
 
 
+class Method(Protocol):
+    version: ClassVar[int | None] = None
+
+    def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]: ...
+
+
 @dataclass(frozen=True)
-class Single:
-    """The prediction of the one run itself."""
+class SingleRun(Method):
+    """The predictions of the row's only run."""
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
         return members[0].predicted("test"), {}
@@ -71,25 +83,26 @@ def tensor(array: np.ndarray, device: str = "cpu") -> Tensor:
 
 
 @dataclass(frozen=True)
-class Ensemble:
-    """The runs' mean or median, or a mean whose weights are fitted on the validation pairs."""
+class EnsembleMethod(Method):
+    """The "mean" or "median" of the runs, or their mean with weights "fitted" on the validation pairs."""
 
-    how: str = "mean"
+    average: str = "mean"
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
         test = [tensor(member.predicted("test")) for member in members]
-        if self.how != "fitted":
-            return reverse_sd.ensemble(test, self.how).numpy(), {}
+        if self.average != "fitted":
+            return reverse_sd.ensemble(test, self.average).numpy(), {}
         val = [tensor(member.predicted("val")) for member in members]
         fitted = reverse_sd.fit_ensemble_weights(val, tensor(members[0].targets("val")))
         return reverse_sd.ensemble(test, weights=fitted).numpy(), {"weights": fitted.tolist()}
 
 
 @dataclass(frozen=True)
-class Dakl:
-    """DAKL on the runs' mean: its sources are `k` centroids of the training predictions, or these themselves
-    where they are no more than k; its target rows the validation and test predictions."""
+class DaklMethod(Method):
+    """DAKL on the runs' mean. Its sources are `k` centroids of the training predictions, or all of these if
+    they are at most k; its targets are the validation and test predictions."""
 
+    version: ClassVar = 1
     k: int | None = 10_000
     gamma: float = 1e-3
     form: str = "exact"
@@ -105,58 +118,55 @@ class Dakl:
             sources, targets = centroids, reverse_sd.centroid_targets(centroids, sources, targets)
         dakl = reverse_sd.Dakl(self.gamma, form=self.form)
         dakl.fit(sources, targets, torch.cat([val, test]), (val, val_targets))
-        chose = {
-            "sources": len(sources),
-            "alpha": dakl.alpha,
-            "in units of its scale": dakl.alpha / dakl.scale,
-        }
-        return dakl.predict(test).float().cpu().numpy(), chose
+        relative = dakl.alpha / dakl.scale
+        chosen = {"sources": len(sources), "alpha": dakl.alpha, "in units of its scale": relative}
+        return dakl.predict(test).float().cpu().numpy(), chosen
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class KnnMethod(Method):
     """k-NN regression; k and temperature are chosen on validation.
 
     Paper: a fine-tuned CLIP compares the image with the training prompts. Here the run's prediction is
-    compared with their sentence embeddings. `pretrained`: CLIP's own features, compared with those of the
-    training images, which needs no training at all.
+    compared with their sentence embeddings. `pretrained`: the features of the pretrained CLIP are compared
+    with those of the training images, without any training.
     """
 
+    version: ClassVar = 1
     pretrained: bool = False
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
         member = members[0]
         targets = np.array(member.targets("train"))
         if self.pretrained:
-            frozen = dataclasses.replace(plan.config("clip-plain", seed), train_blocks=0)
+            frozen = dataclasses.replace(plan.config(CLIP, seed), train_blocks=0)
             prepared = prepare(frozen, plan.device)
             query = {split: prepared.inputs[0][rows] for split, rows in prepared.splits.items()}
             reference = query["train"]
         else:
-            query, reference = (
-                {split: np.array(member.predicted(split)) for split in ("val", "test")},
-                targets,
-            )
-        chose = baselines.choose_neighbours(
+            query = {split: np.array(member.predicted(split)) for split in ("val", "test")}
+            reference = targets
+        chosen = baselines.choose_neighbours(
             query["val"], member.targets("val"), reference, targets, plan.device
         )
-        k, temperature = chose["k"], chose["temperature"]
+        k, temperature = chosen["k"], chosen["temperature"]
         predicted = baselines.knn_regression(query["test"], reference, targets, k, temperature, plan.device)
         return predicted, {"k": k, "temperature": temperature}
 
 
 @dataclass(frozen=True)
-class Captioner:
-    """BLIP, fine-tuned to write the prompt: the sentence embedding of what it writes."""
+class CaptionerMethod(Method):
+    """The sentence embedding of the caption by a BLIP that is fine-tuned to write the prompt."""
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
-        prepared = prepare(plan.config("clip-plain", seed), plan.device)
+        prepared = prepare(plan.config(CLIP, seed), plan.device)
         source = plan.sources["blip"]
         config = captioner.CAPTIONERS.get(source) or captioner.CaptionerConfig(source)
         names = ("epochs", "batch_size", "checkpoint_every", "workers")
-        given = {name: plan.given[name] for name in names if name in plan.given}
-        config = dataclasses.replace(config, seed=seed, **given)
+        options = {name: plan.options[name] for name in names if name in plan.options}
+        config = dataclasses.replace(config, seed=seed, **options)
+        folder = plan.folder / f"blip-seed{seed}"
         predicted = captioner.blip_regressor(
-            plan.run_folder("blip", seed), config, prepared.pairs, prepared.splits, plan.device, ("test",)
+            folder, config, prepared.pairs, prepared.splits, plan.device, ("test",)
         )
         return predicted["test"], {"source": source, "epochs": config.epochs}

@@ -1,9 +1,9 @@
-"""What the embedded pictures give away, by the probe: how far any reader of them could come.
+"""An estimate of the best cosine that any model could reach on the embedded pictures, by the probe.
 
-The probe (mini/naming.py) has learnt from drawings what each thing looks like, and names what it finds in a
-picture. What it names is turned into an embedding in two ways: said again in the words of mini scenes and
-encoded, or by ridge regression on its probabilities. Beside it stands a reader who is told all that the
-prompt says and lacks its wording alone.
+The probe (mini/naming.py) is a classifier that was trained on drawings and names the things in a picture. Its
+output becomes an embedding in two ways: as new prompts in the words of mini scenes, which are encoded; or by
+ridge regression on its probabilities. A third estimate uses the content of the true prompt and no picture; it
+lacks only the wording.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,29 +20,35 @@ from torch import Tensor
 import data
 import weights
 from mini import naming, scenes
-from tables.methods import Member
-from tables.runs import Plan
+from tables.methods import Member, Method
+from tables.runs import Plan, RunName
+from training.config import EMBEDDED
 from training.inputs import prepare
 from training.metrics import cosines
 
-SAYINGS = 4  # of each reading: other synonyms, other forms of sentence
+WORDINGS = 4  # prompts for each view: other synonyms, other forms of sentence
 ALPHAS = [10.0**power for power in range(-2, 4)]
 
 
 @cache
 def default_views() -> dict[str, scenes.View]:
-    """What the prompts of the embedded default ask for."""
+    """The view that each prompt of the embedded default data describes."""
     indices = scenes.kept_indices(scenes.PARTS * scenes.PER_PART, 0)
     return {scene.prompt: scene.said for scene in (scenes.candidate(0, index) for index in indices)}
 
 
+def only_default_prompts(name: str) -> bool:
+    """Whether --data NAME has no prompts but those of the embedded default data."""
+    return name in EMBEDDED or set(data.read_pairs(Path(name)).prompts) <= default_views().keys()
+
+
 def view_of(probabilities: Tensor) -> scenes.View:
-    """What the probe reads, by its probabilities (labels,): what is likelier than not, at most two things,
-    and the likeliest subject in any case. Which colour is whose it does not say."""
+    """The view in a picture by the probe's probabilities (labels,): all labels above one half, at most two
+    things, and the likeliest subject in any case. The probe does not assign colours to things."""
     p = dict(zip(naming.LABELS, probabilities.tolist(), strict=True))
 
     def read(slot: str) -> list:
-        """Keys, the likeliest first, and None for what is not there."""
+        """Keys, the likeliest first, with None in place of those that are not found."""
         keys = sorted(naming.TABLES[slot], key=lambda key: -p[slot, key])
         return [key if p[slot, key] > 0.5 else None for key in keys]
 
@@ -61,7 +68,7 @@ def view_of(probabilities: Tensor) -> scenes.View:
     )
 
 
-def ridge(x: np.ndarray, y: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+def ridge_regression(x: np.ndarray, y: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Slope (d, e) and intercept (e,) of ridge regression of rows y (n, e) on rows x (n, d), in float64."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     x0, y0 = x - x.mean(axis=0), y - y.mean(axis=0)
@@ -70,30 +77,31 @@ def ridge(x: np.ndarray, y: np.ndarray, alpha: float) -> tuple[np.ndarray, np.nd
 
 
 @dataclass(frozen=True)
-class Reading:
-    """`how` "encoded": the probe's reading, said again and encoded. "ridge": ridge regression on the probe's
-    probabilities. "told": ridge regression on what the prompt says; no picture is read. Alpha is chosen on
-    validation. Raises DataError for pairs that are not the embedded default's."""
+class ProbeMethod(Method):
+    """Predictions by the probe. `kind` "encoded": prompts for the view that it finds, encoded. "ridge": ridge
+    regression on its probabilities. "prompt": ridge regression on the content of the true prompt, without a
+    picture. Alpha is chosen on validation. Raises DataError for other pairs than the embedded default."""
 
-    how: str
+    kind: str
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
         views = default_views()
-        prepared = prepare(plan.config("unet-mlc", seed), plan.device)
+        prepared = prepare(plan.config(RunName("unet", "mlc"), seed), plan.device)
         pairs, splits = prepared.pairs, prepared.splits
         if not set(pairs.prompts) <= views.keys():
-            raise data.DataError(f"--data {plan.data}: the probe knows the embedded scenes alone")
-        if self.how == "told":
-            read = naming.targets([views[prompt] for prompt in pairs.prompts], naming.said).float()
+            raise data.DataError(f"--data {plan.data}: the probe can judge only the embedded default data")
+        if self.kind == "encoded":
+            found = readings(pairs, splits["test"])
+            return encoded([view_of(row) for row in found], seed, plan.device), {}
+        if self.kind == "prompt":
+            found = naming.targets([views[prompt] for prompt in pairs.prompts], naming.said).float()
         else:
-            read = readings(pairs, splits["test"] if self.how == "encoded" else np.arange(len(pairs)))
-        if self.how == "encoded":
-            return encoded([view_of(row) for row in read], seed, plan.device), {}
-        x = {split: read[torch.from_numpy(rows)].numpy() for split, rows in splits.items()}
+            found = readings(pairs, np.arange(len(pairs)))
+        x = {split: found[torch.from_numpy(rows)].numpy() for split, rows in splits.items()}
         y = {split: members[0].targets(split) for split in splits}
-        fits = {alpha: ridge(x["train"], y["train"], alpha) for alpha in ALPHAS}
-        merit = {a: cosines(x["val"] @ slope + at, y["val"]).mean() for a, (slope, at) in fits.items()}
-        alpha = max(merit, key=merit.get)
+        fits = {alpha: ridge_regression(x["train"], y["train"], alpha) for alpha in ALPHAS}
+        scores = {a: cosines(x["val"] @ slope + at, y["val"]).mean() for a, (slope, at) in fits.items()}
+        alpha = max(scores, key=scores.get)
         slope, intercept = fits[alpha]
         return x["test"] @ slope + intercept, {"alpha": alpha}
 
@@ -106,8 +114,8 @@ def readings(pairs: data.Pairs, rows: Sequence[int]) -> Tensor:
 
 
 def encoded(views: Sequence[scenes.View], seed: int, device: str) -> np.ndarray:
-    """The mean embedding (n, E) of some prompts that ask for each view."""
+    """The mean embedding (n, E) of WORDINGS prompts for each view."""
     rng = np.random.default_rng(seed)
-    prompts = [scenes.say(scenes.choose_words(view, rng), rng) for view in views for _ in range(SAYINGS)]
+    prompts = [scenes.say(scenes.choose_words(view, rng), rng) for view in views for _ in range(WORDINGS)]
     rows = weights.load("minilm", device=device).encode(prompts).cpu().numpy()
-    return rows.reshape(len(views), SAYINGS, -1).mean(axis=1)
+    return rows.reshape(len(views), WORDINGS, -1).mean(axis=1)

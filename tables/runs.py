@@ -1,6 +1,5 @@
-"""The runs that tables and figures are made of: what a run's name tells train.py, where its folder is, and
-training those that are missing, several at once, each by a process of train.py. Which runs a table needs is
-said in rows.py."""
+"""The runs that tables and figures are made from: their names, settings and folders, and the training of the
+missing ones, several at once, each in a process of train.py."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,17 @@ from training.config import RESUMABLE, TrainConfig, resolve
 from training.folder import saved_fields
 from training.inputs import prepare
 
-try:
-    import fcntl
-except ImportError:  # Windows: two calls at once in the same folder are not told apart
-    fcntl = None
-
 log = logging.getLogger("tables")
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
-# What each backbone starts from: --weights mini, --weights paper.
+# Pretrained weights of each backbone and of the captioner: --weights mini, --weights paper.
 SOURCES = {
     "mini": {name: b.mini for name, b in BACKBONES.items()} | {"blip": "blip-mini"},
     "paper": {name: b.paper for name, b in BACKBONES.items()} | {"blip": "blip-base"},
 }
-# A run is named BACKBONE-RECIPE, and its folder BACKBONE-RECIPE-seedN. A recipe is what a row tells train.py.
+MODELS = {name: b.title for name, b in BACKBONES.items()}  # in the paper's order
+# Fields of TrainConfig by the name of a recipe.
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {"heads": 0},
     "head-1": {"heads": 1},
@@ -50,217 +46,226 @@ RECIPES: dict[str, dict[str, Any]] = {
     "captions-empty": {"heads": 3, "captions": "empty"},
     "captions-prompt": {"heads": 3, "captions": "prompt"},
 }
-PHASE_1 = {"mlc-cl": "mlc", "cl": "plain"}  # phase 1 of the curriculum is a row of its own
-MODELS = {name: b.title for name, b in BACKBONES.items()}  # in the paper's order
+PHASE_1 = {"mlc-cl": "mlc", "cl": "plain"}  # the recipe whose recorded cosines a curriculum uses
 
-# Flags that mean something to some runs alone; the others are trained without them.
-PART_OF = {
+# Options that concern only runs of one curriculum or backbone.
+OPTIONS_OF = {
     "difficulty": ("chunks", "easy_share", "hard_share", "epoch_weights"),
     "lerac": ("lerac_epochs", "lerac_min_lr"),
     "cbs": ("cbs_every",),
     "unet": ("captions", "image_size"),
 }
-# The paper's number (section 4.2), on the miniatures too: six, train.py's default for them, would take table
-# 1, of 36 trainings, beyond an hour on two cores.
+# The paper's number (section 4.2), for the miniatures too: with their default of six, the 36 trainings of
+# table 1 would take more than an hour on two cores.
 EPOCHS = 3
 DECIDED = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed"}  # by the rows
-RECORDING = {f"{backbone}-mlc" for backbone in MODELS} | {"vit-plain"}  # phase 1 of another run
+
+
+@dataclass(frozen=True)
+class RunName:
+    """A backbone trained by a recipe of RECIPES."""
+
+    backbone: str
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.backbone}-{self.recipe}"
+
+    def folder(self, seed: int) -> str:
+        return f"{self.name}-seed{seed}"
+
+    @property
+    def phase_1(self) -> RunName | None:
+        """The run whose recorded cosines this one's curriculum uses."""
+        return RunName(self.backbone, PHASE_1[self.recipe]) if self.recipe in PHASE_1 else None
+
+
+# The runs that record their cosines, as phase 1 of another run.
+RECORDING = {RunName(backbone, "mlc") for backbone in MODELS} | {RunName("vit", "plain")}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where and how a call's runs are trained. `given`: further fields of TrainConfig, for every run."""
+    """The settings of one call of eval.py. `options`: fields of TrainConfig for every run that they concern;
+    `drawbench`: the file of DrawBench's prompts, or None for those of mini/drawbench.py."""
 
     data: str
     sources: dict[str, str]
     seeds: tuple[int, ...]
-    folder: Path
+    folder: Path  # of the runs
     jobs: int
     device: str
-    given: dict[str, Any]
+    options: dict[str, Any]
+    command: str = ""
+    drawbench: Path | None = None
 
-    def run_folder(self, run: str, seed: int) -> Path:
-        return self.folder / f"{run}-seed{seed}"
+    def run_folder(self, run: RunName, seed: int) -> Path:
+        return self.folder / run.folder(seed)
 
-    def fields(self, run: str, seed: int) -> dict[str, Any]:
-        """What train.py is told for a run."""
-        backbone, recipe = run.split("-", 1)
-        curriculum = RECIPES[recipe].get("curriculum")
-        elsewhere = {
-            name for part, names in PART_OF.items() if part not in (backbone, curriculum) for name in names
-        }
-        fields = {name: value for name, value in self.given.items() if name not in elsewhere}
-        fields |= {"backbone": backbone, "data": self.data, "weights": self.sources[backbone], "seed": seed}
-        if backbone == "unet":
+    def fields(self, run: RunName, seed: int) -> dict[str, Any]:
+        """The fields of TrainConfig that define a run."""
+        recipe = RECIPES[run.recipe]
+        owners = (run.backbone, recipe.get("curriculum"))
+        foreign = {name for owner, names in OPTIONS_OF.items() if owner not in owners for name in names}
+        fields = {name: value for name, value in self.options.items() if name not in foreign}
+        fields |= {"backbone": run.backbone, "data": self.data, "weights": self.sources[run.backbone]}
+        if run.backbone == "unet":
             fields.setdefault("captions", self.sources["blip"])
-        fields |= {"device": self.device} | RECIPES[recipe]
+        fields |= {"seed": seed, "device": self.device} | recipe
         if run in RECORDING:
             fields["record_cosines"] = True
-        if recipe in PHASE_1:
-            fields["phase_1"] = str(self.run_folder(f"{backbone}-{PHASE_1[recipe]}", seed))
+        if run.phase_1:
+            fields["phase_1"] = str(self.run_folder(run.phase_1, seed))
         return fields
 
-    def config(self, run: str, seed: int) -> TrainConfig:
-        """The configuration that train.py makes of it, but for the run that phase 1 is taken from."""
+    def config(self, run: RunName, seed: int) -> TrainConfig:
+        """The resolved configuration of a run, without the path of its phase 1."""
         fields = self.fields(run, seed)
         fields.pop("phase_1", None)
         return resolve(TrainConfig(**fields))
 
-    def finished(self, run: str, seed: int) -> bool:
-        """Whether the run is there and evaluated. Raises DataError where its folder holds another run."""
+    def finished(self, run: RunName, seed: int) -> bool:
+        """Whether the run exists and is evaluated. Raises DataError if its folder holds a different run."""
         folder = self.run_folder(run, seed)
         if not (folder / "config.json").exists():
             return False
-        saved, asked = saved_fields(folder), vars(self.config(run, seed))
-        free = RESUMABLE | {"phase_1"}
-        for name, value in asked.items():
-            there = saved.get(name)
-            same = there == value or (name == "data" and Path(there).resolve() == Path(value).resolve())
-            if name not in free and not same:
+        saved = vars(TrainConfig(**saved_fields(folder)))
+        for name, value in vars(self.config(run, seed)).items():
+            old = saved[name]
+            same = old == value or (name == "data" and Path(old).resolve() == Path(value).resolve())
+            if name not in RESUMABLE | {"phase_1"} and not same:
                 raise data.DataError(
-                    f"{folder}: was trained with {name} {there}, and {value} is asked for; give another "
-                    "--runs folder, or the flags of the first call"
+                    f"{folder}: was trained with {name} {old}, not {value}; give another --runs folder, or "
+                    "the flags of the first call"
                 )
         return (folder / "result.json").exists()
 
 
-def with_phase_1(runs: Iterable[str]) -> list[str]:
-    """`runs`, each after the run that its phase 1 is taken from, each once."""
-    ordered: dict[str, None] = {}
-    for run in runs:
-        backbone, recipe = run.split("-", 1)
-        ordered |= dict.fromkeys([f"{backbone}-{PHASE_1[recipe]}"] if recipe in PHASE_1 else []) | {run: None}
-    return list(ordered)
+def with_phase_1(runs: Iterable[RunName]) -> list[RunName]:
+    """`runs` without repetitions, each after its phase 1."""
+    return list(dict.fromkeys(each for run in runs for each in (run.phase_1, run) if each))
 
 
 def flags_of(fields: dict[str, Any]) -> list[str]:
     """Fields of TrainConfig as flags of train.py."""
     flags = []
-    for name, value in fields.items():
-        name = name.replace("_", "-")
-        flags += (
-            [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-        )
+    for field, value in fields.items():
+        name = field.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
     return flags
 
 
-def start(plan: Plan, run: str, seed: int, threads: int) -> subprocess.Popen | None:
-    """train.py for a run, new or resumed, writing to the run's log; None where another call trains it now.
-
-    The log stays locked as long as the training lives, even if this process is killed.
-    """
-    folder = plan.run_folder(run, seed)
-    with (plan.folder / f"{folder.name}.log").open("ab") as output:
-        try:
-            if fcntl:
-                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        if (folder / "config.json").exists():
-            flags = ["--resume", str(folder), "--device", plan.device]
-        else:
-            flags = ["--out", str(folder), *flags_of(plan.fields(run, seed))]
-        # Its own session: Ctrl-C comes here, and from here once to each training.
-        return subprocess.Popen(
-            [sys.executable, str(TRAIN), *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30"} | os.environ,
-            start_new_session=True,
-        )
-
-
-def progress(folder: Path) -> str:
-    """How far a run is, by the last line of its log."""
+def step_text(folder: Path) -> str:
+    """The run's name and the last step in its log."""
     try:
         with (folder / "log.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
             return f"{folder.name} step {json.loads(file.read().splitlines()[-1])['step']}"
-    except (OSError, ValueError, IndexError):  # nothing there yet, or a line half written
+    except (OSError, ValueError, IndexError):  # no step yet, or a line half written
         return f"{folder.name} starts"
 
 
+def result_text(folder: Path) -> str:
+    result = json.loads((folder / "result.json").read_text())
+    return f"{folder.name}: test cosine {result['test_cosine']:.4f}, {result['seconds']:.0f} s"
+
+
 def last_line(path: Path) -> str:
-    """What a training that failed said last."""
-    lines = [line.strip() for line in path.read_text(errors="replace").replace("\r", "\n").splitlines()]
-    lines = [line for line in lines if line]
-    said = [line for line in lines if line.startswith("error:")]
-    return (said or lines or ["nothing"])[-1].removeprefix("error: ")
+    """The last error in a training's output, else its last line."""
+    lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")
 
 
-def train_missing(plan: Plan, runs: Iterable[str]) -> set[tuple[str, int]]:
-    """Train each run with each seed that is not there yet, `plan.jobs` at once; returns those that failed.
+def start(plan: Plan, run: RunName, seed: int, output: Path) -> subprocess.Popen:
+    """train.py for a new or stopped run; it appends its output to a file."""
+    folder = plan.run_folder(run, seed)
+    if (folder / "config.json").exists():
+        flags = ["--resume", str(folder), "--device", plan.device]
+    else:
+        flags = ["--out", str(folder), *flags_of(plan.fields(run, seed))]
+    threads = str(max(1, cores() // plan.jobs))
+    with output.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, str(TRAIN), *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": threads, "TQDM_MININTERVAL": "30"} | os.environ,
+            start_new_session=True,  # Ctrl-C reaches it only by `stop`, and once
+        )
 
-    A run that fails is reported, the others go on. Ctrl-C stops all, each after its step.
+
+def train_one(
+    plan: Plan, run: RunName, seed: int, phase_1: Future | None, running: dict[Path, subprocess.Popen]
+) -> str | None:
+    """Train a run after its phase 1, listing its process in `running`. Returns the reason if it failed."""
+    if phase_1 and phase_1.result():
+        return f"needs {run.phase_1.folder(seed)}"
+    folder = plan.run_folder(run, seed)
+    output = plan.folder / f"{folder.name}.log"
+    running[folder] = process = start(plan, run, seed, output)
+    process.wait()
+    running.pop(folder, None)
+    if process.returncode or not (folder / "result.json").exists():
+        return f"{last_line(output)} (full output: {output})"
+    return None
+
+
+def stop(pool: ThreadPoolExecutor, futures: Iterable[Future], running: dict[Path, subprocess.Popen]) -> None:
+    """Start no more trainings, end those that run, each after its step, and wait for them."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    while any(future.running() for future in futures):
+        for folder in list(running):
+            if process := running.pop(folder, None):
+                process.terminate()
+        time.sleep(0.1)
+
+
+def train_missing(plan: Plan, runs: Iterable[RunName]) -> set[tuple[RunName, int]]:
+    """Train each run with each seed unless it is finished, `plan.jobs` at once; returns those that failed.
+
+    If a run fails, the others continue. Ctrl-C stops all, each after its step; a later call resumes them.
     """
     wanted = [(run, seed) for seed in plan.seeds for run in with_phase_1(runs)]
-    waiting = [job for job in wanted if not plan.finished(*job)]
-    if not waiting:
+    # Runs that need another's phase 1 come last, so that none waits for one that has not started.
+    missing = sorted((job for job in wanted if not plan.finished(*job)), key=lambda job: bool(job[0].phase_1))
+    if not missing:
         return set()
     plan.folder.mkdir(parents=True, exist_ok=True)
-    configs = [plan.config(run, seed) for run, seed in waiting]
+    configs = [plan.config(run, seed) for run, seed in missing]
     for config in {(config.backbone, config.captions): config for config in configs}.values():
         prepare(config, plan.device)  # fills the caches once
-    threads = max(1, cores() // plan.jobs)
-    log.info(
-        "trainings: %d of %d are missing; %d at once, logs in %s",
-        *(len(waiting), len(wanted), plan.jobs, plan.folder),
-    )
-    failed: set[tuple[str, int]] = set()
-    running: dict[tuple[str, int], subprocess.Popen] = {}
-    elsewhere: set[tuple[str, int]] = set()
-    shown, interval = time.monotonic(), 2 if sys.stderr.isatty() else 60
-    with tqdm(total=len(waiting), desc="trainings", unit="run", mininterval=interval) as bar:
+    counts = f"{len(missing)} of {len(wanted)} are missing"
+    log.info("trainings: %s; %d at once, logs in %s", counts, plan.jobs, plan.folder)
+    futures: dict[tuple[RunName, int], Future] = {}
+    running: dict[Path, subprocess.Popen] = {}
+    failed, interval = set(), 2 if sys.stderr.isatty() else 60
+    with ThreadPoolExecutor(plan.jobs) as pool, tqdm(total=len(missing), desc="trainings") as bar:
         try:
-            while waiting or running:
-                for job in list(waiting):
-                    run, seed = job
-                    folder = plan.run_folder(run, seed)
-                    before = [(other, seed) for other in with_phase_1([run])[:-1]]
-                    if (folder / "result.json").exists():  # by another call
-                        waiting.remove(job)
-                        bar.update()
-                    elif failed.intersection(before):
-                        failed.add(job)
-                        waiting.remove(job)
-                        bar.update()
-                        bar.write(f"failed: {folder.name}: needs {before[0][0]}-seed{seed}", sys.stderr)
-                    elif len(running) < plan.jobs and all(plan.finished(*other) for other in before):
-                        process = start(plan, run, seed, threads)
-                        if process:
-                            running[job] = process
-                            waiting.remove(job)
-                        elif job not in elsewhere:
-                            elsewhere.add(job)
-                            bar.write(f"{folder.name}: another call is training it; waiting", sys.stderr)
-                time.sleep(0.2)
-                for job, process in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[job]
-                    folder = plan.run_folder(*job)
-                    bar.update()
-                    if process.returncode or not (folder / "result.json").exists():
-                        failed.add(job)
-                        said = plan.folder / f"{folder.name}.log"
-                        bar.write(
-                            f"failed: {folder.name}: {last_line(said)} (all it said: {said})", sys.stderr
-                        )
-                        continue
-                    result = json.loads((folder / "result.json").read_text())
-                    bar.write(
-                        f"{folder.name}: test cosine {result['test_cosine']:.4f}, {result['seconds']:.0f} s",
-                        sys.stderr,
-                    )
-                if time.monotonic() - shown > interval:
-                    bar.set_postfix_str(", ".join(progress(plan.run_folder(*job)) for job in running))
-                    shown = time.monotonic()
+            for run, seed in missing:
+                phase_1 = futures.get((run.phase_1, seed))
+                futures[run, seed] = pool.submit(train_one, plan, run, seed, phase_1, running)
+            jobs = {future: job for job, future in futures.items()}
+            pending = set(jobs)
+            while pending:
+                done, pending = wait(pending, interval, FIRST_COMPLETED)
+                for future in done:
+                    folder = plan.run_folder(*jobs[future])
+                    if reason := future.result():
+                        failed.add(jobs[future])
+                        bar.write(f"failed: {folder.name}: {reason}", sys.stderr)
+                    else:
+                        bar.write(result_text(folder), sys.stderr)
+                bar.update(len(done))
+                bar.set_postfix_str(", ".join(map(step_text, list(running))))
         finally:
-            for process in running.values():
-                process.terminate()
-            for process in running.values():
-                process.wait()
+            stop(pool, futures.values(), running)
     return failed
 
 

@@ -17,6 +17,8 @@ import eval
 import weights
 from mini import drawbench, naming, scenes
 from tables import generation
+from tables.exhibit import Exhibit
+from tables.registry import EXHIBITS
 from tables.runs import SOURCES, Plan
 from training.metrics import cosines
 
@@ -47,8 +49,8 @@ def test_table_6_is_what_the_judges_read(make: Callable[..., Path]):  # noqa: F8
     plan = plan_of(folder)
     expected: dict[str, list[np.ndarray]] = {"itself": [], "a run of another seed": []}
     for seed in (0, 1):
-        asked = generation.prompt_sets(plan, seed, None)["test prompts"]
-        prompts = [one.prompt for one in asked]
+        requests = generation.prompt_sets(plan, seed)["test prompts"]
+        prompts = [request.prompt for request in requests]
         pictures = generation.drawn(plan, None, prompts, list(range(6)), seed)  # kept: nothing is drawn again
         targets = weights.load("minilm").encode(prompts).numpy()
         for judge, run in (("itself", seed), ("a run of another seed", 1 - seed)):
@@ -90,10 +92,10 @@ def test_table_5_counts_what_the_probe_finds(make: Callable[..., Path], probe: N
     plan = plan_of(folder)
     assert result["n"] == 5 and [sum(votes) for votes in result["votes"]] == [5, 5]
     for i, seed in enumerate((0, 1)):
-        asked = generation.prompt_sets(plan, seed, None)["test prompts"][:5]
-        prompts = [one.prompt for one in asked]
+        requests = generation.prompt_sets(plan, seed)["test prompts"][:5]
+        prompts = [request.prompt for request in requests]
         shares = [
-            generation.words_shown(generation.drawn(plan, None, prompts, list(range(5)), run), asked)
+            generation.words_shown(generation.drawn(plan, None, prompts, list(range(5)), run), requests)
             for run in (seed, None)
         ]
         assert result["votes"][i][0] == int((shares[0] > shares[1]).sum())
@@ -104,17 +106,17 @@ def test_table_5_counts_what_the_probe_finds(make: Callable[..., Path], probe: N
 def test_the_share_of_words_shown_is_that_of_the_probes_findings(probe: None):
     scene = scenes.candidate(3, 4, truthful=True)
     picture = np.asarray(scenes.render(scene))[None]
-    asked = generation.Asked(scene.prompt, scene.said)
+    request = generation.Request(scene.prompt, scene.said)
     row = naming.name_pictures(naming.load_probe(naming.FOLDER), picture.transpose(0, 3, 1, 2).copy())[0]
     found = list(naming.realised(row, scene.said).values())
-    assert generation.words_shown(picture, [asked])[0] == pytest.approx(sum(found) / len(found))
+    assert generation.words_shown(picture, [request])[0] == pytest.approx(sum(found) / len(found))
 
 
 def test_the_noise_study_by_hand(make: Callable[..., Path]):  # noqa: F811
     folder = make("--table", "noise", "--seeds", "0", *QUICK)
     (entry,) = read(folder, "table-noise")["per_seed"]
     plan = plan_of(folder)
-    prompts = [one.prompt for one in generation.prompt_sets(plan, 0, None)["test prompts"][:3]]
+    prompts = [request.prompt for request in generation.prompt_sets(plan, 0)["test prompts"][:3]]
     pictures = generation.drawn(
         plan, None, [p for p in prompts for _ in range(4)], [0, 1, 2, 3] * 3, None
     )
@@ -143,7 +145,8 @@ def test_without_drawbench_table_6_does_not_speak_of_it():
     result = {"bench": None, "rows": [], "steps": 50, "guidance": 7.5, "swap_after": 1, "run": "unet-mlc-cl"}
     stated = {"command": "", "date": "", "torch": "", "data": "mini", "seeds": [0], "weights": {}}
     assert "DrawBench is" not in generation.table_6_text(result | stated)
-    assert "DrawBench is one of mini scenes" in generation.table_6_text(result | stated | {"bench": "mini"})
+    text = generation.table_6_text(result | stated | {"bench": "mini"})
+    assert "DrawBench is a list of prompts for mini scenes" in text
 
 
 def test_what_would_fail_after_training_is_refused_before(tmp_path: Path, capsys, monkeypatch):
@@ -155,21 +158,18 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path: Path, capsys
         (tmp_path / "own" / f"{i}.txt").write_text(f"my own prompt {i}")
     (tmp_path / "file").touch()
     for flags, said in (
-        (["--table", "5", "--data", "own"], "--table 5: its judge"),
-        (["--table", "ceiling", "--weights", "paper"], "--table ceiling: its judge"),
+        (["--table", "5", "--data", "own"], "--table 5: the probe"),
+        (["--table", "ceiling", "--weights", "paper"], "--table ceiling: the probe"),
         (["--table", "6", "--drawbench", "missing.csv"], "missing.csv"),
         (["--table", "6", "--results", "file/x"], "file/x"),
     ):
         assert eval.main(flags) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
-    asked = []
-    monkeypatch.setattr(eval, "train_missing", lambda plan, runs: asked.append(runs) or [])
-    monkeypatch.setattr(eval, "compute_table", lambda plan, n, command: asked.append(n) or {})
-    monkeypatch.setattr(eval, "table_text", lambda result: "")
-    drawn = {n: (partial(lambda n, *given: asked.append(n) or {}, n), lambda result: "") for n in eval.DRAWN}
-    monkeypatch.setattr(eval, "DRAWN", drawn)
+    written = []
+    monkeypatch.setattr(eval, "train_missing", lambda plan, runs: set())
+    monkeypatch.setattr(Exhibit, "write", lambda self, plan, folder, kind, number: written.append(number))
     assert eval.main(["--table", "all", "--data", "own"]) == 0
-    assert asked[1:] == [n for n in eval.NUMBERS if n not in (5, "ceiling")]
+    assert written == [n for n in EXHIBITS["table"] if n not in (5, "ceiling")]
 
 
 def test_the_little_drawbench_asks_for_what_it_says():
@@ -184,4 +184,4 @@ def test_the_little_drawbench_asks_for_what_it_says():
 
 
 def test_all_tables_are_known_by_name():
-    assert eval.NUMBERS == [1, 2, 5, 6, 7, 8, 9, 10, 11, "captions", "ceiling", "noise"]
+    assert list(EXHIBITS["table"]) == [1, 2, 5, 6, 7, 8, 9, 10, 11, "captions", "ceiling", "noise"]

@@ -1,5 +1,6 @@
 """eval.py --table and --figure: numbers, what is trained and when, the paper's figures, bad input."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,9 +8,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,13 +25,15 @@ from PIL import Image
 import data
 import eval
 import train
-from mini import naming, scenes
-from tables import probe, runs
-from tables.compute import short
+from mini import judge, naming, scenes
+from tables import exhibit, probe, runs
+from tables.compute import exhibit_of
+from tables.exhibit import interval, markdown, short
 from tables.figures import undrawn_share
 from tables.methods import Member, members_of
-from tables.rows import TABLES, Row, Table
-from tables.runs import MODELS, RECORDING, SOURCES, Plan, flags_of, with_phase_1
+from tables.registry import EXHIBITS, text_of
+from tables.rows import ROW_TABLES, Row, Table
+from tables.runs import MODELS, RECORDING, SOURCES, Plan, RunName, flags_of, with_phase_1
 from training.config import parse_args
 from training.folder import saved_fields
 from training.metrics import cosines, paired_test, rank_correlation, ranks, spearman, student_p
@@ -36,7 +42,7 @@ QUICK = shlex.split("--epochs 1 --batch-size 12 --val-size 12 --test-size 12 --t
 
 
 class Here:
-    """In place of subprocess.Popen: train.py in this process, which need not import torch again."""
+    """In place of subprocess.Popen: train.py in this process, without another import of torch."""
 
     started: list[list[str]] = []
 
@@ -46,19 +52,36 @@ class Here:
         torch.set_num_threads(1)
         self.returncode = train.main(command[2:])
 
-    def poll(self) -> int:
+    def wait(self) -> int:
         return self.returncode
 
-    def terminate(self) -> None:
-        raise AssertionError("nothing runs any more")
 
-    wait = terminate
+class InTurn:
+    """In place of ThreadPoolExecutor: each call at once, in this thread, as train.py sets signal handlers."""
+
+    def __init__(self, workers: int):
+        pass
+
+    def __enter__(self) -> "InTurn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable, *args: object) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+    def shutdown(self, **_: object) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
 def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.subprocess, "Popen", Here)
-    monkeypatch.setattr(runs.time, "sleep", lambda seconds: None)
+    here = SimpleNamespace(Popen=Here, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(runs, "subprocess", here)
+    monkeypatch.setattr(runs, "ThreadPoolExecutor", InTurn)
     Here.started = []
 
 
@@ -136,7 +159,7 @@ def test_table_2_is_what_its_runs_say_and_a_second_call_trains_nothing(make, cap
 
     make("--table", "2", "--seeds", "0", *QUICK, "--epochs", "2", status=2)
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ") and "was trained with epochs 1, and 2 is asked for" in line
+    assert line.startswith("error: ") and "was trained with epochs 1, not 2" in line
 
 
 def test_all_that_the_ensemble_needs_is_trained_once(make):
@@ -197,13 +220,13 @@ def test_captions_are_what_the_row_says(make):
     assert [test["against"] for row in others for test in row["tests"]] == [empty["name"]] * 2
     assert len({round(row["cosine"], 6) for row in result["rows"]}) == 4
     text = (folder / "results" / "table-captions.md").read_text()
-    assert text.startswith("# What the U-Net reads by cross-attention\n") and "670,000" not in text
-    assert "captions: empty, blip-mini, prompt." in text
+    assert text.startswith("# The text that the U-Net reads by cross-attention\n") and "670,000" not in text
+    assert "captions for the U-Net: empty, blip-mini, prompt." in text
     other = Plan("-", SOURCES["mini"] | {"blip": "blip-base"}, (0,), folder, 1, "cpu", {})
-    named = ("unet-plain", "unet-captions-empty", "vit-mlc")
+    named = (RunName("unet", "plain"), RunName("unet", "captions-empty"), RunName("vit", "mlc"))
     assert [other.fields(run, 0).get("captions") for run in named] == ["blip-base", "empty", None]
     given = Plan("-", SOURCES["mini"], (0,), folder, 1, "cpu", {"captions": "empty"})
-    assert given.fields("unet-mlc-cl", 0)["captions"] == "empty"
+    assert given.fields(RunName("unet", "mlc-cl"), 0)["captions"] == "empty"
 
 
 def test_the_ceiling_is_what_the_probe_reads(make, monkeypatch: pytest.MonkeyPatch):
@@ -220,7 +243,7 @@ def test_the_ceiling_is_what_the_probe_reads(make, monkeypatch: pytest.MonkeyPat
     given = {name: saved[name] for name in ("val_size", "test_size")}
     plan = Plan(saved["data"], SOURCES["mini"], (0,), folder / "runs", 1, "cpu", given)
     like = Member(folder / "runs" / "unet-mlc-seed0")
-    said, _ = probe.Reading("encoded")([like], plan, 0)
+    said, _ = probe.ProbeMethod("encoded")([like], plan, 0)
     assert cosines(said, like.targets("test")).mean() > encoded  # nothing misread
 
 
@@ -239,19 +262,20 @@ def test_a_reading_becomes_a_view():
 
 def test_ridge_by_hand():
     x, y = np.array([[0.0], [1.0], [2.0]]), np.array([[1.0], [2.0], [6.0]])
-    slope, intercept = probe.ridge(x, y, 2.0)  # centred: 5 / (2 + 2)
+    slope, intercept = probe.ridge_regression(x, y, 2.0)  # centred: 5 / (2 + 2)
     assert slope.item() == pytest.approx(1.25) and intercept.item() == pytest.approx(3 - 1.25)
 
 
-def test_the_probe_is_not_asked_of_other_prompts(few_scenes: Path, monkeypatch, capsys):
+def test_the_probe_refuses_other_prompts(few_scenes: Path, monkeypatch, capsys):
     monkeypatch.setattr(probe, "default_views", dict)
-    with pytest.raises(data.DataError, match="the probe knows the embedded scenes alone"):
-        probe.Reading("told")([], Plan(str(few_scenes), SOURCES["mini"], (0,), few_scenes, 1, "cpu", {}), 0)
+    with pytest.raises(data.DataError, match="the probe can judge only the embedded default data"):
+        probe.ProbeMethod("prompt")([], dataclasses.replace(plan(few_scenes), data=str(few_scenes)), 0)
 
 
-def test_what_is_asked_for():
-    assert eval.asked_for("all", TABLES, "table") == [1, 2, 7, 8, 9, 10, 11, "captions", "ceiling"]
-    assert eval.asked_for("captions,9,2,9", TABLES, "table") == [2, 9, "captions"]
+def test_which_exhibits_are_selected():
+    assert list(eval.selected("all", "table")) == [("table", number) for number in EXHIBITS["table"]]
+    assert list(eval.selected("captions,9,2,9", "table")) == [("table", n) for n in (2, 9, "captions")]
+    assert eval.selected("11", "figure") == {("figure", 11): EXHIBITS["figure"][11]}
 
 
 def undrawn_of(where: str) -> list[str]:
@@ -273,15 +297,43 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(make, monkeypatch, 
                 super().__init__(command, **how)
 
     monkeypatch.setattr(runs.subprocess, "Popen", Breaks)
-    monkeypatch.setitem(
-        TABLES, 7, Table("", tuple(Row(r, (f"vit-{r}",)) for r in ("plain", "cl", "mlc")))
-    )
+    rows = tuple(Row(recipe, (RunName("vit", recipe),)) for recipe in ("plain", "cl", "mlc"))
+    monkeypatch.setitem(EXHIBITS["table"], 7, exhibit_of(Table("", rows)))
     make("--table", "7", "--seeds", "3", *QUICK, status=2)
     said = capsys.readouterr().err
-    assert "failed: vit-plain-seed3: the disk is full (all it said: " in said
+    assert "failed: vit-plain-seed3: the disk is full (full output: " in said
     assert "failed: vit-cl-seed3: needs vit-plain-seed3" in said and "vit-mlc-seed3: test cosine" in said
     assert said.strip().splitlines()[-1].startswith("error: 2 trainings failed")
     assert len(Here.started) == 2
+
+
+def test_ctrl_c_stops_what_runs_and_starts_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Endless:
+        started: list["Endless"] = []
+
+        def __init__(self, *_: object, **__: object):
+            self.returncode, self.terminated = 130, threading.Event()
+            self.started.append(self)
+
+        def wait(self) -> None:
+            self.terminated.wait(60)
+
+        def terminate(self) -> None:
+            self.terminated.set()
+
+    def interrupted(*_: object) -> None:
+        while len(Endless.started) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.subprocess, "Popen", Endless)
+    monkeypatch.setattr(runs, "ThreadPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(runs, "wait", interrupted)
+    monkeypatch.setattr(train, "prepare", lambda config, device: None)
+    two_at_once = dataclasses.replace(plan(tmp_path), jobs=2)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train_missing(two_at_once, [RunName("vit", recipe) for recipe in ("mlc-cl", "plain", "lerac")])
+    assert len(Endless.started) == 2 and all(process.terminated.is_set() for process in Endless.started)
 
 
 # -- what is told to train.py ----------------------------------------
@@ -294,7 +346,8 @@ def plan(tmp_path: Path, **given: object) -> Plan:
 
 def test_flags_reach_the_runs_that_they_mean_something_to(tmp_path: Path):
     p = plan(tmp_path, chunks="thresholds", cbs_every=2.0, image_size=32, lr=0.5)
-    plain, cl, cbs, unet = (p.fields(run, 4) for run in ("vit-plain", "vit-mlc-cl", "vit-cbs", "unet-mlc"))
+    named = (("vit", "plain"), ("vit", "mlc-cl"), ("vit", "cbs"), ("unet", "mlc"))
+    plain, cl, cbs, unet = (p.fields(RunName(*name), 4) for name in named)
     assert plain == {"lr": 0.5, "backbone": "vit", "data": "mini", "weights": "vit-mini", "seed": 4,
                      "device": "cpu", "heads": 0, "record_cosines": True}
     assert cl["chunks"] == "thresholds" and cl["phase_1"] == str(tmp_path / "vit-mlc-seed4")
@@ -305,14 +358,16 @@ def test_flags_reach_the_runs_that_they_mean_something_to(tmp_path: Path):
 
 
 def test_phase_1_comes_first_and_once():
-    assert with_phase_1(["vit-mlc-cl", "vit-cl", "vit-mlc", "vit-plain"]) == [
-        "vit-mlc", "vit-mlc-cl", "vit-plain", "vit-cl"
-    ]
-    every = {run for table in TABLES.values() for row in table.rows for run in row.runs}
-    assert {run for run in every if with_phase_1([run])[0] != run} == {
-        run for run in every if run.endswith("cl")
-    }
-    assert {with_phase_1([run])[0] for run in every if run.endswith("cl")} <= RECORDING
+    named = (RunName("vit", recipe) for recipe in ("mlc-cl", "cl", "mlc", "plain"))
+    ordered = [run.name for run in with_phase_1(named)]
+    assert ordered == ["vit-mlc", "vit-mlc-cl", "vit-plain", "vit-cl"]
+    every = {run for table in ROW_TABLES.values() for run in table.runs}
+    assert {run for run in every if run.phase_1} == {run for run in every if run.recipe.endswith("cl")}
+    assert {run.phase_1 for run in every} - {None} <= RECORDING
+
+
+def test_a_runs_folder_is_backbone_recipe_and_seed(tmp_path: Path):
+    assert plan(tmp_path).run_folder(RunName("vit", "mlc-cl"), 3) == tmp_path / "vit-mlc-cl-seed3"
 
 
 def test_sources():
@@ -326,21 +381,21 @@ def test_sources():
 
 def test_the_papers_figures():
     def of(number: int, name: str) -> float:
-        return next(row.paper for row in TABLES[number].rows if row.name == name)
+        return next(row.paper for row in ROW_TABLES[number].rows if row.name == name)
 
-    assert [row.paper for row in TABLES[1].rows] == [
+    assert [row.paper for row in ROW_TABLES[1].rows] == [
         0.6725, 0.6739, 0.6750, 0.6130, 0.6455, 0.6497, 0.6624, 0.6671, 0.6671, 0.6526, 0.6539, 0.6550
     ]
-    assert [row.paper for row in TABLES[7].rows] == [0.6526, 0.6525, 0.6254, 0.6544]
-    assert [row.paper for row in TABLES[8].rows[:3]] == [0.6879, 0.6900, 0.6917]
-    assert len(TABLES[9].rows) == 15
+    assert [row.paper for row in ROW_TABLES[7].rows] == [0.6526, 0.6525, 0.6254, 0.6544]
+    assert [row.paper for row in ROW_TABLES[8].rows[:3]] == [0.6879, 0.6900, 0.6917]
+    assert len(ROW_TABLES[9].rows) == 15
     assert of(9, "CLIP + Swin") == 0.6887 and of(9, "U-Net + ViT") == 0.6732
     assert of(9, "CLIP + Swin + ViT") == 0.6901 and of(9, "U-Net + Swin + ViT") == 0.6820
     assert of(10, "DAKL, k = 5,000, gamma = 0.001") == 0.6905
     assert of(10, "DAKL, k = 10,000, gamma = 0.1") == 0.6878
     assert of(11, "BLIP") == 0.5129 and of(11, "CLIP + k-NN") == 0.6189
-    assert [row.paper for row in TABLES["captions"].rows] == [None] * 3
-    for table in TABLES.values():
+    assert [row.paper for row in ROW_TABLES["captions"].rows] == [None] * 3
+    for table in ROW_TABLES.values():
         names = [row.name for row in table.rows]
         assert len(set(names)) == len(names)
         assert all(other in names for row in table.rows for other in row.against)
@@ -389,13 +444,46 @@ def test_numbers_are_written_as_the_paper_writes_them():
     assert [short(x, True) for x in (0.00123, -0.5)] == ["+.0012", "-.5000"]
 
 
+def test_a_markdown_table():
+    assert markdown("a | b", [("x", 1), (None, 0.5)]) == "| a | b |\n|---|---|\n| x | 1 |\n|  | .5000 |"
+    assert interval((0.5, -0.25), True) == "+.5000 to -.2500" and interval(None) == ""
+
+
+RESULTS = sorted(path for path in (ROOT / "results").rglob("*.md") if path.name != "README.md")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_results_are_the_text_of_their_numbers(path: Path):
+    """After a change of wording write them again, by `path.write_text(text)` for the paths of RESULTS."""
+    result = json.loads(path.with_suffix(".json").read_text())
+    text = judge.text_of(result) if path.name == "generated.md" else text_of(result)
+    assert path.read_text() == text
+
+
+def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    made = exhibit.provenance(dataclasses.replace(plan(tmp_path), command="python eval.py --table 2"))
+    assert made["numpy"] == np.__version__ and made["processor"]
+    text = exhibit.provenance_text(made | {"date": "2026-01-31", "commit": "0123456789abcdef"})
+    assert text == (
+        f"`python eval.py --table 2`, 2026-01-31, commit 0123456789, torch {torch.__version__}, numpy "
+        f"{np.__version__}, {made['processor']}. Data: mini; seed 0."
+    )
+    monkeypatch.setattr(exhibit, "ROOT", tmp_path)  # no checkout
+    assert exhibit.commit() is None
+    command = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
+    subprocess.run([*command, "init", "-q"], check=True)
+    assert exhibit.commit() is None
+    subprocess.run([*command, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    assert len(exhibit.commit()) == 40
+
+
 # -- bad input ----------------------------------------
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--table", "3"], "there are 1, 2, 5, 6, 7, 8, 9, 10, 11, captions, ceiling, noise and all"),
+        (["--table", "3"], "give 1, 2, 5, 6, 7, 8, 9, 10, 11, captions, ceiling, noise or all"),
         (["--table", "2,x"], "--table x"),
         (["--figure", "5"], "--figure 5"),
         (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),
@@ -424,7 +512,7 @@ def test_runs_of_other_pairs_are_not_mixed(make, tmp_path: Path):
     other = Member(folder / "runs" / "swin-plain-seed0")
     other.targets = lambda split: np.zeros((12, 384), np.float32)
     with pytest.raises(data.DataError, match="are not those of"):
-        members_of(p, ["swin-mlc"], 0, other)
+        members_of(p, [RunName("swin", "mlc")], 0, other)
 
 
 # -- the real thing ----------------------------------------
@@ -436,7 +524,7 @@ def eval_py(few_scenes: Path, folder: Path, *flags: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_table_7_goes_on_after_it_was_stopped(how, few_scenes: Path, tmp_path: Path, monkeypatch):
     monkeypatch.undo()
     flags = shlex.split("--table 7 --seeds 0 --epochs 2 --batch-size 12 --val-size 12 --test-size 12")

@@ -1,0 +1,20 @@
+"""All tables and figures by number or name. A new one is added to the dictionary of its own file."""
+
+from tables.compute import COMPUTED_TABLES
+from tables.exhibit import Exhibit
+from tables.figures import FIGURES
+from tables.generation import GENERATION_TABLES
+
+
+def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
+    """Numbers first, then names."""
+    return dict(sorted(exhibits.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+
+
+EXHIBITS = {"table": in_order(COMPUTED_TABLES | GENERATION_TABLES), "figure": in_order(FIGURES)}
+
+
+def text_of(result: dict) -> str:
+    """The Markdown of a results file."""
+    kind = "table" if "table" in result else "figure"
+    return EXHIBITS[kind][result[kind]].text(result)
