@@ -28,13 +28,13 @@ import contextlib
 import io
 import logging
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import data
 import weights
+from command import run_command
 from tables.exhibit import Exhibit
 from tables.generation import read_drawbench
 from tables.probe import only_default_prompts
@@ -194,22 +194,18 @@ def main(argv: list[str] | None = None) -> int:
     if flags and not making:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if making:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            make(args, flags, f"python eval.py {shlex.join(argv)}")
-            return 0
+
+    def evaluate_runs() -> None:
         device = weights.resolve_device(args.device)
         for folder in args.runs:
-            config = saved_config(folder)
-            evaluate(folder, prepare(config, device), device)
-    except (data.DataError, weights.WeightsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes the trainings", file=sys.stderr)
-        return 130
-    return 0
+            evaluate(folder, prepare(saved_config(folder), device), device)
+
+    def make_exhibits() -> None:
+        make(args, flags, f"python eval.py {shlex.join(argv)}")
+
+    return run_command(
+        make_exhibits if making else evaluate_runs, "stopped; the same command resumes the trainings"
+    )
 
 
 if __name__ == "__main__":

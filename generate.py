@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
-from data import DataError, atomic_write
+from command import run_command
+from data import atomic_write
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
 
@@ -223,10 +224,10 @@ def swapped(unet: UNet, encoder: UNetEncoder) -> UNet:
     """A copy of `unet` whose encoder half is the trained one; its decoder half stays as it was.
 
     Paper: "replacing the U-Net": what was trained is the encoder half, so no more than that can be replaced.
-    Raises ValueError for an encoder of other sizes.
+    Raises weights.WeightsError for an encoder of other sizes.
     """
     if encoder.config != unet.config:
-        raise ValueError(f"the trained U-Net has other sizes: {encoder.config}, not {unet.config}")
+        raise weights.WeightsError(f"the trained U-Net has other sizes: {encoder.config}, not {unet.config}")
     merged = copy.deepcopy(unet)
     like = next(unet.parameters())
     trained = {name: value.to(like) for name, value in encoder.state_dict().items()}
@@ -530,15 +531,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(argv)
-    try:
-        run(args)
-    except (weights.WeightsError, DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the pictures that were drawn are kept", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: run(args), "stopped; the pictures that were drawn are kept")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from backbones import BACKBONES, Backbone, SDReader, as_backbone, captioner_of
+from words import is_content_word, words
 
 EMBEDDING_WIDTH = 384  # all-MiniLM-L6-v2
 
@@ -44,63 +46,6 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
 # ============================================================================================================
 # Section 3, multi-label vocabulary classification: the words, equations (2), (3) and (4)
 # ============================================================================================================
-
-# "The most frequent adjectives, nouns and verbs" are the open classes of English but for the adverbs, so
-# instead of tagging each word we drop the closed classes, a short list that hardly ever changes, and the
-# adverbs, most of which end in -ly. benchmarks/vocabulary.py measures how well that agrees with a
-# part-of-speech tagger.
-CLOSED_CLASSES = frozenset(
-    # determiners, quantifiers and numerals
-    """a an the this that these those each every either neither some any no all both half such what which
-    whose many much more most few fewer less least several enough another other others one two three four
-    five six seven eight nine ten eleven twelve twenty thirty forty fifty hundred thousand million dozen
-    first second third"""
-    # pronouns
-    """ i me my mine myself you your yours yourself he him his himself she her hers herself it its itself we
-    us our ours ourselves they them their theirs themselves who whom someone somebody something anyone
-    anybody anything everyone everybody everything nobody nothing none there here where when why how whoever
-    whatever whichever"""
-    # prepositions and particles
-    """ of in on at by for with without within from to into onto upon over under above below beneath beside
-    besides between among amongst amid amidst behind before after around about across along against through
-    throughout during near toward towards off out outside inside up down away back past since until till per
-    via versus vs like unlike despite except as than together apart ahead forth beyond underneath atop
-    opposite"""
-    # conjunctions
-    """ and or but nor so yet if because while whereas although though unless whether plus"""
-    # auxiliaries, modals and their contractions
-    """ be am is are was were been being do does did done doing have has had having can could will would
-    shall should may might must ought cannot can't don't doesn't didn't isn't aren't wasn't weren't won't
-    wouldn't couldn't shouldn't haven't hasn't hadn't it's he's she's that's there's i'm i've you're we're
-    they're let's"""
-    # adverbs that do not end in -ly, and what prompts abbreviate
-    """ not never ever always often again also too very quite rather almost just even still already soon now
-    then once twice maybe perhaps instead else ever far away forever everywhere nowhere somewhere elsewhere
-    well however therefore thus hence etc eg ie st nd rd th""".split()
-)
-# Words in -ly that are no adverbs.
-NOT_ADVERBS = frozenset(
-    """fly butterfly dragonfly firefly family lily lovely ugly holy unholy ghostly heavenly friendly elderly
-    belly jelly assembly italy july silly daily curly woolly wooly lonely deadly early godly orderly cuddly
-    bubbly wrinkly otherworldly worldly earthly motherly fatherly likely lively monthly weekly bully ally
-    rally reply supply multiply apply sly ply oily hilly chilly smelly gnarly sparkly prickly fully-rigged
-    billy molly emily sally kelly polly homely costly comely princely scholarly manly womanly beastly
-    ghastly grisly burly surly pearly jellyfly""".split()
-)
-_WORD = re.compile(r"[a-z](?:[a-z'-]*[a-z])")
-
-
-def words(prompt: str) -> list[str]:
-    """The prompt's words of two letters or more in lower case; inner hyphens and apostrophes are kept."""
-    return _WORD.findall(prompt.lower())
-
-
-def is_content_word(word: str) -> bool:
-    """Whether a lower-case word counts as an adjective, a noun or a verb (see `CLOSED_CLASSES`)."""
-    if word in CLOSED_CLASSES:
-        return False
-    return not word.endswith("ly") or word in NOT_ADVERBS
-
 
 class Vocabulary:
     """The m most frequent adjectives, nouns and verbs of the training prompts, and the targets of equation
@@ -132,6 +77,11 @@ class Vocabulary:
         for i, prompt in enumerate(prompts):
             t[i, [self._column[word] for word in set(words(prompt)) if word in self._column]] = 1
         return t
+
+    def likely(self, probabilities: np.ndarray, n: int) -> str:
+        """The `n` most probable words, each with its probability (V,) in per cent."""
+        order = np.argsort(-probabilities)[:n]
+        return ", ".join(f"{self.words[j]} {probabilities[j]:.0%}" for j in order)
 
 
 def vocabulary_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -206,105 +156,6 @@ class Regressor(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Prediction:
         return self.heads(self.backbone(*inputs))
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What a backbone is: `kind` of weights; `title` in tables; `blocks`, the beginning of a parameter's name
-    that separates its blocks, from input to output; `mini` and `paper`, the weights of the miniature and of
-    the paper; `white_box`, whether it reads latents and captions in place of images."""
-
-    kind: str
-    title: str
-    blocks: str
-    mini: str
-    paper: str
-    white_box: bool = False
-
-
-BACKBONES = {  # in the paper's order
-    "clip": Backbone(
-        "clip-vision", "CLIP", r"vision_model\.encoder\.layers\.\d+\.", "clip-mini", "clip-h-14"
-    ),
-    "unet": Backbone(
-        "unet-encoder", "U-Net", r"unet\.(input_blocks\.\d+|middle_block)\.", "sd-mini", "sd-1", True
-    ),
-    "swin": Backbone("swin", "Swin", r"layers\.\d+\.blocks\.\d+\.", "swin-mini", "swin-l"),
-    "vit": Backbone("vit", "ViT", r"blocks\.\d+\.", "vit-mini", "vit-b-16"),
-}
-
-
-class UNetFeatures(nn.Module):
-    """The white-box backbone: the encoder half of Stable Diffusion's U-Net, its middle block pooled over
-    all places.
-
-    Reads VAE latents, scaled as in diffusion training, and the text states of a caption of the image, which
-    enter by cross-attention. Paper: neither the timestep nor the pooling is stated; as in the authors' code
-    the timestep is 0 (no noise) and the pooling is the maximum.
-    """
-
-    def __init__(self, unet: nn.Module):
-        super().__init__()
-        self.unet, self.width = unet, unet.width
-
-    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
-        timesteps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
-        middle = self.unet.encode(latents, timesteps, context)  # (B, D, h/8, w/8)
-        return middle.amax(dim=(2, 3))  # (B, D)
-
-
-def as_backbone(name: str, model: nn.Module) -> nn.Module:
-    """A model of kind BACKBONES[name].kind as a module from inputs to features (B, width)."""
-    return UNetFeatures(model) if BACKBONES[name].white_box else model
-
-
-def captioner_of(captions: str) -> str | None:
-    """The BLIP that the option `captions` names; None for "empty", "prompt" and a file of captions."""
-    no_model = captions in ("empty", "prompt") or Path(captions).suffix in (".txt", ".json", ".jsonl", ".csv")
-    return None if no_model else captions
-
-
-class SDReader:
-    """From images to the U-Net's inputs, by the networks beside it: latents, captions, caption states.
-
-    Training and `image_predictor` both read through this class. `source` names the weights of autoencoder and
-    text tower, `captioner` those of a BLIP, if there is one. Each network is loaded at its first use. Raises
-    weights.WeightsError as weights.load.
-    """
-
-    def __init__(self, source: str, captioner: str | None, device: str = "cpu"):
-        self.source, self.captioner, self.device = source, captioner, device
-        self.networks: dict[str, Any] = {}
-
-    def network(self, kind: str) -> Any:
-        """The network of a kind of weights, in eval mode, or the "tokenizer" of the text tower."""
-        import weights
-
-        if kind not in self.networks:
-            source = self.captioner if kind == "blip" else self.source
-            self.networks[kind] = (
-                weights.load_tokenizer(source)
-                if kind == "tokenizer"
-                else weights.load(kind, source, device=self.device)
-            )
-        return self.networks[kind]
-
-    @torch.no_grad()
-    def latents(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), scaled as in diffusion training."""
-        vae = self.network("vae")
-        return vae.encode(images.to(self.device)) * vae.config.scale_factor
-
-    @torch.no_grad()
-    def captions(self, images: Tensor) -> list[str]:
-        """Captions of images (B, 3, H, W), which are prepared as the captioner's weights want them."""
-        return self.network("blip").generate(images.to(self.device))
-
-    @torch.no_grad()
-    def states(self, captions: Sequence[str]) -> Tensor:
-        """The text tower's states of captions, (B, 77, D); what follows 75 tokens is cut."""
-        ids = self.network("tokenizer")(list(captions))
-        return self.network("clip-text")(ids.to(self.device))
 
 
 # ============================================================================================================
@@ -398,7 +249,7 @@ def ensemble(
 
     Each is L2-normalised first, then "mean" or "median" is taken coordinate by coordinate. Section 4.9 says
     mean, the introduction median. `weights`, one for each model, make it a weighted mean, as in the authors'
-    code (see `fit_ensemble_weights`). Raises ValueError for another `how`, for weights with the median, and
+    code (see tables/methods.py). Raises ValueError for another `how`, for weights with the median, and
     for predictions or weights that do not fit one another.
     """
     shapes = {tuple(p.shape) for p in predictions}
@@ -417,33 +268,6 @@ def ensemble(
     if weights.shape != (len(members),):
         raise ValueError(f"{len(members)} predictions need as many weights, not {tuple(weights.shape)}")
     return F.normalize(torch.einsum("m,mne->ne", weights.to(members), members), dim=-1)
-
-
-def fit_ensemble_weights(predictions: Sequence[Tensor], targets: Tensor, iterations: int = 200) -> Tensor:
-    """Weights (m,) float64, at least 0 and of sum 1, that raise the mean cosine of the weighted mean.
-
-    predictions: m tensors (n, E) of validation samples; targets (n, E). Exponentiated gradient from equal
-    weights; a step is taken only if it raises the cosine, so on these samples the result is never worse than
-    the plain mean. Paper: weights are the authors' code's, found by hand; section 4.9 has none.
-    """
-    members = torch.stack([F.normalize(p.double(), dim=-1) for p in predictions])
-    products = torch.einsum("mne,lne->nml", members, members)
-    along = torch.einsum("mne,ne->nm", members, F.normalize(targets.double(), dim=-1))
-
-    def cosine(weights: Tensor) -> Tensor:
-        length = torch.einsum("m,nml,l->n", weights, products, weights).clamp_min(1e-24).sqrt()
-        return (along @ weights / length).mean()
-
-    weights, step = torch.full_like(along[0], 1 / len(members)), 1.0
-    best = cosine(weights)
-    for _ in range(iterations):
-        slope = torch.func.grad(cosine)(weights)
-        trial = torch.softmax(weights.log() + step * slope, dim=0)
-        if (score := cosine(trial)) > best:
-            weights, best, step = trial, score, step * 2
-        else:
-            step /= 4
-    return weights
 
 
 # ============================================================================================================
@@ -869,73 +693,68 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
     return predict_images
 
 
+def read_images(
+    paths: Sequence[Path], folder: Path, prompt: str | None, caption: str | None, n: int, device: str
+) -> int:
+    """Print what a run reads in images; the exit status, 2 if one was skipped."""
+    import data
+    import weights
+
+    run, skipped = load_run(folder, device), 0
+    try:
+        rows = json.loads((folder / "predictions" / "rows.json").read_text())["train"]
+        targets = np.load(folder / "predictions" / "train-targets.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise data.DataError(
+            f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}"
+        ) from error
+    predict_images = image_predictor(run, device)
+    prompt_embedding = weights.load("minilm").encode([prompt])[0].numpy() if prompt else None
+    for path in paths:
+        try:
+            image = data.load_image(path)
+        except data.DataError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        embeddings, probabilities = predict_images([image], None if caption is None else [caption])
+        print(path)
+        for i, similarity in nearest(embeddings[0], targets, n):
+            print(f"  {similarity:.3f}  {rows[i]['prompt']}")
+        if probabilities is not None:
+            print("  words  " + run.vocabulary.likely(probabilities[0], 10))
+        if prompt_embedding is not None:
+            print(f"  cosine with the given prompt: {float(embeddings[0] @ prompt_embedding):.3f}")
+    return 2 if skipped else 0
+
+
 def main(argv: list[str] | None = None) -> int:
+    import data
+    import weights
+    from command import positive, run_command
+
     parser = argparse.ArgumentParser(
         description="Read images: the training prompts nearest to the predicted embedding, the likely words, "
         "and, with --prompt, how well the image and that prompt agree.",
         epilog="Train a run first: python train.py --backbone unet",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument(
-        "--run", type=Path, help="a folder that train.py wrote (default: the newest under runs/)"
-    )
+    parser.add_argument("--run", type=Path, help="a folder of train.py (default: the newest under runs/)")
     parser.add_argument("--prompt", help="a prompt to compare the images with")
-    parser.add_argument(
-        "--caption", help="what the U-Net reads of the images (default: what the run's captioner says)"
-    )
-    parser.add_argument("-n", type=int, default=5, help="how many prompts to list (default 5)")
+    parser.add_argument("--caption", help="text for the U-Net (default: a caption by the run's captioner)")
+    parser.add_argument("-n", type=positive, default=5, help="how many prompts to list (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     args = parser.parse_args(argv)
 
-    import data
-    import weights
-
-    failed = 0
-    try:
+    def read() -> int:
         finished = sorted(Path("runs").glob("*/result.json"), key=lambda path: path.stat().st_mtime)
         if args.run is None and not finished:
             raise data.DataError("no finished run under runs/; train one: python train.py --backbone unet")
-        folder = args.run or finished[-1].parent
         device = weights.resolve_device(args.device)
-        run = load_run(folder, device)
-        try:
-            train_prompts = [
-                row["prompt"]
-                for row in json.loads((folder / "predictions" / "rows.json").read_text())["train"]
-            ]
-            train_targets = np.load(
-                folder / "predictions" / "train-targets.npy", mmap_mode="r", allow_pickle=False
-            )
-        except (OSError, ValueError) as error:
-            raise data.DataError(
-                f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}"
-            ) from error
-        predict_images = image_predictor(run, device)
-        prompt_embedding = weights.load("minilm").encode([args.prompt])[0].numpy() if args.prompt else None
-        for path in args.images:
-            try:
-                image = data.load_image(path)
-            except data.DataError as error:
-                print(f"skipped: {error}", file=sys.stderr)
-                failed += 1
-                continue
-            captions = None if args.caption is None else [args.caption]
-            embeddings, probabilities = predict_images([image], captions)
-            print(path)
-            for i, similarity in nearest(embeddings[0], train_targets, args.n):
-                print(f"  {similarity:.3f}  {train_prompts[i]}")
-            if probabilities is not None:
-                likely = np.argsort(-probabilities[0])[:10]
-                print(
-                    "  words  "
-                    + ", ".join(f"{run.vocabulary.words[j]} {probabilities[0, j]:.0%}" for j in likely)
-                )
-            if prompt_embedding is not None:
-                print(f"  cosine with the given prompt: {float(embeddings[0] @ prompt_embedding):.3f}")
-    except (data.DataError, weights.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 2 if failed else 0
+        folder = args.run or finished[-1].parent
+        return read_images(args.images, folder, args.prompt, args.caption, args.n, device)
+
+    return run_command(read)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import json
 import logging
 import math
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -41,9 +40,10 @@ from torch.utils.data import DataLoader, Subset
 
 import data
 import weights
+from backbones import BACKBONES
 from baselines import Smoothing, cbs_sigma, lerac_initial, lerac_rate
+from command import run_command
 from reverse_sd import (
-    BACKBONES,
     Regressor,
     Vocabulary,
     by_thresholds,
@@ -470,16 +470,11 @@ def first_then_others(process: Process, task: Any) -> Any:
 def main(argv: list[str] | None = None) -> int:
     flags, out, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def train() -> None:
         run(flags, out, resume)
-    except (data.DataError, weights.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; all that was computed is kept", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_command(train, "stopped; all that was computed is kept")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ print(time.perf_counter() - start)
     "train": """
 import time, torch, weights
 import train
-from reverse_sd import Regressor, UNetFeatures, cosine_loss
+from backbones import UNetFeatures
+from reverse_sd import Regressor, cosine_loss
 torch.manual_seed(0)
 backbone = UNetFeatures(weights.load("unet-encoder", "sd-mini"))
 model = Regressor(backbone, backbone.width, 300)

@@ -17,7 +17,8 @@ from textblob.en import tag
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import clean
-from reverse_sd import Vocabulary, is_content_word, words
+from reverse_sd import Vocabulary
+from words import is_content_word, words
 
 CONTENT_TAGS = ("JJ", "NN", "VB")
 

@@ -18,6 +18,7 @@ import argparse
 import datetime
 import hashlib
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ from PIL import Image
 
 import generate
 import weights
+from command import positive, run_command
 from data import atomic_write, read_pairs
 from mini import naming, scenes
-from mini.command import count, end
 from mini.scenes import Scene
 from mini.write import write_json
 
@@ -127,14 +128,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="(default mini/generated)")
-    parser.add_argument("--parts", type=count, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
+    parser.add_argument("--parts", type=positive, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a sheet of the pairs that are there")
     args = parser.parse_args()
     if args.sheet:
         pairs = read_pairs(args.folder)
         some = range(min(64, len(pairs)))
         texts = [scenes.bracketed(pairs.prompts[i], pairs.meta[i].get("undrawn", [])) for i in some]
-        scenes.contact_sheet([(pairs.image(i), text) for i, text in enumerate(texts)]).save(args.sheet)
+        scenes.contact_sheet([(pairs.image(i), text) for i, text in enumerate(texts)]).save(args.sheet, "PNG")
         return
     build(args.folder, args.parts)
     write_json(card(args.folder, f"python -m mini.generated --parts {args.parts}"), args.folder / "card.json")
@@ -142,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end(main)
+    sys.exit(run_command(main, "stopped; the same command continues from what was saved"))

@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import generate
+from command import positive, run_command
 from data import atomic_write
 from mini import drawbench, naming, scenes
-from mini.command import count, end
 from mini.scenes import Scene
 
 SEED = 3_000_007
@@ -93,8 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mini.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--n", type=count, default=500, help="prompts of each kind (default 500)")
-    parser.add_argument("--steps", type=count, default=50, help="of DDIM (default 50)")
+    parser.add_argument("--n", type=positive, default=500, help="prompts of each kind (default 500)")
+    parser.add_argument("--steps", type=positive, default=50, help="of DDIM (default 50)")
     parser.add_argument("--guidance", type=float, default=7.5, help="(default 7.5)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw 64 pictures and nothing else")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end(main)
+    sys.exit(run_command(main, "stopped; the same command continues from what was saved"))

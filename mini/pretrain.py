@@ -22,6 +22,7 @@ import argparse
 import json
 import logging
 import string
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,11 +37,11 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 import weights
+from command import positive, run_command
 from data import atomic_write
 from mini import scenes
 from mini.autoencoder import RECIPE as VAE_RECIPE
 from mini.autoencoder import train_vae
-from mini.command import count, end
 from mini.contrastive import RECIPE as CLIP_RECIPE
 from mini.contrastive import train_clip
 from mini.diffusion import RECIPE as UNET_RECIPE
@@ -252,10 +253,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("part", choices=["tokenizer", *PARTS, "vocabulary", "captioner"])
-    parser.add_argument("--parts", type=count, default=48, help="thousands of scenes to draw (default 48)")
-    parser.add_argument("--steps", type=count, help="optimizer steps (default: the part's own)")
-    parser.add_argument("--epochs", type=count, default=12, help="of the captioner (default 12)")
-    parser.add_argument("--batch-size", type=count, help="(default: the part's own)")
+    parser.add_argument("--parts", type=positive, default=48, help="thousands of scenes to draw (default 48)")
+    parser.add_argument("--steps", type=positive, help="optimizer steps (default: the part's own)")
+    parser.add_argument("--epochs", type=positive, default=12, help="of the captioner (default 12)")
+    parser.add_argument("--batch-size", type=positive, help="(default: the part's own)")
     parser.add_argument("--lr", type=float, help="peak of the schedule (default: the part's own)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -275,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end(main)
+    sys.exit(run_command(main, "stopped; the same command continues from what was saved"))

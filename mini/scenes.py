@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import textwrap
 import zipfile
 from collections.abc import Sequence
@@ -30,9 +31,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from command import positive, run_command
 from data import atomic_write, clean
 from mini.backdrops import GROUNDS, SKIES
-from mini.command import count, end
 from mini.pen import INK, PAINT, SHADE, Pen, floats, gradient, mix, pick, picture, stream, unit_grid
 from mini.styles import STYLE_PAINT
 from mini.subjects import SHAPES, draw_thing
@@ -518,7 +519,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mini.scenes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", metavar="PNG", help="draw pictures with their prompts and [undrawn words]")
-    parser.add_argument("--n", type=count, default=64, help="how many scenes on the sheet (default 64)")
+    parser.add_argument("--n", type=positive, default=64, help="how many scenes on the sheet (default 64)")
     parser.add_argument("--seed", type=int, default=0,
                         help="which world: the same seed gives the same scenes everywhere (default 0)")
     parser.add_argument("--build", metavar="FOLDER",
@@ -529,10 +530,10 @@ def main() -> None:
     if arguments.sheet:
         drawn = [candidate(arguments.seed, i) for i in range(arguments.n)]
         pictures = [(render(scene), bracketed(scene.prompt, scene.undrawn)) for scene in drawn]
-        contact_sheet(pictures).save(arguments.sheet)
+        contact_sheet(pictures).save(arguments.sheet, "PNG")
     if arguments.build:
         build(arguments.build, seed=arguments.seed)
 
 
 if __name__ == "__main__":
-    end(main)
+    sys.exit(run_command(main, "stopped; the same command continues from what was saved"))

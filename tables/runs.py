@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 import data
-from reverse_sd import BACKBONES
+from backbones import BACKBONES
 from training.config import RESUMABLE, TrainConfig, resolve
 from training.folder import saved_fields
 from training.inputs import prepare

@@ -9,6 +9,7 @@ import torch
 from conftest import train_here
 from safetensors.torch import load_file, save_file
 
+import backbones
 import data
 import reverse_sd
 import train
@@ -30,7 +31,7 @@ def assert_reads_images_as_evaluated(run: Path, few_scenes: Path) -> None:
 def test_black_boxes_train(backbone: str, few_scenes: Path, cache: Path, tmp_path: Path):
     run = train_here(few_scenes, tmp_path / "run", "--backbone", backbone)
     assert json.loads((run / "result.json").read_text())["n_train"] == 60
-    record = reverse_sd.BACKBONES[backbone]
+    record = backbones.BACKBONES[backbone]
     before = weights.load(record.kind, record.mini).state_dict()
     after = load_file(run / "model.safetensors")
     trained = {name.removeprefix("backbone.") for name in after if not name.startswith("heads.")}
@@ -63,7 +64,7 @@ def test_layers_are_counted_from_the_input(backbone: str, blocks: int):
     config = resolve(TrainConfig(backbone=backbone))
     regressor = train.build_regressor(config, None, n_words=5)
     names = [name for name, _ in regressor.named_parameters()]
-    depths = dict(zip(names, train.depths_of(names, reverse_sd.BACKBONES[backbone].blocks), strict=True))
+    depths = dict(zip(names, train.depths_of(names, backbones.BACKBONES[backbone].blocks), strict=True))
     assert set(depths.values()) == set(range(blocks + 2))
     assert list(depths.values()) == sorted(depths.values())
     assert {depth for name, depth in depths.items() if name.startswith("heads.")} == {blocks + 1}

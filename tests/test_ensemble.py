@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reverse_sd import ensemble, fit_ensemble_weights
+from reverse_sd import ensemble
+from tables.methods import fit_ensemble_weights
 
 
 def members(*noises: float, n: int = 400, seed: int = 0) -> tuple[list[Tensor], Tensor]:

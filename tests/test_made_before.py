@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import losses
 
-import reverse_sd
+import backbones
 import train
 from training.folder import saved_config
 
@@ -24,7 +24,7 @@ def before(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         os.utime(path, ns=(WHEN, WHEN))
     shutil.copytree(MADE / "cache", cache, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path / "made")
-    monkeypatch.setattr(reverse_sd.SDReader, "network", lambda self, kind: pytest.fail(f"loaded {kind}"))
+    monkeypatch.setattr(backbones.SDReader, "network", lambda self, kind: pytest.fail(f"loaded {kind}"))
     return tmp_path / "made"
 
 

@@ -7,19 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+from backbones import UNetFeatures
 from reverse_sd import (
     Heads,
     Regressor,
-    UNetFeatures,
     Vocabulary,
     cosine_loss,
-    is_content_word,
     joint_loss,
     nearest,
     predict,
     vocabulary_loss,
-    words,
 )
+from words import is_content_word, words
 
 
 def test_equation_1_is_the_mean_of_one_minus_cosine():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import data
-from reverse_sd import BACKBONES
+from backbones import BACKBONES
 
 EMBEDDED = ("mini", "drawn")  # the names that --data takes in place of a folder
 # Flags that may change when a run is resumed: they do not decide its result.

@@ -11,7 +11,8 @@ import numpy as np
 
 import data
 import weights
-from reverse_sd import BACKBONES, Vocabulary
+from backbones import BACKBONES
+from reverse_sd import Vocabulary
 from training.config import NO_COSINES, RENAMED, TrainConfig
 from training.inputs import Prepared
 from training.loop import save_array

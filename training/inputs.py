@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import data
 import weights
-from reverse_sd import BACKBONES, EMBEDDING_WIDTH, SDReader, Vocabulary, as_backbone, captioner_of
+from backbones import BACKBONES, SDReader, as_backbone, captioner_of
+from reverse_sd import EMBEDDING_WIDTH, Vocabulary
 from training.cache import Encoder, cached_captions, cached_images, cached_rows, cached_texts
 from training.config import TrainConfig
 

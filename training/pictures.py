@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from reverse_sd import Run, Vocabulary, nearest
+from reverse_sd import Run, nearest
 from training.inputs import Prepared
 
 CHUNKS = ("easy", "medium", "hard")
@@ -52,7 +52,7 @@ def examples_picture(
                 )
             )
         if probabilities is not None:
-            lines.append(("likely words", likely_words(run.vocabulary, probabilities[i]), "#8a3b1b"))
+            lines.append(("likely words", run.vocabulary.likely(probabilities[i], 8), "#8a3b1b"))
         for label, text, colour in lines:
             draw.text((side + 28, y), label, "#777777", font)
             for part in wrap(text, font, width - side - 132)[:2]:
@@ -60,11 +60,6 @@ def examples_picture(
                 y += line
             y += 4
     data.atomic_write(path, png(sheet))
-
-
-def likely_words(vocabulary: Vocabulary, probabilities: np.ndarray, n: int = 8) -> str:
-    """The `n` most probable words, each with its probability in per cent."""
-    return ", ".join(f"{vocabulary.words[j]} {probabilities[j]:.0%}" for j in np.argsort(-probabilities)[:n])
 
 
 def difficulty_sheet(

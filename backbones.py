@@ -1,0 +1,113 @@
+"""The image encoders (section 3): one record each, the white box, and the networks that make its inputs.
+
+Letters in shape comments as in reverse_sd.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a backbone is: `kind` of weights; `title` in tables; `blocks`, the beginning of a parameter's name
+    that separates its blocks, from input to output; `mini` and `paper`, the weights of the miniature and of
+    the paper; `white_box`, whether it reads latents and captions in place of images."""
+
+    kind: str
+    title: str
+    blocks: str
+    mini: str
+    paper: str
+    white_box: bool = False
+
+
+BACKBONES = {  # in the paper's order
+    "clip": Backbone(
+        "clip-vision", "CLIP", r"vision_model\.encoder\.layers\.\d+\.", "clip-mini", "clip-h-14"
+    ),
+    "unet": Backbone(
+        "unet-encoder", "U-Net", r"unet\.(input_blocks\.\d+|middle_block)\.", "sd-mini", "sd-1", True
+    ),
+    "swin": Backbone("swin", "Swin", r"layers\.\d+\.blocks\.\d+\.", "swin-mini", "swin-l"),
+    "vit": Backbone("vit", "ViT", r"blocks\.\d+\.", "vit-mini", "vit-b-16"),
+}
+
+
+class UNetFeatures(nn.Module):
+    """The white-box backbone: the encoder half of Stable Diffusion's U-Net, its middle block pooled over
+    all places.
+
+    Reads VAE latents, scaled as in diffusion training, and the text states of a caption of the image, which
+    enter by cross-attention. Paper: neither the timestep nor the pooling is stated; as in the authors' code
+    the timestep is 0 (no noise) and the pooling is the maximum.
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet, self.width = unet, unet.width
+
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        timesteps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+        middle = self.unet.encode(latents, timesteps, context)  # (B, D, h/8, w/8)
+        return middle.amax(dim=(2, 3))  # (B, D)
+
+
+def as_backbone(name: str, model: nn.Module) -> nn.Module:
+    """A model of kind BACKBONES[name].kind as a module from inputs to features (B, width)."""
+    return UNetFeatures(model) if BACKBONES[name].white_box else model
+
+
+def captioner_of(captions: str) -> str | None:
+    """The BLIP that the option `captions` names; None for "empty", "prompt" and a file of captions."""
+    no_model = captions in ("empty", "prompt") or Path(captions).suffix in (".txt", ".json", ".jsonl", ".csv")
+    return None if no_model else captions
+
+
+class SDReader:
+    """From images to the U-Net's inputs, by the networks beside it: latents, captions, caption states.
+
+    Training and `image_predictor` both read through this class. `source` names the weights of autoencoder and
+    text tower, `captioner` those of a BLIP, if there is one. Each network is loaded at its first use. Raises
+    weights.WeightsError as weights.load.
+    """
+
+    def __init__(self, source: str, captioner: str | None, device: str = "cpu"):
+        self.source, self.captioner, self.device = source, captioner, device
+        self.networks: dict[str, Any] = {}
+
+    def network(self, kind: str) -> Any:
+        """The network of a kind of weights, in eval mode, or the "tokenizer" of the text tower."""
+        import weights
+
+        if kind not in self.networks:
+            source = self.captioner if kind == "blip" else self.source
+            self.networks[kind] = (
+                weights.load_tokenizer(source)
+                if kind == "tokenizer"
+                else weights.load(kind, source, device=self.device)
+            )
+        return self.networks[kind]
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), scaled as in diffusion training."""
+        vae = self.network("vae")
+        return vae.encode(images.to(self.device)) * vae.config.scale_factor
+
+    @torch.no_grad()
+    def captions(self, images: Tensor) -> list[str]:
+        """Captions of images (B, 3, H, W), which are prepared as the captioner's weights want them."""
+        return self.network("blip").generate(images.to(self.device))
+
+    @torch.no_grad()
+    def states(self, captions: Sequence[str]) -> Tensor:
+        """The text tower's states of captions, (B, 77, D); what follows 75 tokens is cut."""
+        ids = self.network("tokenizer")(list(captions))
+        return self.network("clip-text")(ids.to(self.device))

@@ -1,0 +1,51 @@
+"""How every command of this repository ends: its exit status, and one line for what a user can mend."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from safetensors import SafetensorError
+
+from data import DataError
+from weights.strict import WeightsError
+
+
+def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """The exit status of `command()`: its own, 2 after an error of the input or the disk, 130 after Ctrl-C.
+
+    Such an error is one line on standard error, after Ctrl-C or SIGTERM the line is `stopped`. Errors of the
+    program keep their traceback. Characters that the terminal cannot show are escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # Python flushes it once more at the end
+        return failed("standard output was closed")
+    except (DataError, WeightsError, SafetensorError, OSError) as error:
+        return failed(error)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
+
+
+def failed(error: object) -> int:
+    print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+    return 2
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) < 10**9:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1 to 999,999,999")
+    return int(text)
