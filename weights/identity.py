@@ -26,7 +26,7 @@ def fingerprint(kind: str, source: str | os.PathLike | None = None) -> str:
     if entry.tokenizer:
         digest.update(entry.tokenizer(found.folder).to_str().encode())
     each = []
-    for name, tensor in found.each():
+    for name, tensor in found.tensors():
         one = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         one.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         each.append(one.hexdigest())

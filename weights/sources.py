@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weights import dialects
-from weights.dialects import Dialect, Recipe
+from weights.dialects import Dialect, Recipe, map_names, their_names, to_ours, to_theirs
 from weights.fetch import damage, ensure, where
 from weights.files import Stored, read_json, refuse_pickle, stored_tensors
 from weights.kinds import KINDS, find_kind
@@ -67,9 +66,9 @@ def load(
         return _initialised(KINDS[kind], entry).to(device, dtype).eval()
     found, entry = read(kind, source), KINDS[kind]
     model = build_on_meta(entry, found.config, found.where).to(dtype)
-    load_strict(
-        model, found.tensors(dtype), source=found.where, their_name=found.their_name, copy=False
-    )
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+               for name, tensor in found.tensors(skip=entry.ignore)}
+    load_strict(model, tensors, source=found.where, their_name=found.their_name, copy=False)
     found.check_tied()
     if entry.tokenizer:
         model.tokenizer = entry.tokenizer(found.folder)
@@ -106,7 +105,7 @@ def to_home(kind: str, tensors: Mapping[str, Tensor], dialect: str | None = None
     that claim one name, and for a part that is missing from a stack.
     """
     entry = find_kind(kind)
-    return dialects.to_ours(entry.dialect(dialect) if dialect else entry.dialect_of(tensors), tensors)
+    return to_ours(entry.dialect(dialect) if dialect else entry.dialect_of(tensors), tensors)
 
 
 def from_home(kind: str, tensors: Mapping[str, Tensor], dialect: str = "diffusers") -> dict[str, Tensor]:
@@ -115,7 +114,7 @@ def from_home(kind: str, tensors: Mapping[str, Tensor], dialect: str = "diffuser
     Tensors that a dialect holds and we drop are not invented: the result lacks them. Raises WeightsError for
     a dialect that the kind does not have, and for a q without its k and v where they are stored as one.
     """
-    return dialects.to_theirs(find_kind(kind).dialect(dialect), tensors)
+    return to_theirs(find_kind(kind).dialect(dialect), tensors)
 
 
 def _source(kind: str, source: str | os.PathLike | None) -> str | os.PathLike:
@@ -169,20 +168,13 @@ class WeightsSource:
     recipes: Mapping[str, Recipe]
     their_name: Callable[[str], str]
 
-    def each(self) -> Iterator[tuple[str, Tensor]]:
-        """Our names and tensors, read one after another, in the order and the dtypes of the file."""
+    def tensors(self, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Our names and tensors, read one after another in the order and the dtypes of the file; none whose
+        name matches a regex of `skip`."""
         reader = _Reader(self.stored)
         for name, make in self.recipes.items():
-            yield name, make(reader)
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors that the model wants, floating ones in `dtype`."""
-        reader, wanted = _Reader(self.stored), {}
-        for name, make in self.recipes.items():
-            if not any(fullmatch(pattern, name) for pattern in self.kind.ignore):
-                tensor = make(reader)
-                wanted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        return wanted
+            if not any(fullmatch(pattern, name) for pattern in skip):
+                yield name, make(reader)
 
     def check_tied(self) -> None:
         """Raise WeightsError where a tensor that is dropped as a copy of ours has other values."""
@@ -233,7 +225,7 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
         raise WeightsError(f"{beside} describes a {named}, not a {kind.name} ({right})")
     try:
         dialect = kind.dialect_of(stored)
-        recipes = dialects.map_names(dialect, stored)
+        recipes = map_names(dialect, stored)
         shapes = {name: entry.meta() for name, entry in stored.items()}
         home = {name: make(shapes) for name, make in recipes.items()}
     except WeightsError as error:
@@ -242,7 +234,7 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     if single:
         stated = {field: raw[name] for name, field in kind.single_sizes.items() if name in raw}
         sizes = replace(sizes, **{field: float(entry.read()) for field, entry in stated.items()})
-    their_name = dialects.their_names(dialect, stored)
+    their_name = their_names(dialect, stored)
     return WeightsSource(
         kind, where, folder, dialect, sizes, stored, recipes, lambda name: prefix + their_name(name)
     )
@@ -270,17 +262,6 @@ def _config_file(kind: Kind, folder: Path, own: bool) -> Path | None:
     if kind.second_config and second.is_file():
         return second
     return path if own and path.is_file() else None
-
-
-def tokenizer_files(root: Path) -> list[Path]:
-    """The tokenizer in root/tokenizer, root or beside it: vocabulary first, then settings; [] if there is
-    none."""
-    settings = ["tokenizer_config.json", "special_tokens_map.json"]
-    for folder in (root / FOLDERS["tokenizer"], root, root.parent / FOLDERS["tokenizer"]):
-        for vocabulary in (["vocab.json", "merges.txt"], ["tokenizer.json"]):
-            if all((folder / name).is_file() for name in vocabulary):
-                return [folder / name for name in vocabulary + settings if (folder / name).is_file()]
-    return []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -399,12 +380,12 @@ def verify(source: str | os.PathLike) -> Iterator[str]:
     entry = ENTRIES.get(str(source))
     path = where(entry) if entry else resolve(source)
     fetch = f"`python -m weights fetch {entry.name}`" if entry else ""
-    for file in entry.files if entry else ():
-        if not (path / file.path).is_file():
-            raise WeightsError(f"{path / file.path} is missing; {fetch} brings it")
-        if problem := damage(path / file.path, file):
-            raise WeightsError(f"{path / file.path} is damaged: {problem}; {fetch} puts it right")
-        yield f"{file.path}: {'sha256 as registered' if file.sha256 else 'here, no sha256 is registered'}"
+    for name, sha256 in entry.files.items() if entry else ():
+        if not (path / name).is_file():
+            raise WeightsError(f"{path / name} is missing; {fetch} brings it")
+        if problem := damage(path / name, sha256):
+            raise WeightsError(f"{path / name} is damaged: {problem}; {fetch} puts it right")
+        yield f"{name}: {'sha256 as registered' if sha256 else 'here, no sha256 is registered'}"
     if entry and entry.folder:
         own = [kind for kind in entry.kinds if not KINDS[kind].part_of]
         kinds = [kind for kind in own if holds(kind, path)]

@@ -12,8 +12,8 @@ from torch import Tensor
 from weights.fetch import ensure
 from weights.files import read_json, read_tokenizer, stored_tensors
 from weights.kinds import KINDS
-from weights.registry import ENTRIES
-from weights.sources import resolve, tokenizer_files
+from weights.registry import ENTRIES, FOLDERS
+from weights.sources import resolve
 from weights.strict import WeightsError
 
 LENGTH = 77
@@ -67,7 +67,7 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
 
 
 def _from_folder(root: Path, pad: str | None = None) -> ClipTokenizer:
-    files = tokenizer_files(root)
+    files = _tokenizer_files(root)
     if not files:
         raise WeightsError(
             f"{root}: no tokenizer (vocab.json and merges.txt, or tokenizer.json), here or in tokenizer/"
@@ -75,6 +75,17 @@ def _from_folder(root: Path, pad: str | None = None) -> ClipTokenizer:
     first, second = files[0], files[1:2]
     tokenizer = read_tokenizer(first) if first.name == "tokenizer.json" else byte_pairs(first, *second)
     return ClipTokenizer(tokenizer, pad or _pad(first.parent) or END, str(first.parent))
+
+
+def _tokenizer_files(root: Path) -> list[Path]:
+    """The tokenizer in root/tokenizer, root or beside it: vocabulary first, then settings; [] if there is
+    none."""
+    settings = ["tokenizer_config.json", "special_tokens_map.json"]
+    for folder in (root / FOLDERS["tokenizer"], root, root.parent / FOLDERS["tokenizer"]):
+        for vocabulary in (["vocab.json", "merges.txt"], ["tokenizer.json"]):
+            if all((folder / name).is_file() for name in vocabulary):
+                return [folder / name for name in vocabulary + settings if (folder / name).is_file()]
+    return []
 
 
 def _pad(folder: Path) -> str | None:
