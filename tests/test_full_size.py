@@ -18,7 +18,7 @@ MINIATURES = [name for name, entry in ENTRIES.items() if entry.folder]
 # A load may take this much of the file's size and of the time that reading it takes, and some bytes and
 # seconds more, whatever the size: names, modules, a tokenizer. README.md states what it does take; the bars
 # on time leave room for slow processors beside fast disks.
-MEMORY, MORE_BYTES = 1.5, 4_000_000
+MEMORY, MORE_BYTES = 1.2, 4_000_000
 TIME, MORE_SECONDS = 1.5, 0.1
 
 

@@ -172,7 +172,8 @@ def _third(name: str, index: int, tensors: Mapping[str, Tensor]) -> Tensor:
     if tensor.ndim == 0 or tensor.shape[0] % 3:
         return tensor  # strict loading reports its shape
     size = tensor.shape[0] // 3
-    return tensor[index * size : (index + 1) * size]
+    part = tensor[index * size : (index + 1) * size]
+    return part if part.is_meta else part.clone()  # the whole stack need not stay in memory
 
 
 def _stack(ours: str, names: Mapping[int, str], tensors: Mapping[str, Tensor]) -> Tensor:

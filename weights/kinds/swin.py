@@ -60,6 +60,7 @@ HF_2: dict[str, Row] = HF_SHARED | _DENSE | {
     f"{_SELF}.relative_coords_table":        None,  # likewise
 }
 
+
 def beneath(prefix: str, table: Mapping[str, Row]) -> dict[str, Row]:
     """The names of a model with a head of its own."""
     return {f"{prefix}.{name}": row for name, row in table.items()} | {
@@ -118,18 +119,24 @@ IN_TIMM = Options(                                 # model_args
 NAMED = r"_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?$"
 
 
-def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """Stages, widths, heads and version 1's windows from shapes; the image's size, version 2's windows and
-    those of its pretraining from Hugging Face's config.json, or timm's and the architecture's name in it."""
-    read = _from_timm if "architecture" in config else _from_hf
-    return vars(read(config, _from_shapes(tensors), tensors, where))
-
-
 SHAPES = {
     "patch_size": ("patch_embed.proj.weight", 2, 3),
     "in_chans":   ("patch_embed.proj.weight", 1),
     "embed_dim":  ("patch_embed.proj.weight", 0),
 }
+
+
+def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """Stages, widths, heads and version 1's windows from shapes; the image's size, version 2's windows and
+    those of its pretraining from Hugging Face's config.json, or timm's and the architecture's name in it."""
+    sizes = _from_shapes(tensors)
+    stated, windows = (_timm if "architecture" in config else _hf)(config, tensors, where)
+    sizes = replace(sizes, **stated | {"img_size": pair(stated["img_size"])})
+    if sizes.version == 2:
+        sizes = replace(sizes, pretrained_window_sizes=_windows_before(config, sizes))
+    if "architecture" not in config:
+        _agree_with_transformers(sizes, windows, where)
+    return vars(sizes) | {"window_size": _windows(sizes, windows, tensors, where)}
 
 
 def _from_shapes(tensors: Mapping[str, Tensor]) -> SwinConfig:
@@ -148,50 +155,47 @@ def _from_shapes(tensors: Mapping[str, Tensor]) -> SwinConfig:
         window_size=0,
         mlp_ratio=ratio if int(width * ratio) == inner else (inner + 0.5) / width,  # rounded below it
         qkv_bias=f"layers.0.blocks.0.attn.{'q_bias' if version == 2 else 'qkv.bias'}" in tensors,
-        pretrained_window_sizes=(0,) * len(stages) if version == 2 else (),
+        pretrained_window_sizes=(),
     )
 
 
-def _from_timm(
-    config: Mapping[str, Any], shown: SwinConfig, tensors: Mapping[str, Tensor], where: str
-) -> SwinConfig:
-    args = config.get("model_args") or {}
-    if "_cr_" in config["architecture"]:
-        raise WeightsError(f"{where}: {config['architecture']}, timm's own variant, is not implemented")
+def _hf(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Any], Any]:
+    return IN_HF.read(config, tensors, where), config["window_size"]
+
+
+def _timm(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Any], Any]:
+    args, name = config.get("model_args") or {}, config["architecture"]
+    if "_cr_" in name:
+        raise WeightsError(f"{where}: {name}, timm's own variant, is not implemented")
     require_supported(config, IN_TIMM.only, where)
-    name = re.search(NAMED, config["architecture"])
-    window, tuned_window, image, tuned_image = name.groups() if name else (None, None, None, None)
-    cfg = config.get("pretrained_cfg") or {}
-    size = cfg.get("input_size", [None])[1:] or int(tuned_image or image or 224)
-    shown = _stating(shown, {"img_size": size} | IN_TIMM.read(args, tensors, where))
-    if shown.version == 2 and "pretrained_window_sizes" in args:
-        shown = replace(shown, pretrained_window_sizes=tuple(args["pretrained_window_sizes"]))
-    elif shown.version == 2 and tuned_window:
-        # In pretraining the last grids were smaller than the window: 12 became 12, 12, 12, 6.
-        grids = stage_grids(replace(shown, img_size=pair(int(image))))
-        shown = replace(shown, pretrained_window_sizes=tuple(min(int(window), *grid) for grid in grids))
+    window, tuned_window, image, tuned_image = _named(name)
+    size = (config.get("pretrained_cfg") or {}).get("input_size", [None])[1:] or tuned_image or image or 224
     windows = args.get("window_size")
-    if windows is None and shown.version == 2:
-        if not window:
-            raise WeightsError(f"{where}: neither model_args nor the name {config['architecture']} tells the "
-                               f"window; give window_size in model_args")
-        windows = int(tuned_window or window)
-    return _with_windows(shown, windows, tensors, where)
+    if windows is None and "layers.0.blocks.0.attn.logit_scale" in tensors:  # version 2
+        windows = tuned_window or window
+        if not windows:
+            raise WeightsError(f"{where}: neither model_args nor the name {name} tells the window; give "
+                               f"window_size in model_args")
+    return {"img_size": size} | IN_TIMM.read(args, tensors, where), windows
 
 
-def _from_hf(
-    config: Mapping[str, Any], shown: SwinConfig, tensors: Mapping[str, Tensor], where: str
-) -> SwinConfig:
-    shown = _stating(shown, IN_HF.read(config, tensors, where))
-    before = config.get("pretrained_window_sizes")
-    if shown.version == 2 and before:
-        shown = replace(shown, pretrained_window_sizes=tuple(before[: len(shown.depths)]))
-    _agree_with_transformers(shown, config["window_size"], where)
-    return _with_windows(shown, config["window_size"], tensors, where)
+def _named(architecture: str) -> tuple[int | None, ...]:
+    """The numbers of NAMED in timm's name of an architecture."""
+    name = re.search(NAMED, architecture)
+    return tuple(number and int(number) for number in name.groups()) if name else (None,) * 4
 
 
-def _stating(shown: SwinConfig, stated: Mapping[str, Any]) -> SwinConfig:
-    return replace(shown, **{**stated, "img_size": pair(stated["img_size"])})
+def _windows_before(config: Mapping[str, Any], sizes: SwinConfig) -> tuple[int, ...]:
+    """Version 2's windows in pretraining, 0 where there was none."""
+    stages = len(sizes.depths)
+    stated = (config.get("model_args") or config).get("pretrained_window_sizes")
+    if stated:
+        return tuple(stated[:stages])
+    window, tuned_window, image, _ = _named(config.get("architecture", ""))
+    if not tuned_window:
+        return (0,) * stages
+    # The last grids were smaller than the window: 12 became 12, 12, 12, 6.
+    return tuple(min(window, *grid) for grid in stage_grids(replace(sizes, img_size=pair(image))))
 
 
 def _agree_with_transformers(config: SwinConfig, full: int, where: str) -> None:
@@ -219,19 +223,19 @@ def _agree_with_transformers(config: SwinConfig, full: int, where: str) -> None:
                            f"implemented: {problem}")
 
 
-def _with_windows(
-    config: SwinConfig, stated: int | Sequence[Any] | None, tensors: Mapping[str, Tensor], where: str
-) -> SwinConfig:
-    """The config with its windows: those `stated`, else (version 1) those that fit its tables of offsets."""
-    grids, stages = stage_grids(config), range(len(config.depths))
+def _windows(
+    sizes: SwinConfig, stated: int | Sequence[Any] | None, tensors: Mapping[str, Tensor], where: str
+) -> int | tuple[int, ...]:
+    """The windows: those `stated`, else (version 1) those that fit the tables of offsets."""
+    grids, stages = stage_grids(sizes), range(len(sizes.depths))
     if stated is None:
         windows = tuple(_window_that_fits(s, grids[s], tensors, where) for s in stages)
     else:
         windows = _per_stage(stated, len(stages), where)
     full = max(windows)
-    if all(min(full, size) == min(windows[s], size) for s in stages for size in grids[s]):
-        windows = full  # one for all: where a stage has less, its grid is no larger
-    return replace(config, window_size=windows)
+    # One for all, if a stage's grid is no larger than its window wherever that is less.
+    same = all(min(full, size) == min(windows[s], size) for s in stages for size in grids[s])
+    return full if same else windows
 
 
 def _window_that_fits(s: int, grid: tuple[int, int], tensors: Mapping[str, Tensor], where: str) -> int:
