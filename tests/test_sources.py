@@ -84,6 +84,12 @@ def file(tmp_path: Path) -> Path:
 def test_read_tensors(file: Path):
     tensors = weights.read_tensors(file)
     assert list(tensors) == ["a", "b"] and torch.equal(tensors["a"], torch.ones(1000))
+    others = {"half": torch.ones(3, 2).half(), "empty": torch.ones(0, 2), "scalar": torch.tensor(7),
+              "truth": torch.tensor([True, False])}
+    save_file(others, file)
+    tensors = weights.read_tensors(file)
+    assert all(torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype
+               for name, value in others.items())
 
 
 @pytest.mark.parametrize("change", [

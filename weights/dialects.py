@@ -56,7 +56,7 @@ class OneOfQkv(str):
 
 Row = str | None
 Numbers = dict[str, int | str]  # a value for some of a table's fields
-Recipe = Callable[[Mapping[str, Tensor]], Tensor]  # makes one of our tensors out of theirs
+Recipe = Callable[[Callable[[str], Tensor]], Tensor]  # one of our tensors, from a function that gives theirs
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _split(name: str, rows: Mapping[str, Row]) -> tuple[str, str]:
 
 
 def map_names(dialect: Dialect, names: Iterable[str]) -> dict[str, Recipe]:
-    """Our names, each with the function that makes its tensor out of theirs.
+    """Our names, each with its recipe.
 
     Raises WeightsError for two tensors that claim one name, and for a part that is missing from a stack.
     """
@@ -157,18 +157,18 @@ def map_names(dialect: Dialect, names: Iterable[str]) -> dict[str, Recipe]:
 
 def to_ours(dialect: Dialect, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of that dialect under our names, in our shapes. Raises WeightsError as `map_names`."""
-    return {ours: make(tensors) for ours, make in map_names(dialect, tensors).items()}
+    return {ours: make(tensors.__getitem__) for ours, make in map_names(dialect, tensors).items()}
 
 
-def _reshaped(name: str, row: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor = tensors[name]
+def _reshaped(name: str, row: str, theirs: Callable[[str], Tensor]) -> Tensor:
+    tensor = theirs(name)
     if isinstance(row, Conv1x1) and tensor.ndim == 2:
         return tensor[:, :, None, None]
     return tensor.T if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
 
 
-def _third(name: str, index: int, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor = tensors[name]
+def _third(name: str, index: int, theirs: Callable[[str], Tensor]) -> Tensor:
+    tensor = theirs(name)
     if tensor.ndim == 0 or tensor.shape[0] % 3:
         return tensor  # strict loading reports its shape
     size = tensor.shape[0] // 3
@@ -176,8 +176,8 @@ def _third(name: str, index: int, tensors: Mapping[str, Tensor]) -> Tensor:
     return part if part.is_meta else part.clone()  # the whole stack need not stay in memory
 
 
-def _stack(ours: str, names: Mapping[int, str], tensors: Mapping[str, Tensor]) -> Tensor:
-    parts = [tensors[names[index]] for index in range(3)]
+def _stack(ours: str, names: Mapping[int, str], theirs: Callable[[str], Tensor]) -> Tensor:
+    parts = [theirs(names[index]) for index in range(3)]
     shapes = {tuple(part.shape) for part in parts}
     if len(shapes) > 1:
         raise WeightsError(f"{ours} is made of q, k and v, whose shapes differ: {sorted(shapes)}")

@@ -48,6 +48,8 @@ class Stored:
             raise WeightsError(f"{self.path} cannot be read ({error.strerror or error})") from error
         if len(flat) < self.nbytes:
             raise WeightsError(f"{self.path}: cut short while it was read; fetch it again")
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
         return torch.from_numpy(flat).view(self.dtype).reshape(self.shape)
 
 

@@ -64,14 +64,14 @@ def load(
     source = _source(kind, source)
     if entry := missing_miniature(kind, source):
         return _initialised(KINDS[kind], entry).to(device, dtype).eval()
-    found, entry = read(kind, source), KINDS[kind]
-    model = build_on_meta(entry, found.config, found.where).to(dtype)
+    entry, parsed = KINDS[kind], read(kind, source)
+    model = build_on_meta(entry, parsed.config, parsed.where).to(dtype)
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-               for name, tensor in found.tensors(skip=entry.ignore)}
-    load_strict(model, tensors, source=found.where, their_name=found.their_name, copy=False)
-    found.check_tied()
+               for name, tensor in parsed.tensors(skip=entry.ignore)}
+    load_strict(model, tensors, source=parsed.where, their_name=parsed.their_name, copy=False)
+    parsed.check_tied()
     if entry.tokenizer:
-        model.tokenizer = entry.tokenizer(found.folder)
+        model.tokenizer = entry.tokenizer(parsed.folder)
     return model.to(device).eval()
 
 
@@ -171,32 +171,24 @@ class WeightsSource:
     def tensors(self, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors, read one after another in the order and the dtypes of the file; none whose
         name matches a regex of `skip`."""
-        reader = _Reader(self.stored)
+        read = self._reader()
         for name, make in self.recipes.items():
             if not any(fullmatch(pattern, name) for pattern in skip):
-                yield name, make(reader)
+                yield name, make(read)
+
+    def _reader(self) -> Callable[[str], Tensor]:
+        """Their name -> tensor; the last one is kept, as the parts of a stack come one after another."""
+        return functools.lru_cache(maxsize=1)(lambda name: self.stored[name].read())
 
     def check_tied(self) -> None:
         """Raise WeightsError where a tensor that is dropped as a copy of ours has other values."""
-        reader = _Reader(self.stored)
+        read = self._reader()
         for theirs, ours in self.kind.tied.items():
-            if theirs in self.stored and not torch.equal(reader[theirs], self.recipes[ours](reader)):
+            if theirs in self.stored and not torch.equal(read(theirs), self.recipes[ours](read)):
                 raise WeightsError(
                     f"{self.where}: {theirs} differs from {self.their_name(ours)}; here both are one "
                     f"parameter, and of a model that was trained with the two apart one would be lost"
                 )
-
-
-class _Reader(dict):
-    """Their name -> tensor, read at each access; only the last one is kept, for the parts of a stack."""
-
-    def __init__(self, stored: Mapping[str, Stored]):
-        self.stored = stored
-
-    def __missing__(self, name: str) -> Tensor:
-        self.clear()
-        self[name] = self.stored[name].read()
-        return self[name]
 
 
 def read(kind: str, source: str | os.PathLike) -> WeightsSource:
@@ -226,8 +218,7 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     try:
         dialect = kind.dialect_of(stored)
         recipes = map_names(dialect, stored)
-        shapes = {name: entry.meta() for name, entry in stored.items()}
-        home = {name: make(shapes) for name, make in recipes.items()}
+        home = {name: make(lambda theirs: stored[theirs].meta()) for name, make in recipes.items()}
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}") from error
     sizes = sizes_of(kind, stated, home, str(beside or where), dialect, single)
