@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -242,7 +243,7 @@ def test_a_lone_clip_is_refused_for_its_activation(kind: str, dialect: str, tmp_
     ours = {name: torch.zeros(tensor.shape) for name, tensor in ours.items()}
     theirs = weights.from_home(kind, ours, dialect)
     path = alone(theirs, tmp_path)
-    with pytest.raises(weights.WeightsError, match=r"do not tell CLIP's activation .*config\.json") as raised:
+    with pytest.raises(weights.WeightsError, match=r"do not show CLIP's activation .*config\.json") as raised:
         weights.load(kind, path)
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
 
@@ -264,3 +265,10 @@ def test_names_and_shapes_tell_every_published_model_from_every_other():
         for entry, config in kind.configs.items():
             found = sizes_of(kind, None, meta(kind.model, config), entry, single=True)
             assert found == config, (name, entry)
+
+
+def test_no_file_but_those_of_kinds_compares_with_a_kind_s_name():
+    """A new kind then needs a file in kinds/, a row in kinds/__init__.py and its entries in the registry."""
+    comparison = rf"""(?:[=!]=|\bin|\bcase)[ (]+["'](?:{'|'.join(KINDS)})["']"""
+    for path in (ROOT / "weights").glob("*.py"):
+        assert not re.findall(comparison, path.read_text()), path.name

@@ -291,7 +291,7 @@ def vision_cfg(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("config, wrong", [
-    (None, "weights alone do not tell CLIP's activation"),
+    (None, "weights alone do not show CLIP's activation"),
     (hf(hidden_act="gelu_new"), "hidden_act = 'gelu_new'"),
     (hf(num_hidden_layers=4), "missing: vision_model.encoder.layers.3"),
     (hf(hidden_size=64, patch_size=8), "class_embedding (32,) instead of (64,)"),

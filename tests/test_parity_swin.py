@@ -381,7 +381,7 @@ HF_V2 = hf_config(V2).to_dict()
 @pytest.mark.parametrize("config, changed, message", [
     (V2, None, "a Swin V2's window and image size; give a folder with its config.json"),
     (V2, {"architecture": "swinv2_cr_tiny_224"}, "timm's own variant"),
-    (V2, {"architecture": "swinv2_mine"}, "tells the window"),
+    (V2, {"architecture": "swinv2_mine"}, "states the window"),
     (V2, {"architecture": T2, "model_args": {"window_size": [4, 2]}}, "window_size = "),
     (V2, {"architecture": T2, "model_args": {"always_partition": True}}, "always_part"),
     (V2, {"architecture": T2, "model_args": {"novelty": 1}}, "novelty"),

@@ -214,7 +214,7 @@ def sizes_of(
     if config is None:
         for name, setting in kind.not_in_weights.items():
             if name in tensors and not single:
-                raise WeightsError(f"{where}: weights alone do not tell {setting}; give a folder with its "
+                raise WeightsError(f"{where}: weights alone do not show {setting}; give a folder with its "
                                    f"config.json")
         return replace(recognise(kind, tensors, where), **(dialect or kind.dialects[0]).lone_file_defaults)
     try:
@@ -225,7 +225,9 @@ def sizes_of(
             if sizes[heads] < 1 or sizes[width] % sizes[heads]:
                 raise WeightsError(f"{where}: {width} = {sizes[width]} is not {sizes[heads]} equal heads; "
                                    f"config.json must state the {heads} of these weights")
-    except (KeyError, TypeError, IndexError) as error:
+    except WeightsError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{where}: a size is missing or of the wrong type ({error!r})") from error
     return found
 

@@ -44,11 +44,11 @@ def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[st
     if registered and registered.folder:  # this repository's miniatures
         size = _pair(getattr(config(kind, source), entry.pictures.size), "the model's image_size")
         return _shorter_side(size, 1.0, "bicubic", HALVES)
-    found = read(kind, source)
-    size, beside = getattr(found.config, entry.pictures.size), found.folder / "config.json"
-    if Path(found.where).is_file() and beside.is_file() and not entry.owns(read_json(beside)):
-        return defaults(kind, found.dialect.name, size)
-    return from_files(found.folder, found.dialect.name, kind, size)
+    parsed = read(kind, source)
+    size, beside = getattr(parsed.config, entry.pictures.size), parsed.folder / "config.json"
+    if Path(parsed.where).is_file() and beside.is_file() and not entry.owns(read_json(beside)):
+        return defaults(kind, parsed.dialect.name, size)
+    return from_files(parsed.folder, parsed.dialect.name, kind, size)
 
 
 def from_files(folder: Path, dialect: str, kind: str, image_size: int | tuple[int, int]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _from_open_clip(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str
         return _squashed(size, filter, colours, "torchvision")
     if mode != "shortest":
         raise WeightsError(f'{where}: resize_mode {mode!r} is not done here; "shortest" and "squash" are')
-    # open_clip's resize for a size that is not square is bicubic, whatever the file says
+    # open_clip's resize for a size that is not square is bicubic, whatever the file states
     return _shorter_side(size, 1.0, filter if size[0] == size[1] else "bicubic", colours)
 
 

@@ -223,8 +223,8 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
         raise WeightsError(f"{where}: {error}") from error
     sizes = sizes_of(kind, stated, home, str(beside or where), dialect, single)
     if single:
-        stated = {field: raw[name] for name, field in kind.single_sizes.items() if name in raw}
-        sizes = replace(sizes, **{field: float(entry.read()) for field, entry in stated.items()})
+        numbers = {field: raw[name] for name, field in kind.single_sizes.items() if name in raw}
+        sizes = replace(sizes, **{field: float(entry.read()) for field, entry in numbers.items()})
     their_name = their_names(dialect, stored)
     return WeightsSource(
         kind, where, folder, dialect, sizes, stored, recipes, lambda name: prefix + their_name(name)

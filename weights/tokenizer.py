@@ -55,7 +55,7 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
     """The tokenizer that belongs to a source of a text tower, as for `weights.load`; None = "sd-1".
 
     Padding is the end token for Stable Diffusion 1 and "!" (id 0) for 2, as the folder's
-    tokenizer_config.json or special_tokens_map.json says. A single file holds no vocabulary: CLIP's own is
+    tokenizer_config.json or special_tokens_map.json states. A single file holds no vocabulary: CLIP's own is
     fetched once. Raises WeightsError if none is found or it is damaged.
     """
     path = resolve("sd-1" if source is None else source, "tokenizer")

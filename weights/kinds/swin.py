@@ -22,8 +22,7 @@ TIMM: dict[str, Row] = {
     "layers.{s}.blocks.{n}.attn.relative_coords_table":    None,  # likewise
     "layers.{s}.downsample":                               "layers.{next}.downsample",
 }
-MICROSOFT = TIMM
-WRAPPED: dict[str, Row] = {f"model.{name}": row for name, row in MICROSOFT.items()} | {"model": ""}
+WRAPPED: dict[str, Row] = {f"model.{name}": row for name, row in TIMM.items()} | {"model": ""}
 
 # Hugging Face. `decoder` and `mask_token` belong to the models pretrained by masking.
 HF_SHARED: dict[str, Row] = {
@@ -174,7 +173,7 @@ def _timm(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) 
     if windows is None and "layers.0.blocks.0.attn.logit_scale" in tensors:  # version 2
         windows = tuned_window or window
         if not windows:
-            raise WeightsError(f"{where}: neither model_args nor the name {name} tells the window; give "
+            raise WeightsError(f"{where}: neither model_args nor the name {name} states the window; give "
                                f"window_size in model_args")
     return {"img_size": size} | IN_TIMM.read(args, tensors, where), windows
 
@@ -264,7 +263,7 @@ KIND = Kind(
     name="swin", model=Swin, config=SwinConfig, configs=CONFIGS,
     dialects=(
         Dialect("timm", r"layers\.\d+\.blocks\.\d+\.attn\.", TIMM, _home_numbers, pictures="timm"),
-        Dialect("microsoft", r"layers\.0\.downsample\.", MICROSOFT, stage_numbers, pictures="timm"),
+        Dialect("microsoft", r"layers\.0\.downsample\.", TIMM, stage_numbers, pictures="timm"),
         Dialect("microsoft-wrapped", r"model\.layers\.\d+\.blocks\.\d+\.attn\.", WRAPPED, stage_numbers,
                 pictures="timm"),
         Dialect("hf", rf"swin\.{_BLOCK}self\.", beneath("swin", HF_1), stage_numbers),
