@@ -72,7 +72,7 @@ def cases(entry: str) -> list[Case]:
 
 
 def _dialects(entry: str, kind: str) -> list[tuple[str, ...]]:
-    if entry == "sd-mini":  # nothing in a single file would tell its sizes
+    if entry == "sd-mini":  # its parts are too small for a single file to be worth a case
         return [("diffusers",)]
     if kind == "clip-text":
         one, two = KINDS[kind].single_file
@@ -188,7 +188,7 @@ def _vae(c: Any, dialect: str) -> dict[str, Any]:
             "scaling_factor": c.scale_factor}
 
 
-# What a config.json, or open_clip_config.json, says of these sizes.
+# The config.json, or open_clip_config.json, of these sizes
 DESCRIBED: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "vit": _vit, "swin": _swin, "clip-vision": _clip_vision, "unet": _unet, "vae": _vae,
     "clip-text": lambda config, dialect: asdict(config) | {"model_type": "clip_text_model"},

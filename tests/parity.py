@@ -5,14 +5,17 @@ parameter of the reference is drawn anew (an untrained norm or a zeroed convolut
 weights go through the project's own name tables, and outputs and gradients must agree to 1e-10.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from weights import load_strict
+from weights.options import Kind, build_on_meta, sizes_of
 
 ATOL = 1e-10
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -201,6 +204,13 @@ def assert_parity(
     differences = {name: difference(found[name], expected[name], room[name]) for name in found}
     wrong = {name: problem for name, problem in differences.items() if problem}
     assert not wrong, f"gradients differ: {wrong}"
+
+
+def fit(kind: Kind, config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> None:
+    """Go as far as `weights.load` does before it looks at values. Raises WeightsError as it does."""
+    sizes = sizes_of(kind, config, tensors, "here")
+    model = build_on_meta(kind, sizes, "here")
+    load_strict(model, {name: tensor.to("meta") for name, tensor in tensors.items()}, source="here")
 
 
 def pictures(channels: int, size: tuple[int, int], batch: int = 2) -> Tensor:

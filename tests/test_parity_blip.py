@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import weights
 from models.blip import BLIP, CONFIGS, BLIPConfig
-from tests.parity import assert_parity, assert_same_shapes, parameters, randomise
+from tests.parity import assert_parity, assert_same_shapes, fit, parameters, randomise
 from training.captioner import UNLABELLED, caption_loss
 from weights import WeightsError, from_home, to_home
 from weights.kinds.blip import KIND, load_tokenizer, published
+from weights.options import sizes_of
 
 TINY = BLIPConfig(
     vision_hidden_size=24, vision_intermediate_size=40, vision_num_hidden_layers=2,
@@ -367,11 +368,10 @@ def test_full_size_names_and_shapes(name: str) -> None:
         ours, theirs = BLIP(CONFIGS[name]), reference(CONFIGS[name])
     tensors = home(parameters(theirs))
     assert_same_shapes(ours, tensors)
-    assert KIND.sizes(theirs.config.to_dict(), tensors, "here") == CONFIGS[name]
+    assert sizes_of(KIND, theirs.config.to_dict(), tensors, "here") == CONFIGS[name]
     read = transformers.BlipConfig.from_dict(published(CONFIGS[name]))
-    assert KIND.sizes(read.to_dict(), tensors, "here") == CONFIGS[name]
-    if name != "blip-mini":  # its special tokens are not BERT's
-        assert KIND.sizes(None, tensors, "here") == CONFIGS[name]
+    assert sizes_of(KIND, read.to_dict(), tensors, "here") == CONFIGS[name]
+    assert sizes_of(KIND, None, tensors, "here") == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -380,7 +380,7 @@ def test_a_saved_folder(name: str, tmp_path: Path) -> None:
     theirs = randomise(reference(config))
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    sizes = KIND.sizes(json.loads((tmp_path / "config.json").read_text()), home(tensors), "here")
+    sizes = sizes_of(KIND, json.loads((tmp_path / "config.json").read_text()), home(tensors), "here")
     assert sizes == config
     assert_same_shapes(BLIP(sizes), home(tensors))
 
@@ -414,10 +414,10 @@ def test_a_head_that_is_no_copy_is_refused(name: str, vocabulary: Path) -> None:
     ("text_config", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
     ("text_config", {"is_decoder": False}, "is_decoder = False"),
     ("text_config", {"tie_word_embeddings": False}, "tie_word_embeddings = False"),
-    ("text_config", {"vocab_size": 41}, "text_vocab_size = 41, the weights 40"),
-    ("text_config", {"num_attention_heads": 5}, "a text width of 32 is not 5 equal heads"),
+    ("text_config", {"vocab_size": 41}, r"word_embeddings.weight \(40, 32\) instead of \(41, 32\)"),
+    ("text_config", {"num_attention_heads": 5}, "text_hidden_size = 32 is not 5 equal heads"),
     ("text_config", {"bos_token_id": 40}, "text_bos_token_id = 40 is not among its 40 words"),
-    ("vision_config", {"image_size": 24}, "5 positions, yet images of 24 px in patches of 8 make 10"),
+    ("vision_config", {"image_size": 24}, r"position_embedding \(1, 5, 24\) instead of \(1, 10, 24\)"),
     (None, {"tie_word_embeddings": False}, "tie_word_embeddings = False"),
 ])
 def test_what_is_not_implemented_or_does_not_fit_is_refused(
@@ -426,10 +426,10 @@ def test_what_is_not_implemented_or_does_not_fit_is_refused(
     tensors = parameters(BLIP(TINY))
     config: dict[str, Any] = {"model_type": "blip"} | halves(TINY)
     (config[half] if half else config).update(change)
-    with pytest.raises(WeightsError, match=f"^here: .*{problem}"):
-        KIND.sizes(config, tensors, "here")
+    with pytest.raises(WeightsError, match=f"^here.*{problem}"):
+        fit(KIND, config, tensors)
 
 
-def test_without_config_json_heads_are_64_wide() -> None:
-    with pytest.raises(WeightsError, match="a vision width of 24 is not whole heads of 64"):
-        KIND.sizes(None, parameters(BLIP(TINY)), "here")
+def test_only_published_sizes_are_read_without_config_json() -> None:
+    with pytest.raises(WeightsError, match="^here: without a config.json .*nearest is blip-mini"):
+        sizes_of(KIND, None, parameters(BLIP(TINY)), "here")

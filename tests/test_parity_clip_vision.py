@@ -19,6 +19,7 @@ from tests.parity import (
     assert_parity,
     assert_same_shapes,
     first_difference,
+    fit,
     home_names,
     misnamed,
     parameters,
@@ -26,6 +27,7 @@ from tests.parity import (
 )
 from weights import WeightsError, from_home, to_home
 from weights.kinds.clip_vision import KIND
+from weights.options import sizes_of
 
 TINY = CLIPVisionConfig(
     hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=16,
@@ -123,7 +125,7 @@ def test_open_clips_blocks_without_their_options_are_the_same() -> None:
     ours, theirs = pair(TINY, open_clip.model.CLIP(**entry))
     given = images(TINY)
     assert_parity(ours, theirs, home, lambda: ours(given), lambda: theirs.visual(given))
-    assert KIND.sizes({"model_cfg": entry}, parameters(ours), "x") == TINY
+    assert sizes_of(KIND, {"model_cfg": entry}, parameters(ours), "x") == TINY
 
 
 @pytest.mark.parametrize("name", VISION_CONFIGS)
@@ -132,7 +134,7 @@ def test_full_size_names_and_shapes_of_transformers(name: str) -> None:
     with torch.device("meta"):
         ours, theirs = CLIPVision(config), of_hf(config)
     assert_same_shapes(ours, home(parameters(theirs)))
-    assert KIND.sizes(theirs.config.to_dict(), parameters(ours), "x") == config
+    assert sizes_of(KIND, theirs.config.to_dict(), parameters(ours), "x") == config
 
 
 @pytest.mark.parametrize("name", LIKE_OPEN_CLIP)
@@ -141,7 +143,7 @@ def test_full_size_names_and_shapes_of_open_clip(name: str) -> None:
     with torch.device("meta"):
         ours, theirs = CLIPVision(VISION_CONFIGS[name]), open_clip.model.CLIP(**entry)
     assert_same_shapes(ours, home(parameters(theirs)))
-    assert KIND.sizes({"model_cfg": entry}, parameters(ours), "x") == VISION_CONFIGS[name]
+    assert sizes_of(KIND, {"model_cfg": entry}, parameters(ours), "x") == VISION_CONFIGS[name]
 
 
 def test_a_wrong_weight_and_a_wrong_activation_are_found_where_they_are() -> None:
@@ -227,7 +229,7 @@ def test_folders_of_transformers(tmp_path: Path, name: str, whole: bool) -> None
     theirs.save_pretrained(tmp_path)
     tensors = home(load_file(tmp_path / "model.safetensors") | {
         "vision_model.embeddings.position_ids": torch.arange(3)[None]})  # files of 2021 hold it
-    assert KIND.sizes(json.loads((tmp_path / "config.json").read_text()), tensors, "x") == config
+    assert sizes_of(KIND, json.loads((tmp_path / "config.json").read_text()), tensors, "x") == config
     ours = CLIPVision(config).double().eval()
     ours.load_state_dict(tensors, strict=True)
     given = images(config)
@@ -241,7 +243,7 @@ def test_files_of_open_clip(name: str) -> None:
     theirs = redraw(of_open_clip(config))
     scalars = {k: torch.tensor(1) for k in ("input_resolution", "context_length", "vocab_size")}  # OpenAI's
     tensors = home(theirs.state_dict() | scalars)
-    assert KIND.sizes(json.loads(json.dumps({"model_cfg": model_cfg(config)})), tensors, "x") == config
+    assert sizes_of(KIND, json.loads(json.dumps({"model_cfg": model_cfg(config)})), tensors, "x") == config
     CLIPVision(config).double().load_state_dict(tensors, strict=True)
 
 
@@ -276,7 +278,7 @@ def test_defaults_and_the_older_second_table_count_as_in_transformers() -> None:
         config = CLIPVisionConfig(**{name: options[name] for name in asdict(TINY)})
         with torch.device("meta"):
             tensors = parameters(CLIPVision(config))
-        assert KIND.sizes(whole | extra, tensors, "x") == config
+        assert sizes_of(KIND, whole | extra, tensors, "x") == config
 
 
 def hf(**changes: Any) -> dict[str, Any]:
@@ -289,12 +291,12 @@ def vision_cfg(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("config, wrong", [
-    (None, "weights alone do not tell CLIP's activation"),
+    (None, "weights alone do not show CLIP's activation"),
     (hf(hidden_act="gelu_new"), "hidden_act = 'gelu_new'"),
-    (hf(num_hidden_layers=4), "num_hidden_layers = 4, not 3"),
-    (hf(hidden_size=64, patch_size=8), "hidden_size = 64, not 32, patch_size = 8, not 4"),
-    (hf(image_size=20), "image_size = 20 in patches of 4 does not make the 17 tokens"),
-    (hf(num_attention_heads=5), "5 heads do not divide the width 32"),
+    (hf(num_hidden_layers=4), "missing: vision_model.encoder.layers.3"),
+    (hf(hidden_size=64, patch_size=8), "class_embedding (32,) instead of (64,)"),
+    (hf(image_size=20), "position_embedding.weight (17, 32) instead of (26, 32)"),
+    (hf(num_attention_heads=5), "hidden_size = 32 is not 5 equal heads"),
     (vision_cfg(timm_model_name="vit_base_patch16_224"), "timm_model_name"),
     (vision_cfg(attentional_pool=True), "attentional_pool"),
     (vision_cfg(ls_init_value=1e-4), "ls_init_value"),
@@ -305,13 +307,13 @@ def vision_cfg(**changes: Any) -> dict[str, Any]:
     (vision_cfg(qk_norm=True), "qk_norm"),
     (vision_cfg(something_new=1), "something_new = 1"),
     (vision_cfg(layers=[3, 4, 6, 3]), "residual networks"),
-    ({"model_cfg": model_cfg(TINY) | {"embed_dim": 512}}, "embed_dim = 512, they project to 24"),
+    ({"model_cfg": model_cfg(TINY) | {"embed_dim": 512}}, "projection.weight (24, 32) instead of (512, 32)"),
 ])
 def test_what_does_not_fit_is_refused(config: dict[str, Any] | None, wrong: str) -> None:
     with torch.device("meta"):
         tensors = parameters(CLIPVision(TINY))
     with pytest.raises(WeightsError, match="^here[: ]") as raised:
-        KIND.sizes(config, tensors, "here")
+        fit(KIND, config, tensors)
     assert wrong in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -320,4 +322,4 @@ def test_a_tower_without_projection_is_refused(tmp_path: Path) -> None:
     tensors = home(load_file(tmp_path / "model.safetensors"))
     assert tensors.keys() == parameters(CLIPVision(TINY)).keys() - {"visual_projection.weight"}
     with pytest.raises(WeightsError, match=r"visual_projection\.weight is missing"):
-        KIND.sizes(hf(), tensors, "x")
+        sizes_of(KIND, hf(), tensors, "x")

@@ -15,10 +15,11 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from models.swin import CONFIGS, Swin, SwinConfig, stage_windows
-from tests import parity
+from tests import in_memory, parity
 from tests.parity import assert_parity, assert_same_shapes, misnamed, parameters, randomise, timm_features
-from weights import WeightsError, from_home, load_strict, to_home
+from weights import WeightsError, from_home, load_strict
 from weights.kinds.swin import KIND
+from weights.options import sizes_of
 
 # Grids of 8, 4 and 2: one that is shifted, one that is the window, one that is smaller.
 TINY = SwinConfig(
@@ -82,7 +83,7 @@ def of_hf(config: SwinConfig, head: bool = False) -> nn.Module:
 
 
 def home(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return to_home("swin", tensors)
+    return in_memory.home("swin", tensors)
 
 
 def filled(config: SwinConfig, theirs: nn.Module) -> Swin:
@@ -96,7 +97,11 @@ def pictures(config: SwinConfig = TINY, batch: int = 2) -> Tensor:
 
 
 def sizes(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> SwinConfig:
-    return KIND.sizes(config, home(tensors), "here")
+    return sizes_of(KIND, config, home(tensors), "here")
+
+
+def fit(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> None:
+    parity.fit(KIND, config, home(tensors))
 
 
 def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -346,10 +351,8 @@ def test_version_1_without_config() -> None:
             tensors = parameters(Swin(CONFIGS[name]))
         assert sizes(None, tensors) == CONFIGS[name]
         assert sizes(None, as_microsoft(tensors)) == CONFIGS[name]
-    alone = parameters(Swin(TINY))  # stage 2's window shrank to 2, which makes the image 2 · 4 · 4 = 32 high
-    assert sizes(None, alone) == TINY
-    config = replace(TINY, patch_size=(3, 5), img_size=(24, 40), mlp_ratio=29 / 8)
-    assert sizes(None, parameters(Swin(config))) == config
+    with pytest.raises(WeightsError, match="^here: without a config.json .*nearest is swin-mini"):
+        sizes(None, parameters(Swin(TINY)))
 
 
 def test_a_table_of_offsets_tells_the_window_of_a_picture_that_is_not_square() -> None:
@@ -358,8 +361,6 @@ def test_a_table_of_offsets_tells_the_window_of_a_picture_that_is_not_square() -
     timm_s = {"architecture": "swin_tiny_patch4_window7_224", "model_args": {"img_size": [48, 16]}}
     found = sizes(timm_s, tensors)
     assert stage_windows(found) == (6, 6, 6)
-    with pytest.raises(WeightsError, match="are not square"):
-        sizes(None, tensors)
 
 
 def test_every_width_of_the_mlp_is_found() -> None:
@@ -367,7 +368,8 @@ def test_every_width_of_the_mlp_is_found() -> None:
         config = replace(TINY, embed_dim=49, depths=(1,), num_heads=(1,), mlp_ratio=(inner + 0.5) / 49)
         with torch.device("meta"):
             tensors = parameters(Swin(config))
-            assert_same_shapes(Swin(sizes(None, tensors)), tensors)
+            stated = {"architecture": "swin_tiny", "model_args": {"img_size": 32}}
+            assert_same_shapes(Swin(sizes(stated, tensors)), tensors)
 
 
 T1, T2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
@@ -377,16 +379,16 @@ HF_V2 = hf_config(V2).to_dict()
 
 
 @pytest.mark.parametrize("config, changed, message", [
-    (V2, None, "put its config.json"),
+    (V2, None, "a Swin V2's window and image size; give a folder with its config.json"),
     (V2, {"architecture": "swinv2_cr_tiny_224"}, "timm's own variant"),
-    (V2, {"architecture": "swinv2_mine"}, "tells the window"),
+    (V2, {"architecture": "swinv2_mine"}, "states the window"),
     (V2, {"architecture": T2, "model_args": {"window_size": [4, 2]}}, "window_size = "),
     (V2, {"architecture": T2, "model_args": {"always_partition": True}}, "always_part"),
     (V2, {"architecture": T2, "model_args": {"novelty": 1}}, "novelty"),
     (V2, {"architecture": T2, "global_pool": "max"}, "global_pool"),
-    (TINY, {"architecture": T1, "model_args": {"mlp_ratio": 3.0}}, "not 3.0 x 8"),
+    (TINY, {"architecture": T1, "model_args": {"mlp_ratio": 3.0}}, r"fc1.weight \(32, 8\) instead of"),
     (TINY, {"architecture": T1, "model_args": {"img_size": 24}}, "offsets on stage"),
-    (TINY, {"architecture": T1, "model_args": {"window_size": 7}}, "offsets on stage"),
+    (TINY, {"architecture": T1, "model_args": {"window_size": 7}}, r"bias_table \(49, 1\) instead of"),
     (IN_HF["plain"], HF_V1 | {"use_absolute_embeddings": True}, "use_absolute_embeddings"),
     (IN_HF["plain"], HF_V1 | {"layer_norm_eps": 1e-6}, "layer_norm_eps"),
     (IN_HF["plain"], HF_V1 | {"hidden_act": "relu"}, "hidden_act"),
@@ -400,11 +402,11 @@ HF_V2 = hf_config(V2).to_dict()
 ])
 def test_what_is_not_implemented_is_refused(config: SwinConfig, changed: dict | None, message: str) -> None:
     with pytest.raises(WeightsError, match=message) as caught:
-        sizes(changed, parameters(Swin(config)))
-    assert str(caught.value).startswith("here: ") and "\n" not in str(caught.value)
+        fit(changed, parameters(Swin(config)))
+    assert str(caught.value).startswith("here") and "\n" not in str(caught.value)
 
 
 def test_heads_wider_than_their_share_are_refused() -> None:
     tensors = parameters(timm.create_model(T1, head_dim=16, **timm_arguments(TINY)))
-    with pytest.raises(WeightsError, match="q, k and v of stage 0"):
-        sizes(None, tensors)
+    with pytest.raises(WeightsError, match=r"layers.0.blocks.0.attn.qkv.weight \(48, 8\) instead of"):
+        fit({"architecture": T1, "model_args": {"img_size": 32}}, tensors)

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from models.vit import CONFIGS, ViT, ViTConfig
-from tests import parity
+from tests import in_memory, parity
 from tests.parity import (
     assert_parity,
     assert_same_shapes,
@@ -25,8 +25,9 @@ from tests.parity import (
     randomise,
     timm_features,
 )
-from weights import WeightsError, from_home, to_home
+from weights import WeightsError, from_home
 from weights.kinds.vit import KIND
+from weights.options import sizes_of
 
 TINY = ViTConfig(
     img_size=(16, 16), patch_size=(4, 4), in_chans=3, embed_dim=24, depth=3, num_heads=3, hidden_features=80,
@@ -70,7 +71,7 @@ def hf_config(config: ViTConfig) -> transformers.ViTConfig:
 
 
 def home(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return to_home("vit", tensors)
+    return in_memory.home("vit", tensors)
 
 
 def filled(config: ViTConfig, theirs: nn.Module) -> ViT:
@@ -84,7 +85,11 @@ def pictures(config: ViTConfig = TINY, batch: int = 2) -> Tensor:
 
 
 def sizes(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> ViTConfig:
-    return KIND.sizes(config, home(tensors), "here")
+    return sizes_of(KIND, config, home(tensors), "here")
+
+
+def fit(config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> None:
+    parity.fit(KIND, config, home(tensors))
 
 
 def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -287,49 +292,41 @@ def test_sizes_of_timm_s_architectures(architecture: str, flat: bool) -> None:
     assert {m.eps for m in theirs.modules() if isinstance(m, nn.LayerNorm)} == {found.norm_eps}
 
 
-def test_sizes_without_config_json() -> None:
-    wide = replace(TINY, embed_dim=128, num_heads=2)
-    assert sizes(None, parameters(of_timm(wide))) == wide
-    mean = replace(wide, global_pool="avg", fc_norm=True)
-    assert sizes(None, parameters(of_timm(mean))) == mean
-    rest = replace(wide, img_size=(18, 19))  # the pixels behind the last patch leave no trace
-    assert sizes(None, parameters(of_timm(rest))) == wide
-    with torch.device("meta"):
-        huge = parameters(timm.create_model("vit_huge_patch14_224"))
-    assert sizes(None, huge).num_heads == 16  # of 80
-    with pytest.raises(WeightsError, match="^here: a width of 24 is not whole heads of 64"):
+def test_only_published_sizes_are_read_without_config_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WeightsError, match="^here: without a config.json .*nearest is vit-.*config.json$"):
         sizes(None, parameters(of_timm(TINY)))
-    with pytest.raises(WeightsError, match="^here: no class token, .* give a folder with its config.json"):
-        sizes(None, parameters(of_timm(replace(mean, class_token=False, fc_norm=False))))
-    with pytest.raises(WeightsError, match="^here: 6 patches are not a square"):
-        sizes(None, parameters(of_timm(replace(wide, img_size=(8, 12)))))
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    assert sizes(None, parameters(of_timm(TINY))) == TINY
+    mean = replace(TINY, global_pool="avg", fc_norm=True)
+    with pytest.raises(WeightsError, match="nearest is tiny, which differs in fc_norm.bias, fc_norm.weight"):
+        sizes(None, parameters(of_timm(mean)))
 
 
 HF_ODD = [
     ({"model_type": "vit_mae"}, "model_type = 'vit_mae'"),
     ({"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
-    ({"num_attention_heads": 5}, "a width of 24 is not 5 equal heads"),
-    ({"image_size": 32}, "17 positions, yet images of .32, 32. .* make 65 tokens"),
-    ({"hidden_size": 48}, "config.json has embed_dim = 48, the weights 24"),
-    ({"num_hidden_layers": 4}, "config.json has depth = 4, the weights 3"),
-    ({"qkv_bias": False}, "config.json has qkv_bias = False, the weights True"),
+    ({"num_attention_heads": 5}, "embed_dim = 24 is not 5 equal heads"),
+    ({"image_size": 32}, r"pos_embed \(1, 17, 24\) instead of \(1, 65, 24\)"),
+    ({"hidden_size": 48}, r"cls_token \(1, 1, 24\) instead of \(1, 1, 48\)"),
+    ({"num_hidden_layers": 4}, "12 missing: blocks.3"),
+    ({"qkv_bias": False}, "3 unexpected: blocks.0.attn.qkv.bias"),
 ]
 
 
 @pytest.mark.parametrize("change, message", HF_ODD)
 def test_what_hugging_face_can_and_models_cannot_is_refused(change: dict[str, Any], message: str) -> None:
     stated = hf_config(TINY).to_dict()
-    with pytest.raises(WeightsError, match=f"^here: .*{message}"):
-        sizes(stated | change, parameters(of_timm(TINY)))
+    with pytest.raises(WeightsError, match=f"^here.*{message}"):
+        fit(stated | change, parameters(of_timm(TINY)))
 
 
 TIMM_ODD = [
     ({"qk_norm": True}, "qk_norm"),
-    ({"init_values": 1e-5}, "layer scale"),
-    ({"reg_tokens": 2}, "register tokens"),
+    ({"init_values": 1e-5}, "init_values = 1e-05"),
+    ({"reg_tokens": 2}, "reg_tokens = 2"),
     ({"pre_norm": True}, "pre_norm"),
-    ({"scale_mlp_norm": True}, "scale_attn_norm"),
-    ({"global_pool": "map"}, "pooling by attention"),
+    ({"scale_mlp_norm": True}, "scale_mlp_norm"),
+    ({"global_pool": "map"}, "global_pool = 'map'"),
     ({"no_embed_class": True}, "no_embed_class = True"),
     ({"proj_bias": False}, "proj_bias = False"),
     ({"final_norm": False}, "final_norm = False"),
@@ -370,16 +367,16 @@ def test_architectures_that_only_look_like_it_are_refused(architecture: str) -> 
 
 def test_weights_that_are_not_the_architecture_s_are_refused() -> None:
     stated = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 16, 16]}}
-    with pytest.raises(WeightsError, match="^here: config.json has (embed_dim|depth) = .*model_args"):
-        sizes(stated, parameters(of_timm(TINY)))
+    with pytest.raises(WeightsError, match="^here does not fit the model.* missing: .* of a wrong shape: "):
+        fit(stated, parameters(of_timm(TINY)))
 
 
 def test_the_class_token_s_pooling_without_a_class_token_is_refused() -> None:
     config = VARIANTS["no-class-token"]
     stated = {"architecture": "vit_tiny_patch16_224", "model_args": timm_arguments(config)}
     stated["model_args"]["global_pool"] = "token"
-    with pytest.raises(WeightsError, match="^here: global_pool is 'token', yet there is no class token"):
-        sizes(stated, parameters(of_timm(config)))
+    with pytest.raises(WeightsError, match="^here: .*global_pool is 'token': .* with a class token"):
+        fit(stated, parameters(of_timm(config)))
 
 
 def test_other_kinds_say_that_they_are_others() -> None:

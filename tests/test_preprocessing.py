@@ -4,7 +4,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import open_clip
@@ -22,6 +22,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import data
 from data import Preprocessing, image_tensor, load_image
+from models.vit import CONFIGS
 from weights import WeightsError
 from weights.preprocessing import CLIP, HALVES, IMAGENET, defaults, from_files, preprocessing
 
@@ -219,8 +220,8 @@ def test_open_clips_transform(size, mode, interpolation, tmp_path):
 
 
 @pytest.mark.parametrize("kind, dialect, published", [
-    ("vit", "hf", HUGGING_FACE["vit, 2021"]), ("vit", "transformers-5", HUGGING_FACE["vit, 2023"]),
-    ("swin", "hf-model", HUGGING_FACE["swin"]), ("clip-vision", "transformers-5", HUGGING_FACE["clip, 2022"]),
+    ("vit", "hf", HUGGING_FACE["vit, 2021"]), ("vit", "hf-model", HUGGING_FACE["vit, 2023"]),
+    ("swin", "hf-bare", HUGGING_FACE["swin"]), ("clip-vision", "transformers-5", HUGGING_FACE["clip, 2022"]),
     ("blip", "hf", HUGGING_FACE["blip"]),
 ])
 def test_hugging_faces_usual_values(kind, dialect, published, tmp_path):
@@ -270,7 +271,7 @@ def test_no_resize_reads_pictures_of_the_right_size(tmp_path):
     assert apart(image_tensor(image, how), expected, how.std) < 0.01
 
 
-def test_folders_and_lone_files_as_they_are_saved(tmp_path):
+def test_folders_and_lone_files_as_they_are_saved(tmp_path, monkeypatch):
     model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 32), depth=1)
     save_for_hf(model, tmp_path / "timm", safe_serialization=True)
     how = Preprocessing((48, 32), (53, 35), "bicubic", **HALVES)
@@ -278,6 +279,9 @@ def test_folders_and_lone_files_as_they_are_saved(tmp_path):
     (tmp_path / "timm" / "preprocessor_config.json").write_text('{"size": 7}')  # of something else there
     (tmp_path / "timm" / "config.json").write_text('{"model_type": "bert"}')
     model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1)
+    tiny = replace(CONFIGS["vit-b-16"], img_size=(48, 48), embed_dim=192, depth=1, num_heads=3,
+                   hidden_features=768)
+    monkeypatch.setitem(CONFIGS, "tiny", tiny)
     save_file(model.state_dict(), tmp_path / "timm" / "one.safetensors")
     assert preprocessing("vit", tmp_path / "timm" / "one.safetensors") == defaults("vit", "timm", 48)
 

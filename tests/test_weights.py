@@ -18,9 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import weights
 from models import clip, vae
 from weights.kinds import KINDS
+from weights.sources import read
 
 ATOL = 1e-10
-# 768 and 8 heads: what a single file of Stable Diffusion 1, which has no config, is taken to have.
 UNET = {"block_out_channels": (32, 64), "layers_per_block": 2, "cross_attention_dim": 768,
         "attention_head_dim": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
@@ -102,6 +102,13 @@ def pipeline(tmp_path_factory, unet: nn.Module, autoencoder: nn.Module, text: nn
     return root
 
 
+@pytest.fixture
+def published(pipeline: Path, monkeypatch) -> None:
+    """The tiny sizes, as if they were published ones: then a file without config.json is recognised."""
+    for kind in ("unet", "vae", "clip-text"):
+        monkeypatch.setitem(KINDS[kind].configs, "tiny", weights.config(kind, pipeline))
+
+
 def load64(kind: str, source: Path) -> nn.Module:
     return weights.load(kind, source, dtype=torch.float64)
 
@@ -179,6 +186,7 @@ def test_half_precision_in_shards(tmp_path: Path):
     assert_same_vae(load64("vae", tmp_path), half)
 
 
+@pytest.mark.usefixtures("published")
 def test_single_file_of_version_1(single: Path, unet: nn.Module, autoencoder: nn.Module, text: nn.Module):
     assert_same_unet(load64("unet", single), unet)
     assert_same_vae(load64("vae", single), autoencoder)
@@ -186,8 +194,18 @@ def test_single_file_of_version_1(single: Path, unet: nn.Module, autoencoder: nn
     assert weights.config("vae", single).scale_factor == 0.18215
 
 
-def test_single_file_of_version_2(tmp_path: Path):
+def test_the_scale_in_a_single_file_counts(single: Path, tmp_path: Path, published: None):
+    save_file(load_file(single) | {"scale_factor": torch.tensor(0.5)}, path := tmp_path / "one.safetensors")
+    assert weights.load("vae", path).config.scale_factor == 0.5
+
+
+def test_single_file_of_version_2(tmp_path: Path, monkeypatch):
     unet, text = make(UNet2DConditionModel, UNET_2), make(CLIPTextModel, CLIPTextConfig(**CLIP_2))
+    sizes = weights.config("unet", save(unet, tmp_path / "unet"))
+    monkeypatch.setitem(KINDS["unet"].configs, "tiny", sizes)
+    sizes = weights.config("clip-text", save(text, tmp_path / "text_encoder"))
+    sizes = dataclasses.replace(sizes, num_hidden_layers=sizes.num_hidden_layers - 1)  # the last is dropped
+    monkeypatch.setitem(KINDS["clip-text"].configs, "tiny", sizes)
     home = weights.to_home("clip-text", text.state_dict())
     tensors = {f"model.diffusion_model.{k}": v for k, v in weights.to_home("unet", unet.state_dict()).items()}
     tensors |= {f"cond_stage_model.model.{k}": v
@@ -225,6 +243,7 @@ def test_published_and_resaved_text_towers_are_one(tmp_path: Path, text: nn.Modu
         assert_same_text(load64("clip-text", folder), text)
 
 
+@pytest.mark.usefixtures("published")
 def test_bare_files_without_config(tmp_path: Path, autoencoder: nn.Module, unet: nn.Module):
     home = weights.to_home("vae", autoencoder.state_dict())
     old = weights.from_home("vae", home, "diffusers-old")
@@ -236,6 +255,7 @@ def test_bare_files_without_config(tmp_path: Path, autoencoder: nn.Module, unet:
     assert_same_unet(load64("unet", path), unet)
 
 
+@pytest.mark.usefixtures("published")
 def test_encoder_half(pipeline: Path, single: Path):
     x, t, context = noise(1, 4, 8, 8), torch.tensor([0]), noise(1, 5, 768)
     with torch.no_grad():
@@ -272,6 +292,34 @@ def test_missing_parts_of_the_miniature_are_initialised_always_alike(monkeypatch
     assert first.config == vae.CONFIGS["sd-mini"] and not first.training
     whole, half = (weights.load(kind, "sd-mini").state_dict() for kind in ("unet", "unet-encoder"))
     assert all(torch.equal(whole[name], half[name]) for name in half)
+
+
+# As they were before the tables of sizes: caches and runs are kept under these.
+FINGERPRINTS = {
+    ("vae", "sd-mini"): "df50e899f1e72e85927c8261bc8ab4687f29731cab036a466b5f3d5ee14b7da5",
+    ("unet", "sd-mini"): "e45f38261d6674f04b3cba4dd3bda26e50e6d6b989f206152c3a32dddf101bbb",
+    ("unet-encoder", "sd-mini"): "d8aa1d426f9594fa9bafebcfcec191984a5e82610495ca8533a9be138d249c67",
+    ("clip-text", "sd-mini"): "4754df2a966c75c25fda99268d18e4f3f00eb4550fa4f4b7dbaaab4625b2649f",
+    ("vit", "vit-mini"): "45042e4d83c7f11dda7472935cecfe6f8c8b0851bff7c7edbee4356ef2f6f984",
+    ("swin", "swin-mini"): "9323dbbac08c28a602885af2cdd14222275511b77cfb28994ba30c5cb5930797",
+    ("clip-vision", "clip-mini"): "82c94989463cb896baac8bd86470a9877c6411be7c689c7b27ca4ea5948cec6d",
+    ("blip", "blip-mini"): "3490bb05ab36fe0934149a6d0b8d0c858d34a4fbc2927a6c94888f064d396ebc",
+    ("minilm", "minilm"): "f5c162f72d8287058c4cace93e3d7bd2ba41f827634a7f5dfaf958bc3b71a371",
+}
+
+
+@pytest.mark.parametrize("kind, source", FINGERPRINTS)
+def test_fingerprints_do_not_change(kind: str, source: str):
+    assert weights.fingerprint(kind, source) == FINGERPRINTS[kind, source]
+
+
+def test_a_source_is_parsed_once_until_it_changes(tmp_path: Path, autoencoder: nn.Module):
+    folder = save(autoencoder, tmp_path / "vae")
+    first = read("vae", folder)
+    assert read("vae", folder) is first
+    stated = json.loads((folder / "config.json").read_text()) | {"scaling_factor": 0.25}
+    (folder / "config.json").write_text(json.dumps(stated))
+    assert weights.config("vae", folder).scale_factor == 0.25
 
 
 def test_minilm_is_what_sentence_transformers_computes(minilm_folder: Path):
@@ -419,10 +467,10 @@ def test_a_config_that_is_not_implemented_is_refused(pipeline: Path, tmp_path: P
         weights.load(kind, tmp_path)
 
 
-def test_a_context_of_unknown_width_without_config_is_refused(tmp_path: Path):
+def test_unpublished_sizes_without_config_are_refused(tmp_path: Path):
     theirs = make(UNet2DConditionModel, UNET | {"cross_attention_dim": 96})
     save_file(theirs.state_dict(), path := tmp_path / "unet.safetensors")
-    with pytest.raises(weights.WeightsError, match="context's width is 96, neither 768 .* nor 1024"):
+    with pytest.raises(weights.WeightsError, match="only published sizes are read .sd-1, .*nearest is"):
         weights.load("unet", path)
 
 

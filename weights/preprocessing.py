@@ -10,26 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weights import identity
-from weights.kinds import KINDS
+from weights.files import read_json
+from weights.kinds import KINDS, find_kind
+from weights.options import CLIP, HALVES, IMAGENET, Kind
 from weights.registry import DEFAULTS, ENTRIES
-from weights.sources import read, read_json
+from weights.sources import config, read
 from weights.strict import WeightsError
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 # transformers' processors: what each does where its file is silent. One number as size: the shorter side
 # for CLIP's, a square for the others.
-STYLES: dict[str, dict[str, Any]] = {
+PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIP": {"resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, **CLIP},
     "ViT": {"resample": 2, "size": 224, "do_center_crop": False, "crop_size": None, **HALVES},
     "DeiT": {"resample": 3, "size": 256, "do_center_crop": True, "crop_size": 224, **HALVES},
     "Blip": {"resample": 3, "size": 384, "do_center_crop": False, "crop_size": None, **CLIP},
 }
-STYLE_OF = {"vit": "ViT", "swin": "ViT", "clip-vision": "CLIP", "blip": "Blip"}
 
 
 def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -39,17 +35,20 @@ def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[st
     published (`defaults`). Raises WeightsError, one line, for what data.Preprocessing cannot do, and where
     the file makes pictures of another size than the model reads.
     """
-    if kind not in STYLE_OF:
-        raise WeightsError(f"a {kind} reads no pictures; {', '.join(STYLE_OF)} do")
+    entry = find_kind(kind)
+    if entry.pictures is None:
+        reading = ", ".join(name for name, other in KINDS.items() if other.pictures)
+        raise WeightsError(f"a {kind} reads no pictures; {reading} do")
     source = DEFAULTS[kind] if source is None else source
-    entry = ENTRIES.get(str(source))
-    if entry and entry.folder:  # this repository's miniatures
-        return _shorter_side(_image_size(identity.config(kind, source)), 1.0, "bicubic", HALVES)
-    found = read(kind, source)
-    beside = found.folder / "config.json"
-    if Path(found.where).is_file() and beside.is_file() and not KINDS[kind].owns(read_json(beside)):
-        return defaults(kind, found.dialect, _image_size(found.config))
-    return from_files(found.folder, found.dialect, kind, _image_size(found.config))
+    registered = ENTRIES.get(str(source))
+    if registered and registered.folder:  # this repository's miniatures
+        size = _pair(getattr(config(kind, source), entry.pictures.size), "the model's image_size")
+        return _shorter_side(size, 1.0, "bicubic", HALVES)
+    parsed = read(kind, source)
+    size, beside = getattr(parsed.config, entry.pictures.size), parsed.folder / "config.json"
+    if Path(parsed.where).is_file() and beside.is_file() and not entry.owns(read_json(beside)):
+        return defaults(kind, parsed.dialect.name, size)
+    return from_files(parsed.folder, parsed.dialect.name, kind, size)
 
 
 def from_files(folder: Path, dialect: str, kind: str, image_size: int | tuple[int, int]) -> dict[str, Any]:
@@ -60,10 +59,10 @@ def from_files(folder: Path, dialect: str, kind: str, image_size: int | tuple[in
     """
     size = _pair(image_size, "the model's image_size")
     readers = {"hf": _from_hugging_face, "open_clip": _from_open_clip, "timm": _from_timm}
-    own = _family(dialect) if _family(dialect) in readers else "hf"
-    for name in (own, *(name for name in readers if name != own)):
-        if (found := readers[name](folder, kind, size)) is not None:
-            return found
+    own = find_kind(kind).dialect(dialect).pictures
+    for name in sorted(readers, key=lambda name: name != own):
+        if (stated := readers[name](folder, KINDS[kind], size)) is not None:
+            return stated
     return defaults(kind, dialect, size)
 
 
@@ -74,24 +73,14 @@ def defaults(kind: str, dialect: str, image_size: int | tuple[int, int]) -> dict
     (timm's pretrained_cfg of all of them). Hugging Face's ViT, Swin and BLIP: the whole picture squashed.
     CLIP: the whole of the shorter side.
     """
-    size = _pair(image_size, "the model's image_size")
-    if kind == "clip-vision":
-        return _shorter_side(size, 1.0, "bicubic", CLIP, _rules(dialect))
-    if kind == "blip":
-        return _squashed(size, "bicubic", CLIP)
-    colours = HALVES if kind == "vit" else IMAGENET
-    if _family(dialect) in ("timm", "microsoft"):
-        return _shorter_side(size, 0.9 if max(size) < 384 else 1.0, "bicubic", colours)
-    return _squashed(size, "bilinear" if kind == "vit" else "bicubic", colours)
-
-
-def _rules(dialect: str) -> str:
-    return "torchvision" if _family(dialect) in ("timm", "microsoft", "open_clip") else "transformers"
-
-
-def _family(dialect: str) -> str:
-    """That of "microsoft-wrapped" is "microsoft", and so on."""
-    return dialect.split("-")[0]
+    size, usual = _pair(image_size, "the model's image_size"), find_kind(kind).pictures
+    rules = find_kind(kind).dialect(dialect).pictures
+    if rules == "timm":
+        return _shorter_side(size, 0.9 if max(size) < 384 else 1.0, "bicubic", usual.colours)
+    if PROCESSORS[usual.processor]["do_center_crop"]:
+        rules = "torchvision" if rules == "open_clip" else "transformers"
+        return _shorter_side(size, 1.0, usual.filter, usual.colours, rules)
+    return _squashed(size, usual.filter, usual.colours)
 
 
 def _fields(
@@ -121,7 +110,7 @@ def _shorter_side(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _from_hugging_face(folder: Path, kind: str, size: tuple[int, int]) -> dict[str, Any] | None:
+def _from_hugging_face(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str, Any] | None:
     where = folder / "preprocessor_config.json"
     whole = folder / "processor_config.json"  # of a text and image processor, since transformers 5
     config = read_json(where) if where.is_file() else None
@@ -129,48 +118,48 @@ def _from_hugging_face(folder: Path, kind: str, size: tuple[int, int]) -> dict[s
         where, config = whole, read_json(whole).get("image_processor")
     if not isinstance(config, dict):
         return None
-    found = _processor(config, kind, size, str(where))
-    if found["size"] != size:
-        raise WeightsError(f"{where}: makes pictures of {_by(found['size'])}, and the model reads "
+    made = _processor(config, kind, size, str(where))
+    if made["size"] != size:
+        raise WeightsError(f"{where}: makes pictures of {_by(made['size'])}, and the model reads "
                            f"{_by(size)}; correct its size, or remove it for what is usual")
-    return found
+    return made
 
 
-def _processor(config: Mapping[str, Any], kind: str, size: tuple[int, int], where: str) -> dict[str, Any]:
-    """What transformers' processor of these settings does."""
-    called = config.get("image_processor_type") or config.get("feature_extractor_type") or STYLE_OF[kind]
-    name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(called))
-    if name not in STYLES:
-        raise WeightsError(f"{where}: pictures for a {called} are not known here, only for "
-                           f"{', '.join(STYLES)}ImageProcessor")
-    style = STYLES[name]
+def _processor(config: Mapping[str, Any], kind: Kind, size: tuple[int, int], where: str) -> dict[str, Any]:
+    """The fields of transformers' processor of these settings."""
+    named = config.get("image_processor_type") or config.get("feature_extractor_type")
+    name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named or kind.pictures.processor))
+    if name not in PROCESSORS:
+        raise WeightsError(f"{where}: pictures for a {named} are not known here, only for "
+                           f"{', '.join(PROCESSORS)}ImageProcessor")
+    usual = PROCESSORS[name]
 
-    def said(key: str, default: Any) -> Any:
+    def setting(key: str, default: Any) -> Any:
         return default if config.get(key) is None else config[key]
 
     known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    odd = [key for key, value in config.items() if key.startswith("do_") and value and key not in known]
-    if odd:
-        raise WeightsError(f"{where}: {', '.join(odd)} is not done here; set it to false")
+    more = [key for key, value in config.items() if key.startswith("do_") and value and key not in known]
+    if more:
+        raise WeightsError(f"{where}: {', '.join(more)} is not done here; set it to false")
 
-    resample = said("resample", style["resample"])
+    resample = setting("resample", usual["resample"])
     if resample not in RESAMPLE:
         raise WeightsError(f"{where}: resample {resample!r} is none of {RESAMPLE}")
-    factor = float(said("rescale_factor", 1 / 255)) if said("do_rescale", True) else 1.0
+    factor = float(setting("rescale_factor", 1 / 255)) if setting("do_rescale", True) else 1.0
     mean, std = (0.0,) * 3, (1.0,) * 3
-    if said("do_normalize", True):
-        mean, std = (_three(said(f"image_{key}", style[key]), where) for key in ("mean", "std"))
+    if setting("do_normalize", True):
+        mean, std = (_three(setting(f"image_{key}", usual[key]), where) for key in ("mean", "std"))
     # (x * factor - mean) / std for grey levels x, written for x / 255
     scale = 1.0 if math.isclose(255 * factor, 1.0) else 255 * factor
     colours = {"mean": tuple(m / scale for m in mean), "std": tuple(s / scale for s in std)}
 
-    to, crop = said("size", style["size"]), None
-    if said("do_center_crop", style["do_center_crop"]):
-        crop = _pair(said("crop_size", style["crop_size"]), f"{where}: crop_size")
+    to, crop = setting("size", usual["size"]), None
+    if setting("do_center_crop", usual["do_center_crop"]):
+        crop = _pair(setting("crop_size", usual["crop_size"]), f"{where}: crop_size")
     if isinstance(to, int) and name == "CLIP":
         to = {"shortest_edge": to}
     shorter = to.get("shortest_edge") if isinstance(to, Mapping) and set(to) == {"shortest_edge"} else None
-    if not said("do_resize", True):
+    if not setting("do_resize", True):
         if crop:
             raise WeightsError(f"{where}: a crop without a resize is not done here; set do_resize to true")
         to = list(size)  # pictures must come in the size that the model reads
@@ -188,7 +177,7 @@ def _processor(config: Mapping[str, Any], kind: str, size: tuple[int, int], wher
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _from_open_clip(folder: Path, kind: str, size: tuple[int, int]) -> dict[str, Any] | None:
+def _from_open_clip(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str, Any] | None:
     """open_clip_config.json; it, too, takes the size from the model."""
     where = folder / "open_clip_config.json"
     if not where.is_file():
@@ -202,11 +191,11 @@ def _from_open_clip(folder: Path, kind: str, size: tuple[int, int]) -> dict[str,
         return _squashed(size, filter, colours, "torchvision")
     if mode != "shortest":
         raise WeightsError(f'{where}: resize_mode {mode!r} is not done here; "shortest" and "squash" are')
-    # open_clip's resize for a size that is not square is bicubic, whatever the file says
+    # open_clip's resize for a size that is not square is bicubic, whatever the file states
     return _shorter_side(size, 1.0, filter if size[0] == size[1] else "bicubic", colours)
 
 
-def _from_timm(folder: Path, kind: str, size: tuple[int, int]) -> dict[str, Any] | None:
+def _from_timm(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str, Any] | None:
     where = folder / "config.json"
     config = read_json(where) if where.is_file() else {}
     config = config.get("pretrained_cfg") or (config if "architecture" in config else None)
@@ -230,13 +219,6 @@ def _from_timm(folder: Path, kind: str, size: tuple[int, int]) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------------------
 # values
 # ------------------------------------------------------------------------------------------------------------
-
-
-def _image_size(config: Any) -> tuple[int, int]:
-    """The size that the model of this configuration reads."""
-    size = next(getattr(config, name) for name in ("img_size", "image_size", "vision_image_size")
-                if hasattr(config, name))
-    return _pair(size, "the model's image_size")
 
 
 def _pair(value: Any, what: str) -> tuple[int, int]:

@@ -9,12 +9,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
+from weights.fetch import ensure
+from weights.files import read_json, read_tokenizer, stored_tensors
 from weights.kinds import KINDS
-from weights.kinds.common import read_tokenizer
-from weights.registry import ENTRIES
-from weights.sources import ensure, read_json, resolve, tokenizer_files
+from weights.registry import ENTRIES, FOLDERS
+from weights.sources import resolve
 from weights.strict import WeightsError
-from weights.tensors import stored
 
 LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -55,19 +55,19 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
     """The tokenizer that belongs to a source of a text tower, as for `weights.load`; None = "sd-1".
 
     Padding is the end token for Stable Diffusion 1 and "!" (id 0) for 2, as the folder's
-    tokenizer_config.json or special_tokens_map.json says. A single file holds no vocabulary: CLIP's own is
+    tokenizer_config.json or special_tokens_map.json states. A single file holds no vocabulary: CLIP's own is
     fetched once. Raises WeightsError if none is found or it is damaged.
     """
     path = resolve("sd-1" if source is None else source, "tokenizer")
     if path.is_dir():
         return _from_folder(path)
-    names = stored(path)
+    names = stored_tensors(path)
     second = any(name.startswith(KINDS["clip-text"].single_file[1]) for name in names)
     return _from_folder(ensure(ENTRIES["clip-tokenizer"]), pad="!" if second else END)
 
 
 def _from_folder(root: Path, pad: str | None = None) -> ClipTokenizer:
-    files = tokenizer_files(root)
+    files = _tokenizer_files(root)
     if not files:
         raise WeightsError(
             f"{root}: no tokenizer (vocab.json and merges.txt, or tokenizer.json), here or in tokenizer/"
@@ -75,6 +75,17 @@ def _from_folder(root: Path, pad: str | None = None) -> ClipTokenizer:
     first, second = files[0], files[1:2]
     tokenizer = read_tokenizer(first) if first.name == "tokenizer.json" else byte_pairs(first, *second)
     return ClipTokenizer(tokenizer, pad or _pad(first.parent) or END, str(first.parent))
+
+
+def _tokenizer_files(root: Path) -> list[Path]:
+    """The tokenizer in root/tokenizer, root or beside it: vocabulary first, then settings; [] if there is
+    none."""
+    settings = ["tokenizer_config.json", "special_tokens_map.json"]
+    for folder in (root / FOLDERS["tokenizer"], root, root.parent / FOLDERS["tokenizer"]):
+        for vocabulary in (["vocab.json", "merges.txt"], ["tokenizer.json"]):
+            if all((folder / name).is_file() for name in vocabulary):
+                return [folder / name for name in vocabulary + settings if (folder / name).is_file()]
+    return []
 
 
 def _pad(folder: Path) -> str | None:

@@ -1,16 +1,17 @@
 """The kinds of model that can be loaded, each with its dialects and sizes in a file of its own."""
 
 from weights.kinds import bert, blip, clip_text, clip_vision, swin, unet, vae, vit
-from weights.kinds.common import Kind
+from weights.options import Kind
+from weights.strict import WeightsError
 
-KINDS: dict[str, Kind] = {
-    "minilm": bert.KIND,
-    "clip-text": clip_text.KIND,
-    "clip-vision": clip_vision.KIND,
-    "vit": vit.KIND,
-    "swin": swin.KIND,
-    "blip": blip.KIND,
-    "vae": vae.KIND,
-    "unet": unet.KIND,
-    "unet-encoder": unet.ENCODER,
-}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (
+    bert.KIND, clip_text.KIND, clip_vision.KIND, vit.KIND, swin.KIND, blip.KIND, vae.KIND, unet.KIND,
+    unet.ENCODER,
+)}
+
+
+def find_kind(name: str) -> Kind:
+    """The kind of that name. Raises WeightsError if there is none."""
+    if name not in KINDS:
+        raise WeightsError(f"no kind of model is called {name!r}; the kinds are {', '.join(KINDS)}")
+    return KINDS[name]

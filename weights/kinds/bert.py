@@ -1,14 +1,13 @@
 """all-MiniLM-L6-v2: names in Hugging Face's files, sizes."""
 
-from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
-from torch import Tensor
+import torch
 
 from models.bert import CONFIGS, BertConfig, SentenceEncoder
-from weights.kinds.common import Dialect, Kind, Row, implemented, read_tokenizer
-from weights.strict import WeightsError
+from weights.dialects import Dialect, Row
+from weights.files import read_tokenizer
+from weights.options import Kind, Options
 
 HF: dict[str, Row] = {
     "embeddings.position_ids":       None,  # 0, 1, 2, ...
@@ -22,7 +21,8 @@ PREFIXED: dict[str, Row] = {
     "cls":                           None,  # the head that pretraining used
 }
 
-IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+TOLD = {field.name: field.name for field in fields(BertConfig)}
+ONLY = {
     "add_cross_attention": (False,),
     "hidden_act": ("gelu",),
     "is_decoder": (False,),
@@ -30,30 +30,20 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _from_config(config: Mapping[str, Any], where: str) -> BertConfig:
-    implemented(config, IMPLEMENTED, where)
-    return BertConfig(**{field.name: config[field.name] for field in fields(BertConfig)})
-
-
-def _from_shapes(tensors: Mapping[str, Tensor], where: str) -> BertConfig:
-    minilm = CONFIGS["minilm"]
-    words = tensors["embeddings.word_embeddings.weight"]
-    if tuple(words.shape) != (minilm.vocab_size, minilm.hidden_size):
-        raise WeightsError(f"{where}: word vectors {tuple(words.shape)} are not all-MiniLM-L6-v2's; "
-                           f"give a folder with its config.json")
-    return minilm
-
-
-def _sizes(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> BertConfig:
-    """From config.json; without it all-MiniLM-L6-v2's."""
-    return _from_config(config, where) if config else _from_shapes(tensors, where)
+def _example(config: BertConfig, draw) -> dict[str, torch.Tensor]:
+    mask = torch.arange(12) < torch.arange(12, 12 - draw.batch, -1)[:, None]  # one word less a row
+    return {"input_ids": draw.below(config.vocab_size, 12), "attention_mask": mask.long()}
 
 
 KIND = Kind(
-    SentenceEncoder, BertConfig, CONFIGS,
-    (
+    name="minilm", model=SentenceEncoder, config=BertConfig, configs=CONFIGS,
+    dialects=(
         Dialect("hf", r"encoder\.layer\.\d+\.attention\.self\.", HF),
         Dialect("hf-prefixed", r"bert\.", PREFIXED),
     ),
-    {"bert"}, _sizes, tokenizer=lambda folder: read_tokenizer(folder / "tokenizer.json"),
+    classes={"bert"},
+    read=Options(TOLD, ONLY).read,
+    heads={"num_attention_heads": "hidden_size"},
+    tokenizer=lambda folder: read_tokenizer(folder / "tokenizer.json"),
+    example_inputs=_example,
 )

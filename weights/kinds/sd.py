@@ -1,7 +1,6 @@
 """What the parts of Stable Diffusion share."""
 
 import re
-from collections.abc import Mapping
 
 from weights.strict import WeightsError
 
@@ -22,15 +21,6 @@ SINGLE_FILE_IGNORED: dict[str, str] = {  # regex of a whole name -> why such a t
 def ignored_in_single_file(name: str) -> bool:
     """Whether a single file may hold this tensor beside the parts of the model (SINGLE_FILE_IGNORED)."""
     return any(re.fullmatch(pattern, name) for pattern in SINGLE_FILE_IGNORED)
-
-
-def version(widths: Mapping[str, int], width: int, what: str, where: str) -> str:
-    """"sd-1" or "sd-2", whichever has that width. Raises WeightsError for any other."""
-    for name in ("sd-1", "sd-2"):
-        if widths[name] == width:
-            return name
-    raise WeightsError(f"{where}: {what} is {width}, neither {widths['sd-1']} as in Stable Diffusion 1 nor "
-                       f"{widths['sd-2']} as in 2; give a folder with its config.json")
 
 
 def multiples(widths: list[int], where: str) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from models.unet import CONFIGS, GROUPS, UNet, UNetConfig, UNetEncoder
-from weights.kinds.common import Dialect, Kind, Numbers, Row, implemented, no_more_options, taken
-from weights.kinds.sd import multiples, version
+from weights.dialects import Dialect, Numbers, Row, indices_in
+from weights.kinds.sd import multiples
+from weights.options import Kind, Options
 from weights.strict import WeightsError
 
 # U-Net. Home: LDM (`model.diffusion_model.` of a single file). LDM counts all blocks in one row, diffusers by
@@ -28,7 +29,7 @@ DIFFUSERS: dict[str, Row] = {
     "down_blocks.{level}.resnets.{i}.norm2":           "input_blocks.{down}.0.out_layers.0",
     "down_blocks.{level}.resnets.{i}.conv2":           "input_blocks.{down}.0.out_layers.3",
     "down_blocks.{level}.resnets.{i}.conv_shortcut":   "input_blocks.{down}.0.skip_connection",
-    "down_blocks.{level}.attentions.{i}":              "input_blocks.{down}.1",  # inside, both speak alike
+    "down_blocks.{level}.attentions.{i}":              "input_blocks.{down}.1",  # the same inside
     "down_blocks.{level}.downsamplers.0.conv":         "input_blocks.{down_last}.0.op",
 
     "mid_block.resnets.0.norm1":                       "middle_block.0.in_layers.0",
@@ -60,14 +61,14 @@ DIFFUSERS: dict[str, Row] = {
 def _numbers(names: Iterable[str]) -> list[Numbers]:
     names = list(names)
     if any(name.startswith("input_blocks.") for name in names):
-        steps = taken(names, r"input_blocks\.(\d+)\.0\.op\.")
-        n = min(steps) - 1 if steps else max(taken(names, r"input_blocks\.(\d+)\."))
+        steps = indices_in(names, r"input_blocks\.(\d+)\.0\.op\.")
+        n = min(steps) - 1 if steps else max(indices_in(names, r"input_blocks\.(\d+)\."))
         levels = len(steps) + 1
-        attended = {block // (n + 1) for block in taken(names, r"output_blocks\.(\d+)\.1\.norm\.")}
+        attended = {block // (n + 1) for block in indices_in(names, r"output_blocks\.(\d+)\.1\.norm\.")}
     else:
-        n = len(taken(names, r"down_blocks\.\d+\.resnets\.(\d+)\."))
-        levels = len(taken(names, r"down_blocks\.(\d+)\."))
-        attended = taken(names, r"up_blocks\.(\d+)\.attentions\.")
+        n = len(indices_in(names, r"down_blocks\.\d+\.resnets\.(\d+)\."))
+        levels = len(indices_in(names, r"down_blocks\.(\d+)\."))
+        attended = indices_in(names, r"up_blocks\.(\d+)\.attentions\.")
     numbers: list[Numbers] = []
     for level in range(levels):
         first = (n + 1) * level
@@ -78,8 +79,8 @@ def _numbers(names: Iterable[str]) -> list[Numbers]:
     return numbers
 
 
-# option -> the values that models/ implements; an absent option has diffusers' default, which is the first.
-IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+# An absent option has diffusers' default, which is the first.
+ONLY = {
     "act_fn": ("silu",),
     "addition_embed_type": (None,),            # SDXL
     "attention_type": ("default",),            # GLIGEN
@@ -114,41 +115,42 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
     "transformer_layers_per_block": (1,),      # SDXL has 2 and 10
 }
-READ = {
-    "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types",
-    "up_block_types", "cross_attention_dim", "attention_head_dim", "num_attention_heads",
-    "use_linear_projection",
+TOLD = {
+    "in_channels": "in_channels", "out_channels": "out_channels",
+    "use_linear_projection": "use_linear_in_transformer",
 }
-# These change nothing in evaluation, or only the precision of a step.
-WITHOUT_EFFECT = {
+# The first are read below; the others change nothing in evaluation, or only the precision of a step.
+HARMLESS = {
+    "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "cross_attention_dim",
+    "attention_head_dim", "num_attention_heads",
     "sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim",
 }
+OPTIONS = Options(TOLD, ONLY, {"use_linear_in_transformer": False}, HARMLESS)
 
 
-def _from_config(config: Mapping[str, Any], where: str) -> UNetConfig:
-    implemented(config, IMPLEMENTED, where)
-    no_more_options(config, set(IMPLEMENTED) | READ | WITHOUT_EFFECT, where)
+def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    sizes = OPTIONS.read(config, tensors, where)
     widths = config["block_out_channels"]
-    attended = _attention_levels(config, where)
-    per_level = config.get("num_attention_heads") or config["attention_head_dim"]
     # diffusers' oldest mistake, kept for its published files: `attention_head_dim` is the number of heads.
+    per_level = config.get("num_attention_heads") or config["attention_head_dim"]
     heads = list(per_level) if isinstance(per_level, list | tuple) else [per_level] * len(widths)
     head_widths = {width // head for width, head in zip(widths, heads, strict=True)}
     if len(set(heads)) > 1 and len(head_widths) > 1:
         raise WeightsError(f"{where}: neither the number of heads ({heads}) nor their width is constant")
-    same = len(set(heads)) == 1
-    return UNetConfig(
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        model_channels=widths[0],
-        num_res_blocks=_one(config["layers_per_block"], "layers_per_block", where),
-        channel_mult=multiples(widths, where),
-        attention_levels=attended,
-        num_heads=heads[0] if same else None,
-        num_head_channels=None if same else head_widths.pop(),
-        context_dim=_one(config["cross_attention_dim"], "cross_attention_dim", where),
-        use_linear_in_transformer=bool(config.get("use_linear_projection", False)),
-    )
+    attended, same = _attention_levels(config, where), len(set(heads)) == 1
+    for level in {*attended, len(widths) - 1}:
+        if heads[level] < 1 or widths[level] % heads[level]:
+            raise WeightsError(f"{where}: {widths[level]} channels are not {heads[level]} equal heads; a "
+                               f"config.json must state the attention_head_dim of these weights")
+    return sizes | {
+        "model_channels": widths[0],
+        "num_res_blocks": _one(config["layers_per_block"], "layers_per_block", where),
+        "channel_mult": multiples(widths, where),
+        "attention_levels": attended,
+        "num_heads": heads[0] if same else None,
+        "num_head_channels": None if same else head_widths.pop(),
+        "context_dim": _one(config["cross_attention_dim"], "cross_attention_dim", where),
+    }
 
 
 def _attention_levels(config: Mapping[str, Any], where: str) -> tuple[int, ...]:
@@ -169,54 +171,22 @@ def _one(value: Any, option: str, where: str) -> int:
     return found
 
 
-def _from_shapes(tensors: Mapping[str, Tensor], where: str) -> UNetConfig:
-    first = tensors["input_blocks.0.0.weight"]
-    ch = first.shape[0]
-    steps = sorted(taken(tensors, r"input_blocks\.(\d+)\.0\.op\."))
-    n = steps[0] - 1 if steps else len(taken(tensors, r"input_blocks\.(\d+)\.")) - 1
-    starts = [1 + (n + 1) * level for level in range(len(steps) + 1)]   # each level's first ResBlock
-    context_dim = tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-    widths = {name: config.context_dim for name, config in CONFIGS.items()}
-    known = version(widths, context_dim, "the context's width", where)
-    return UNetConfig(
-        in_channels=first.shape[1],
-        # The encoder half alone does not tell, nor does it need it.
-        out_channels=tensors["out.2.weight"].shape[0] if "out.2.weight" in tensors else 4,
-        model_channels=ch,
-        num_res_blocks=n,
-        channel_mult=tuple(tensors[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0] // ch for i in starts),
-        attention_levels=tuple(
-            level for level, i in enumerate(starts) if f"input_blocks.{i}.1.norm.weight" in tensors
-        ),
-        num_heads=CONFIGS[known].num_heads,
-        num_head_channels=CONFIGS[known].num_head_channels,
-        context_dim=context_dim,
-        use_linear_in_transformer=tensors["middle_block.1.proj_in.weight"].ndim == 2,
-    )
-
-
-def _sizes(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> UNetConfig:
-    """From config.json, else from shapes: heads as Stable Diffusion 1 or 2 has them, by the context's
-    width."""
-    sizes = _from_config(config, where) if config else _from_shapes(tensors, where)
-    widths = [sizes.model_channels * m for m in sizes.channel_mult]
-    if odd := [width for width in widths if width % GROUPS]:
-        raise WeightsError(f"{where}: {odd[0]} channels are not {GROUPS} equal groups of a norm, which are "
-                           f"all that is implemented here")
-    for width in [widths[level] for level in sizes.attention_levels] + widths[-1:]:
-        heads = sizes.heads(width)
-        if heads < 1 or width % heads or width // heads != (sizes.num_head_channels or width // heads):
-            raise WeightsError(f"{where}: {width} channels are not {heads} equal heads; a config.json "
-                               f"must state the attention_head_dim of these weights")
-    return sizes
-
-
 _DIALECTS = (
     Dialect("ldm", r"(input_blocks|middle_block|time_embed|output_blocks)\.", {}),
     Dialect("diffusers", r"(down_blocks|mid_block|up_blocks|time_embedding)\.", DIFFUSERS, _numbers),
 )
 KIND = Kind(
-    UNet, UNetConfig, CONFIGS, _DIALECTS, {"UNet2DConditionModel"}, _sizes,
+    name="unet", model=UNet, config=UNetConfig, configs=CONFIGS, dialects=_DIALECTS,
+    classes={"UNet2DConditionModel"},
+    read=_read,
     single_file=("model.diffusion_model.",),
+    example_inputs=lambda config, draw: {
+        "latents": draw.normal(config.in_channels, 16, 16), "timesteps": draw.below(1000),
+        "context": draw.normal(77, config.context_dim),
+    },
 )
-ENCODER = replace(KIND, model=UNetEncoder)
+ENCODER = replace(
+    KIND, name="unet-encoder", model=UNetEncoder, part_of="unet",
+    ignore={r"(output_blocks|out)\..*": "the decoder half of the U-Net, which the encoder does without"},
+    outputs=lambda model, inputs: {"middle": model.encode(**inputs)},
+)

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from models.vae import CONFIGS, VAE, VAEConfig
-from weights.kinds.common import Conv1x1, Dialect, Kind, Numbers, Row, implemented, no_more_options, taken
+from weights.dialects import Conv1x1, Dialect, Numbers, Row, indices_in
 from weights.kinds.sd import multiples
+from weights.options import Kind, Options
 from weights.strict import WeightsError
 
 # Autoencoder. Home: LDM (`first_stage_model.` of a single file). Going down, both count levels from the
@@ -50,8 +51,8 @@ LDM: dict[str, Row] = {
 
 def _numbers(names: Iterable[str]) -> list[Numbers]:
     names = list(names)
-    levels = len(taken(names, r"encoder\.down(?:_blocks)?\.(\d+)\."))
-    n = len(taken(names, r"encoder\.down(?:_blocks)?\.\d+\.(?:resnets|block)\.(\d+)\."))
+    levels = len(indices_in(names, r"encoder\.down(?:_blocks)?\.(\d+)\."))
+    n = len(indices_in(names, r"encoder\.down(?:_blocks)?\.\d+\.(?:resnets|block)\.(\d+)\."))
     numbers: list[Numbers] = [{"coder": "encoder"}, {"coder": "decoder"}]
     for level, j in product(range(levels), range(n + 1)):
         numbers += [{"level": level, "mirror": levels - 1 - level, "j": j}]
@@ -59,8 +60,12 @@ def _numbers(names: Iterable[str]) -> list[Numbers]:
     return numbers
 
 
-# option -> the values that models/ implements; an absent option has diffusers' default, which is the first.
-IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+TOLD = {
+    "layers_per_block": "num_res_blocks", "in_channels": "in_channels", "out_channels": "out_ch",
+    "latent_channels": "z_channels", "scaling_factor": "scale_factor", "norm_num_groups": "norm_groups",
+}
+# An absent option has diffusers' default, which is the first.
+ONLY = {
     "act_fn": ("silu",),
     "latents_mean": (None,),
     "latents_std": (None,),
@@ -69,72 +74,40 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
 }
-READ = {
-    "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types",
-    "up_block_types", "latent_channels", "norm_num_groups", "scaling_factor",
-}
-WITHOUT_EFFECT = {"sample_size", "force_upcast"}
-SD = CONFIGS["sd-1"]
+DEFAULTS = {"scale_factor": CONFIGS["sd-1"].scale_factor, "norm_groups": 32}  # older folders leave them out
+# The first three are read below; the others change nothing in evaluation.
+HARMLESS = {"block_out_channels", "down_block_types", "up_block_types", "sample_size", "force_upcast"}
 
 
-def _from_config(config: Mapping[str, Any], where: str) -> VAEConfig:
-    implemented(config, IMPLEMENTED, where)
-    no_more_options(config, set(IMPLEMENTED) | READ | WITHOUT_EFFECT, where)
-    if {*config["down_block_types"], *config["up_block_types"]} != {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        raise WeightsError(f"{where}: these blocks are not implemented here: "
-                           f"{', '.join([*config['down_block_types'], *config['up_block_types']])}")
+def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    sizes = Options(TOLD, ONLY, DEFAULTS, HARMLESS).read(config, tensors, where)
+    blocks = [*config["down_block_types"], *config["up_block_types"]]
+    if set(blocks) != {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+        raise WeightsError(f"{where}: these blocks are not implemented here: {', '.join(blocks)}")
     widths = config["block_out_channels"]
-    return VAEConfig(
-        ch=widths[0],
-        ch_mult=multiples(widths, where),
-        num_res_blocks=config["layers_per_block"],
-        in_channels=config["in_channels"],
-        out_ch=config["out_channels"],
-        z_channels=config["latent_channels"],
-        embed_dim=config["latent_channels"],
-        scale_factor=config.get("scaling_factor", SD.scale_factor),  # older folders leave it out
-        norm_groups=config.get("norm_num_groups", 32),
-    )
+    return sizes | {
+        "ch": widths[0], "ch_mult": multiples(widths, where), "embed_dim": config["latent_channels"],
+    }
 
 
-def _from_shapes(tensors: Mapping[str, Tensor], where: str) -> VAEConfig:
-    first = tensors["encoder.conv_in.weight"]
-    z_channels = tensors["decoder.conv_in.weight"].shape[1]
-    if z_channels != SD.z_channels:
-        raise WeightsError(f"{where}: latents of {z_channels} channels, not Stable Diffusion's "
-                           f"{SD.z_channels}; give a folder with its config.json")
-    levels = sorted(taken(tensors, r"encoder\.down\.(\d+)\."))
-    widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels]
-    return VAEConfig(
-        ch=first.shape[0],
-        ch_mult=tuple(width // first.shape[0] for width in widths),
-        num_res_blocks=len(taken(tensors, r"encoder\.down\.0\.block\.(\d+)\.")),
-        in_channels=first.shape[1],
-        out_ch=tensors["decoder.conv_out.weight"].shape[0],
-        z_channels=z_channels,
-        embed_dim=tensors["post_quant_conv.weight"].shape[1],
-        scale_factor=SD.scale_factor,
-        norm_groups=SD.norm_groups,
-    )
-
-
-def _sizes(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> VAEConfig:
-    """From config.json, else from shapes: groups and the latents' scale as Stable Diffusion has them."""
-    sizes = _from_config(config, where) if config else _from_shapes(tensors, where)
-    if odd := [sizes.ch * m for m in sizes.ch_mult if sizes.ch * m % sizes.norm_groups]:
-        raise WeightsError(f"{where}: {odd[0]} channels are not {sizes.norm_groups} equal groups; a "
-                           f"config.json must state the norm_num_groups of these weights")
-    return sizes
+def _encode_and_decode(model: VAE, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    latents = model.encode(**inputs)
+    return {"latents": latents, "images": model.decode(latents)}
 
 
 KIND = Kind(
-    VAE, VAEConfig, CONFIGS,
-    (
+    name="vae", model=VAE, config=VAEConfig, configs=CONFIGS,
+    dialects=(
         Dialect("ldm", r"(encoder\.(down|mid)|decoder\.(up|mid))\.", LDM),
         Dialect("diffusers-old", r"(encoder|decoder)\.mid_block\.attentions\.0\.(query|proj_attn)\.",
                 DIFFUSERS_OLD, _numbers),
         Dialect("diffusers", r"(encoder\.(down_blocks|mid_block)|decoder\.(up_blocks|mid_block))\.",
                 DIFFUSERS, _numbers),
     ),
-    {"AutoencoderKL"}, _sizes, single_file=("first_stage_model.",),
+    classes={"AutoencoderKL"},
+    read=_read,
+    single_file=("first_stage_model.",),
+    single_sizes={"scale_factor": "scale_factor"},
+    example_inputs=lambda config, draw: {"images": draw.normal(config.in_channels, 64, 64).clamp(-1, 1)},
+    outputs=_encode_and_decode,
 )

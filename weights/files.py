@@ -1,0 +1,120 @@
+"""Files: safetensors, JSON and tokenizers, read or refused in one line.
+
+Tensors are read, not mapped: a mapped file counts in the process's memory beside the model that is made from
+it, and one that is changed or cut short while it is mapped changes or kills the process.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from weights.strict import WeightsError
+
+PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: `nbytes` bytes from `start`."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def meta(self) -> Tensor:
+        """A tensor of that dtype and shape without values."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own. Raises WeightsError if the file was cut short meanwhile."""
+        try:
+            flat = np.fromfile(self.path, np.uint8, self.nbytes, offset=self.start)
+        except OSError as error:
+            raise WeightsError(f"{self.path} cannot be read ({error.strerror or error})") from error
+        if len(flat) < self.nbytes:
+            raise WeightsError(f"{self.path}: cut short while it was read; fetch it again")
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.from_numpy(flat).view(self.dtype).reshape(self.shape)
+
+
+def stored_tensors(path: str | os.PathLike) -> dict[str, Stored]:
+    """The tensors of a .safetensors file by name, unread, in the order in which they lie there.
+
+    Raises WeightsError for a pickled, missing, truncated or otherwise damaged file.
+    """
+    path = Path(path)
+    refuse_pickle(path)
+    try:
+        if path.stat().st_size == 0:
+            raise WeightsError(f"{path} is empty (0 bytes); fetch it again")
+        with safe_open(path, framework="pt", device="cpu"):  # checks that header and length agree
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path}: truncated or not a safetensors file ({error}); fetch it again"
+        ) from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
+    header.pop("__metadata__", None)
+    if unknown := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
+        raise WeightsError(f"{path}: holds tensors of dtype {', '.join(unknown)}, which is not read here")
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors[name] = Stored(path, DTYPES[entry["dtype"]], shape, 8 + length + start, end - start)
+    return tensors
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, by name, on the CPU. Raises WeightsError as `stored_tensors`."""
+    return {name: entry.read() for name, entry in stored_tensors(path).items()}
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise WeightsError for a file that only unpickling could read."""
+    if path.suffix in PICKLES:
+        raise WeightsError(
+            f"{path} is pickled, and reading such a file can run any program hidden in it; get the "
+            f".safetensors file of the same weights, or convert it where you trust it"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises WeightsError if the file holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: no JSON can be read from it ({error})") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: a JSON object was expected, not a {type(value).__name__}")
+    return value
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json. Raises WeightsError if it is missing or damaged."""
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: it is needed beside the weights")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise WeightsError(f"{path}: no tokenizer can be read from it ({error}); fetch it again") from error
