@@ -664,7 +664,8 @@ class Dakl:
             factor, lost = torch.linalg.cholesky_ex(gram)
             if lost:  # in the rounding of G
                 continue
-            trial = torch.cholesky_solve(y, factor)
+            lower = torch.linalg.solve_triangular(factor, y, upper=False)
+            trial = torch.linalg.solve_triangular(factor.mT, lower, upper=True)  # cholesky_solve copies
             del factor  # before the next one is made
             if self._given:
                 self.alpha = alpha
