@@ -72,7 +72,7 @@ def cases(entry: str) -> list[Case]:
 
 
 def _dialects(entry: str, kind: str) -> list[tuple[str, ...]]:
-    if entry == "sd-mini":  # its parts are too small for a single file to be worth a case
+    if entry == "sd-mini":  # it is published as a folder alone
         return [("diffusers",)]
     if kind == "clip-text":
         one, two = KINDS[kind].single_file
