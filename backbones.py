@@ -1,4 +1,4 @@
-"""The image encoders (section 3): one record each, the white box, and the networks that make its inputs.
+"""The image encoders (section 3): one record each, the white box, and the networks that compute its inputs.
 
 Letters in shape comments as in reverse_sd.py.
 """
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Backbone:
-    """What a backbone is: `kind` of weights; `title` in tables; `blocks`, the beginning of a parameter's name
-    that separates its blocks, from input to output; `mini` and `paper`, the weights of the miniature and of
-    the paper; `white_box`, whether it reads latents and captions in place of images."""
+    """A backbone: `kind` of weights; `title` in tables; `blocks`, regex of each block's parameter prefix, in
+    order from input to output; `mini` and `paper`, the weights of the miniature and of the paper;
+    `white_box`, whether its inputs are latents and captions instead of images."""
 
     kind: str
     title: str
@@ -41,12 +41,11 @@ BACKBONES = {  # in the paper's order
 
 
 class UNetFeatures(nn.Module):
-    """The white-box backbone: the encoder half of Stable Diffusion's U-Net, its middle block pooled over
-    all places.
+    """The white-box backbone: the encoder half of Stable Diffusion's U-Net and a global max-pooling.
 
-    Reads VAE latents, scaled as in diffusion training, and the text states of a caption of the image, which
-    enter by cross-attention. Paper: neither the timestep nor the pooling is stated; as in the authors' code
-    the timestep is 0 (no noise) and the pooling is the maximum.
+    Inputs: VAE latents, scaled as in diffusion training, and the text states of a caption of the image, for
+    cross-attention. Paper: timestep and pooling are not stated; timestep 0 (no noise) and the maximum follow
+    the authors' code.
     """
 
     def __init__(self, unet: nn.Module):
@@ -65,17 +64,17 @@ def as_backbone(name: str, model: nn.Module) -> nn.Module:
 
 
 def captioner_of(captions: str) -> str | None:
-    """The BLIP that the option `captions` names; None for "empty", "prompt" and a file of captions."""
+    """The BLIP source in the option `captions`; None for "empty", "prompt" and a caption file."""
     no_model = captions in ("empty", "prompt") or Path(captions).suffix in (".txt", ".json", ".jsonl", ".csv")
     return None if no_model else captions
 
 
 class SDReader:
-    """From images to the U-Net's inputs, by the networks beside it: latents, captions, caption states.
+    """The U-Net's inputs from images: latents, captions, caption states.
 
-    Training and `image_predictor` both read through this class. `source` names the weights of autoencoder and
-    text tower, `captioner` those of a BLIP, if there is one. Each network is loaded at its first use. Raises
-    weights.WeightsError as weights.load.
+    Used by training and by `image_predictor`. `source`: weights of autoencoder and text tower; `captioner`:
+    weights of a BLIP, or None. Each network is loaded at its first use. Raises weights.WeightsError as
+    weights.load.
     """
 
     def __init__(self, source: str, captioner: str | None, device: str = "cpu"):
@@ -103,11 +102,11 @@ class SDReader:
 
     @torch.no_grad()
     def captions(self, images: Tensor) -> list[str]:
-        """Captions of images (B, 3, H, W), which are prepared as the captioner's weights want them."""
+        """Captions of images (B, 3, H, W) with the captioner's preprocessing."""
         return self.network("blip").generate(images.to(self.device))
 
     @torch.no_grad()
     def states(self, captions: Sequence[str]) -> Tensor:
-        """The text tower's states of captions, (B, 77, D); what follows 75 tokens is cut."""
+        """The text tower's states of captions, (B, 77, D); longer texts are cut to 75 tokens."""
         ids = self.network("tokenizer")(list(captions))
         return self.network("clip-text")(ids.to(self.device))

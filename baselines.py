@@ -1,4 +1,4 @@
-"""The methods that the paper compares with its own: LeRaC and CBS (section 4.8), k-NN (section 4.10).
+"""The methods compared with the paper's: LeRaC and CBS (section 4.8), k-NN (section 4.10).
 
 LeRaC and CBS are the other curricula: `python train.py --curriculum lerac` or `cbs`. Letters in shape
 comments as in reverse_sd.py.
@@ -24,8 +24,7 @@ from models.swin import PatchMerging
 def lerac_initial(highest: float, lowest: float, layers: int) -> list[float]:
     """The learning rates at step 0 from input to output: `highest`, ..., `lowest`, in equal ratios.
 
-    Paper: the range is not stated, it was tuned. LeRaC's own begins at the normal rate and reaches down to
-    1e-8.
+    Paper: the (tuned) range is not stated. LeRaC's default falls from the normal rate to 1e-8.
     """
     if layers < 2:
         return [highest] * layers
@@ -35,8 +34,8 @@ def lerac_initial(highest: float, lowest: float, layers: int) -> list[float]:
 def lerac_rate(initial: float, final: float, t: float, k: float, c: float = 10.0) -> float:
     """eta_j(t) = eta_j(0) c^{(t/k)(log_c eta(k) - log_c eta_j(0))}, the rate of a layer at step t of k.
 
-    initial eta_j(0); final eta(k), the same for all layers. From t = k on the rate is `final`: the caller
-    goes on with its own schedule. The base c cancels out: it is a straight line in the logarithm whatever c.
+    initial eta_j(0); final eta(k), the same for all layers. From t = k on the rate is `final`, and the caller
+    continues with its own schedule. The base c cancels: the logarithm is linear in t for every c.
     """
     if t >= k:
         return final
@@ -49,7 +48,7 @@ def lerac_rate(initial: float, final: float, t: float, k: float, c: float = 10.0
 
 
 def cbs_sigma(step: int, every: float) -> float:
-    """1 at first, times 0.9 after each `every` steps."""
+    """CBS's sigma at `step`: 1, multiplied by 0.9 after each `every` steps."""
     return 0.9 ** int(step / every)
 
 
@@ -64,9 +63,9 @@ def smoothed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers after which CBS smooths, by name: convolutions wider than one pixel, and Swin's patch
     merging, which is such a convolution written as a linear layer.
 
-    U-Net: the first convolution, both of each ResBlock, and those that halve the grid. ViT, CLIP: the patch
-    embedding. Swin: patch embedding and each merging. Paper: where smoothing sits in a transformer is not
-    stated; here it is wherever pixels or patches are convolved, before what is norm or sum of the result.
+    U-Net: the first convolution, both of each ResBlock, and the strided ones. ViT, CLIP: the patch
+    embedding. Swin: patch embedding and each merging. Paper: the place of smoothing in a transformer is not
+    stated; here after every convolution of pixels or patches, before its norm or sum.
     """
     places = {}
     for name, module in model.named_modules():
@@ -78,10 +77,10 @@ def smoothed_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class Smoothing:
-    """A fixed depthwise 3 x 3 Gaussian after each of `smoothed_layers`, from now on.
+    """Hooks that apply a fixed depthwise 3 x 3 Gaussian after each of `smoothed_layers`.
 
-    It is no part of the state_dict: set `sigma` again where the model is built again. Borders are padded with
-    zeros, as the convolutions' own. Raises ValueError for a model without such a layer.
+    Not in the state_dict: set `sigma` again after rebuilding the model. Borders are padded with zeros, as in
+    the convolutions. Raises ValueError for a model without such a layer.
     """
 
     def __init__(self, model: nn.Module, sigma: float = 1.0):
@@ -112,7 +111,7 @@ class Smoothing:
 # Section 4.10: k-NN regression on CLIP's features
 # ============================================================================================================
 
-# Paper: neither k nor how the weights follow from the distance is stated; both are chosen on validation.
+# Paper: k and the distance weighting are not stated; both are chosen on validation.
 NEIGHBOURS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 TEMPERATURES = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -148,8 +147,8 @@ def neighbours(
 def neighbour_mean(
     cosines: np.ndarray, rows: np.ndarray, targets: np.ndarray, temperatures: Sequence[float]
 ) -> np.ndarray:
-    """Mean of the neighbours' targets, weighted by exp(cosine / temperature), as unit rows, one for each
-    temperature: (n, T, E) float32. cosines, rows (n, k) as `neighbours` gives them; targets (m, E).
+    """Mean of the neighbours' targets, weighted by exp(cosine / temperature), as unit rows, one per
+    temperature: (n, T, E) float32. cosines, rows (n, k) from `neighbours`; targets (m, E).
     """
     means = np.empty((len(rows), len(temperatures), targets.shape[1]), np.float32)
     for start in range(0, len(rows), 64):
@@ -164,11 +163,11 @@ def knn_regression(
     query: np.ndarray, reference: np.ndarray, targets: np.ndarray, k: int, temperature: float,
     device: str = "cpu", block: int | None = None,
 ) -> np.ndarray:
-    """Prompt embeddings regressed from neighbours in CLIP's space (section 4.10) -> unit rows (n, E) float32.
+    """Prompt embeddings, unit rows (n, E) float32, by k-NN regression in CLIP's space (section 4.10).
 
     query      CLIP's embeddings of the images to predict, (n, P)
     reference  of training pairs, (m, P): CLIP's embeddings of their prompts, as in the paper, or of their
-               images, which also works for an image tower without its text tower
+               images, which needs no text tower
     targets    sentence embeddings of the training prompts, (m, E)
     """
     return neighbour_mean(*neighbours(query, reference, k, device, block), targets, [temperature])[:, 0]
@@ -177,9 +176,8 @@ def knn_regression(
 def choose_neighbours(
     query: np.ndarray, truth: np.ndarray, reference: np.ndarray, targets: np.ndarray, device: str = "cpu"
 ) -> dict[str, float]:
-    """k of NEIGHBOURS and temperature of TEMPERATURES with the highest mean cosine to `truth` (n, E).
-
-    Give validation pairs as query and truth -> {"k", "temperature", "cosine"}.
+    """{"k", "temperature", "cosine"} with the highest mean cosine to `truth` (n, E) among NEIGHBOURS and
+    TEMPERATURES. Give validation pairs as query and truth.
     """
     ks = [k for k in NEIGHBOURS if k <= len(reference)]
     cosines, rows = neighbours(query, reference, ks[-1], device)

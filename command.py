@@ -1,4 +1,4 @@
-"""How every command of this repository ends: its exit status, and one line for what a user can mend."""
+"""Shared parts of the command lines: exit status, one-line errors, an integer type."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from weights.strict import WeightsError
 def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> int:
     """The exit status of `command()`: its own, 2 after an error of the input or the disk, 130 after Ctrl-C.
 
-    Such an error is one line on standard error, after Ctrl-C or SIGTERM the line is `stopped`. Errors of the
-    program keep their traceback. Characters that the terminal cannot show are escaped.
+    Such an error prints one line on standard error; Ctrl-C and SIGTERM print `stopped`. Other errors keep
+    their traceback. Characters that the terminal cannot show are escaped.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -30,7 +30,7 @@ def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> 
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # Python flushes it once more at the end
+        sys.stdout = open(os.devnull, "w")  # Python flushes it again at exit
         return failed("standard output was closed")
     except (DataError, WeightsError, SafetensorError, OSError) as error:
         return failed(error)
@@ -45,7 +45,7 @@ def failed(error: object) -> int:
 
 
 def positive(text: str) -> int:
-    """For argparse: a whole number of at least 1."""
+    """An integer of at least 1, for argparse."""
     if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) < 10**9:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1 to 999,999,999")
     return int(text)

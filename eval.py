@@ -1,9 +1,9 @@
 """Evaluate trained runs on their test pairs, or make the paper's tables and figures by their number.
 
-    python eval.py RUN [RUN ...]                                   one's own runs
+    python eval.py RUN [RUN ...]                                   your own runs
     python eval.py --table 1                                       a table, on the embedded default
     python eval.py --table all --seeds 0,1,2 --jobs 2              every table; shared runs are trained once
-    python eval.py --table 8 --data DIFFUSIONDB --weights paper    the real experiment (a GPU is wanted)
+    python eval.py --table 8 --data DIFFUSIONDB --weights paper    the full experiment (needs a GPU)
     python eval.py --figure 9                                      easy, medium and hard pairs
 
 For each RUN: the mean cosine between predicted and true prompt embeddings with a 95 % bootstrap interval,
@@ -14,9 +14,9 @@ RUN/predictions/rows.json) and RUN/examples.png.
 --table (1 heads and curriculum, 2 heads, 5 and 6 pictures by the trained U-Net, 7 curricula, 8 ensemble and
 DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the
 paper, captions, the text that the U-Net reads, and ceiling, the best achievable cosine) and --figure
-(9 difficulty, 11 the ensemble) train the missing runs, one for each row and seed, and resume those that were
-stopped. They write results/table-N.md and .json, with the paper's numbers beside ours. All other flags are
-train.py's and apply to every run, as --epochs (here 3).
+(9 easy, medium and hard pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume
+stopped ones. They write results/table-N.md and .json, with the paper's numbers beside ours. All other flags
+are train.py's and apply to every run, e.g. --epochs (here 3).
 
 tables/ defines the tables and figures.
 """
@@ -39,7 +39,7 @@ from tables.exhibit import Exhibit
 from tables.generation import read_drawbench
 from tables.probe import only_default_prompts
 from tables.registry import EXHIBITS
-from tables.runs import DECIDED, EPOCHS, SOURCES, Plan, cores, train_missing, with_phase_1
+from tables.runs import EPOCHS, SET_BY_ROWS, SOURCES, Plan, cores, train_missing, with_phase_1
 from training.config import parse_args
 from training.evaluate import evaluate
 from training.folder import saved_config
@@ -54,18 +54,18 @@ log = logging.getLogger("eval")
 
 
 def selected(flag: str, kind: str) -> dict[tuple[str, int | str], Exhibit]:
-    """The exhibits of a kind that a flag names, as "1,2" or "all", by kind and number."""
+    """The exhibits of a flag, e.g. "1,2" or "all", by kind and number."""
     by_name = {str(number): number for number in EXHIBITS[kind]}
     names = list(by_name) if flag == "all" else flag.split(",")
     if unknown := [name for name in names if name not in by_name]:
-        raise data.DataError(f"--{kind} {unknown[0] or flag}: unknown; give {', '.join(by_name)} or all")
+        raise data.DataError(f"--{kind} {unknown[0] or flag}: unknown; choose from {', '.join(by_name)}, all")
     return {(kind, number): EXHIBITS[kind][number] for name, number in by_name.items() if name in names}
 
 
 def seeds_of(flag: str) -> tuple[int, ...]:
     seeds = flag.split(",")
     if not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
-        raise data.DataError(f"--seeds {flag}: must be different whole numbers with commas between, as 0,1,2")
+        raise data.DataError(f"--seeds {flag}: must be distinct integers separated by commas, e.g. 0,1,2")
     return tuple(map(int, seeds))
 
 
@@ -87,16 +87,16 @@ def sources_of(flag: str) -> dict[str, str]:
 
 
 def train_fields(flags: list[str]) -> dict[str, Any]:
-    """train.py's flags as fields. Raises DataError for unknown flags and for those that the rows decide."""
+    """train.py's flags as fields. Raises DataError for unknown flags and for those that the rows set."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             fields, out, resume = parse_args(flags, "")
         except SystemExit as stop:
             line = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
             raise data.DataError(f"{line}; see eval.py --help and train.py --help") from stop
-    if decided := sorted(DECIDED & fields.keys()) + ["out"] * bool(out) + ["resume"] * bool(resume):
-        name = decided[0].replace("_", "-")
-        raise data.DataError(f"--{name}: each row decides it; see --seeds and --runs in eval.py --help")
+    if set_by_rows := sorted(SET_BY_ROWS & fields.keys()) + ["out"] * bool(out) + ["resume"] * bool(resume):
+        name = set_by_rows[0].replace("_", "-")
+        raise data.DataError(f"--{name}: is set by each row; see --seeds and --runs")
     return fields
 
 
@@ -114,14 +114,14 @@ def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
 
 
 def exhibits_of(args: argparse.Namespace, plan: Plan) -> dict[tuple[str, int | str], Exhibit]:
-    """The tables and figures to make; "all" leaves out tables that the data do not allow."""
+    """The tables and figures to make; "all" skips tables that the data do not allow."""
     exhibits = selected(args.table, "table") if args.table else {}
     exhibits |= selected(args.figure, "figure") if args.figure else {}
     needs_probe = [key for key, exhibit in exhibits.items() if exhibit.needs_probe]
     if needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
         if args.table != "all":
             raise data.DataError(
-                f"--table {needs_probe[0][1]}: the probe can judge only the embedded mini scenes; leave out "
+                f"--table {needs_probe[0][1]}: the probe can judge only the embedded mini scenes; remove "
                 "--data and --weights"
             )
         exhibits = {key: exhibit for key, exhibit in exhibits.items() if key not in needs_probe}
@@ -143,11 +143,11 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> None:
     failed = train_missing(plan, [run for exhibit in exhibits.values() for run in exhibit.runs])
     for (kind, number), exhibit in exhibits.items():
         if missing := [run for run, _ in failed if run in with_phase_1(exhibit.runs)]:
-            log.error("%s %s: not written, %d of its trainings failed", kind, number, len(missing))
+            log.error("%s %s: not written: %d trainings failed", kind, number, len(missing))
         else:
             exhibit.write(plan, results, kind, number)
     if failed:
-        raise data.DataError(f"{len(failed)} trainings failed, see above; the same command retries them")
+        raise data.DataError(f"{len(failed)} trainings failed, see above; repeat the command to retry")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,22 +160,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     for kind, exhibits in EXHIBITS.items():
         numbers = ", ".join(map(str, exhibits))
-        parser.add_argument(f"--{kind}", metavar="N", help=f"{numbers}, several as 1,2, or all")
+        parser.add_argument(f"--{kind}", metavar="N", help=f"{numbers}, several (1,2), or all")
     parser.add_argument(
         "--data", default="mini", help="mini, drawn or a folder, as in train.py (default: mini)"
     )
     parser.add_argument(
         "--weights",
         default="mini",
-        help="mini, paper (sd-1, vit-b-16, swin-l, clip-h-14), or either with changes, as "
+        help="mini, paper (sd-1, vit-b-16, swin-l, clip-h-14), or either with changes, e.g. "
         "paper,clip=clip-l-14 (default: mini)",
     )
-    parser.add_argument("--seeds", default="0,1,2", help="of the runs of each row (default: 0,1,2)")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of each row (default: 0,1,2)")
     parser.add_argument(
         "--runs", dest="folder", type=Path, metavar="DIR", help="the runs' folder (default: runs/tables-DATA)"
     )
     parser.add_argument(
-        "--jobs", type=int, help="trainings at once (default: 2 on a CPU of several cores, else 1)"
+        "--jobs", type=int, help="parallel trainings (default: 2 on a multi-core CPU, otherwise 1)"
     )
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="(default: results; for other data results/DATA)"
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     making = any(flag.split("=")[0] in ("--table", "--figure") for flag in argv)
     if not making:
-        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that train.py wrote")
+        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     args, flags = parser.parse_known_args(argv)
     if flags and not making:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         make(args, flags, f"python eval.py {shlex.join(argv)}")
 
     return run_command(
-        make_exhibits if making else evaluate_runs, "stopped; the same command resumes the trainings"
+        make_exhibits if making else evaluate_runs, "stopped; repeat the command to resume"
     )
 
 

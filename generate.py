@@ -1,17 +1,17 @@
-"""Text to image with Stable Diffusion, and section 4.5 of the paper: the U-Net that learned to read images is
-put back to draw them.
+"""Text to image with Stable Diffusion, and section 4.5 of the paper: generation with the U-Net that was
+trained to read images.
 
     python generate.py "a crimson star over snow" --weights sd-mini
     python generate.py PROMPT --weights sd-mini --n 8 --seed 3          eight pictures, seeds 3 to 10
-    python generate.py PROMPT --swap runs/unet-mini-seed0               all steps but the first by that run
-    python generate.py PROMPT --swap RUN --grid 1,5,25,49               figure 6: swapped after so many steps
+    python generate.py PROMPT --swap runs/unet-mini-seed0               that run's U-Net after the first step
+    python generate.py PROMPT --swap RUN --grid 1,5,25,49               figure 6: swap after N steps
     python generate.py PROMPT --swap RUN --swap RUN --grid runs         figures 5 and 8: a column for each
-    python generate.py PROMPT --attention                               figure 7: where words are looked for
+    python generate.py PROMPT --attention                               figure 7: cross-attention maps
 
 The sampler is DDIM (Song et al. 2021) with classifier-free guidance (Ho and Salimans 2022), as Stable
 Diffusion was published: deterministic once the noise is drawn. Each picture's noise comes from its own seed,
-drawn on the CPU, so that neither the batch nor the device changes it. The prompt and all settings are written
-into each picture's PNG, where data.py reads them back; grids and attention maps have none. Letters in shape
+drawn on the CPU, so that it does not depend on batch and device. Each picture's PNG holds the prompt and all
+settings, which data.py reads; grids and attention maps have none. Letters in shape
 comments: B batch, h w the latents' grid.
 """
 
@@ -53,8 +53,8 @@ PUBLISHED = {"sd-1": (512, False), "sd-2": (768, True)}  # side in pixels, wheth
 
 
 def alphas_bar() -> Tensor:
-    """The signal's share of the variance at each of the 1000 timesteps, float32: the cumulative product of
-    1 - beta, with the betas' square roots evenly spaced from sqrt(.00085) to sqrt(.012).
+    """alpha_bar (signal variance) at each of the 1000 timesteps, float32: the cumulative product of 1 - beta,
+    with the betas' square roots evenly spaced from sqrt(.00085) to sqrt(.012).
 
     Source: v1-inference.yaml of LDM (`linear_start`, `linear_end`).
     """
@@ -74,7 +74,7 @@ def ddim_timesteps(steps: int) -> list[int]:
 
 
 def ddim_step(latents: Tensor, noise: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
-    """One deterministic step (eta 0): take the predicted noise off, and put as much back as is left next.
+    """One deterministic step (eta 0): remove the predicted noise and add the noise level of the next step.
 
     Song et al. 2021, equation 12. `alpha` and `alpha_next` are `alphas_bar` of this timestep and of the next,
     lower one. The clean latents predicted on the way are not clipped.
@@ -84,7 +84,7 @@ def ddim_step(latents: Tensor, noise: Tensor, alpha: Tensor, alpha_next: Tensor)
 
 
 def noise_from_v(v: Tensor, latents: Tensor, alpha: Tensor) -> Tensor:
-    """The noise that a prediction of v = sqrt(alpha) noise - sqrt(1 - alpha) clean stands for.
+    """The noise implied by a prediction of v = sqrt(alpha) noise - sqrt(1 - alpha) clean.
 
     Salimans and Ho 2022, appendix D. Stable Diffusion 2 at 768 px predicts v.
     """
@@ -98,7 +98,7 @@ def noise_from_v(v: Tensor, latents: Tensor, alpha: Tensor) -> Tensor:
 
 @dataclass
 class Pipeline:
-    """The parts of a Stable Diffusion, in eval mode on one device and of one dtype."""
+    """The parts of a Stable Diffusion, in eval mode, on one device, of one dtype."""
 
     unet: UNet
     vae: nn.Module
@@ -108,7 +108,7 @@ class Pipeline:
 
     @torch.no_grad()
     def states(self, texts: Sequence[str]) -> Tensor:
-        """What the U-Net reads of each text: (B, 77, context_dim)."""
+        """Text states for the U-Net's cross-attention: (B, 77, context_dim)."""
         device = next(self.text.parameters()).device
         return self.text(self.tokenizer(list(texts)).to(device))
 
@@ -131,11 +131,11 @@ class Pipeline:
     ) -> Tensor:
         """Latents (B, 4, h, w), scaled, drawn for the prompts from `noise` of that shape.
 
-        guidance: how far the prediction is pushed from that for the `negative` prompt through that for the
-        prompt; 1 = not at all, and the negative prompt is not computed. unet_at: the U-Net of step 0, 1, ...
-        (default: the pipeline's own in all). on_step is told of each step's result.
+        guidance: classifier-free guidance scale; 1 = off, the negative prompt is not computed. unet_at: the
+        U-Net of step 0, 1, ... (default: the pipeline's own in all). on_step is called with each step's
+        latents.
         """
-        precise = torch.promote_types(noise.dtype, torch.float32)  # half precision would round 1 - alpha to 0
+        precise = torch.promote_types(noise.dtype, torch.float32)  # in half precision 1 - alpha is 0
         alphas, timesteps = alphas_bar().to(noise.device, precise), ddim_timesteps(steps)
         context, latents = self.states(prompts), noise
         if guided := guidance != 1:
@@ -174,7 +174,7 @@ class Pipeline:
         **options: Any,
     ) -> Tensor:
         """Pictures, uint8 (n, H, W, 3), of prompts with a seed each, `batch_size` at a time; options as for
-        `sample`. on_batch is handed each batch as it is drawn, and the position of its first picture."""
+        `sample`. on_batch is called with each batch of pictures and the index of its first one."""
         parts = []
         bar = tqdm(total=len(prompts), desc=title, unit="picture")
         for start in range(0, len(prompts), batch_size):
@@ -191,14 +191,14 @@ class Pipeline:
 def trained_as(source: str) -> tuple[int, bool]:
     """The side in pixels at which a Stable Diffusion was trained, and whether its U-Net predicts v.
 
-    As a diffusers folder states it, known of sd-1 and sd-2. Nothing in a single file tells: 512 pixels and
-    noise are taken for granted.
+    Read from a diffusers folder, built in for sd-1 and sd-2. A single file does not contain it: 512 pixels
+    and noise are assumed.
     """
     if source in PUBLISHED:
         return PUBLISHED[source]
     folder = weights.resolve(source)
-    said = [folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"]
-    unet, scheduler = (weights.read_json(path) if path.is_file() else {} for path in said)
+    paths = (folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json")
+    unet, scheduler = (weights.read_json(path) if path.is_file() else {} for path in paths)
     cells = unet.get("sample_size")
     return 8 * (cells if isinstance(cells, int) else 64), scheduler.get("prediction_type") == "v_prediction"
 
@@ -206,9 +206,9 @@ def trained_as(source: str) -> tuple[int, bool]:
 def load_pipeline(
     source: str, device: str = "cpu", dtype: torch.dtype = torch.float32, predicts_v: bool | None = None
 ) -> Pipeline:
-    """Open a Stable Diffusion: a registry name, a diffusers folder or a single file, as for weights.load.
+    """The pipeline of a registry name, a diffusers folder or a single file (see weights.load).
 
-    predicts_v None: as `trained_as` says.
+    predicts_v None: use `trained_as`.
     """
     parts = (weights.load(kind, source, dtype=dtype, device=device) for kind in ("unet", "vae", "clip-text"))
     tokenizer = weights.load_tokenizer(source)
@@ -221,10 +221,10 @@ def load_pipeline(
 
 
 def swapped(unet: UNet, encoder: UNetEncoder) -> UNet:
-    """A copy of `unet` whose encoder half is the trained one; its decoder half stays as it was.
+    """A copy of `unet` with the trained encoder half and the original decoder half.
 
-    Paper: "replacing the U-Net": what was trained is the encoder half, so no more than that can be replaced.
-    Raises weights.WeightsError for an encoder of other sizes.
+    Paper: "replacing the U-Net": only the encoder half was trained, so only it is replaced. Raises
+    weights.WeightsError for an encoder of other sizes.
     """
     if encoder.config != unet.config:
         raise weights.WeightsError(f"the trained U-Net has other sizes: {encoder.config}, not {unet.config}")
@@ -236,12 +236,15 @@ def swapped(unet: UNet, encoder: UNetEncoder) -> UNet:
 
 
 def swapped_by_run(unet: UNet, folder: str | Path, source: str) -> UNet:
-    """`swapped` with the U-Net of a run of train.py. Raises WeightsError where the run has none to give."""
+    """`swapped` with a run's U-Net. Raises WeightsError if the run has no pretrained U-Net."""
     run = load_run(folder)
     if run.config["backbone"] != "unet" or run.config.get("train_blocks") == 0:
         raise weights.WeightsError(f"{folder}: the run trained no U-Net; give one of --backbone unet")
     if run.config.get("random_start"):
-        raise weights.WeightsError(f"{folder}: its U-Net started from random values: no half of any other")
+        raise weights.WeightsError(
+            f"{folder}: its U-Net was trained from scratch (--random-start) and cannot replace part of a "
+            "pretrained one"
+        )
     if run.config["weights"] != source:
         raise weights.WeightsError(
             f"{folder}: the run started from {run.config['weights']}; give --weights {run.config['weights']}"
@@ -250,7 +253,7 @@ def swapped_by_run(unet: UNet, folder: str | Path, source: str) -> UNet:
 
 
 def after(steps: int, first: UNet, then: UNet) -> Callable[[int], UNet]:
-    """`first` for so many steps, the paper's one, `then` for all that follow."""
+    """The U-Net of each step: `first` for the first n steps (paper: 1), then `then`."""
     return lambda i: first if i < steps else then
 
 
@@ -261,33 +264,33 @@ def after(steps: int, first: UNet, then: UNet) -> Callable[[int], UNet]:
 
 @contextmanager
 def attention_maps(unet: UNet) -> Iterator[list[Tensor]]:
-    """Collect, while the block runs, what each cross-attention looks at: (B, h, w, 77), averaged over heads.
+    """Context manager: the cross-attention maps of all layers, (B, h, w, 77), averaged over heads.
 
-    One entry for each layer and call; a layer whose grid is a single place tells nothing and is left out.
+    One entry for each layer and call; layers with a 1x1 grid are skipped.
     """
     maps: list[Tensor] = []
-    grid: list[int] = []  # of the latents that the U-Net is given
+    grid: list[int] = []  # of the U-Net's input latents
 
-    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        grid[:] = given[0].shape[-2:]
+    def record_grid(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        grid[:] = inputs[0].shape[-2:]
 
     @torch.no_grad()
-    def look(module: nn.Module, given: tuple[Tensor, Tensor]) -> None:
-        x, context = given
+    def record_attention(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        x, context = inputs
         q, k = (
             y.unflatten(-1, (module.heads, -1)).transpose(1, 2)
             for y in (module.to_q(x), module.to_k(context))
         )
         attended = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, heads, h·w, 77)
         height, width = grid
-        while height * width > x.shape[1]:  # as the strided convolutions halve it
+        while height * width > x.shape[1]:  # the strided convolutions halve it
             height, width = -(-height // 2), -(-width // 2)
         if x.shape[1] > 1:
             maps.append(attended.mean(dim=1).unflatten(1, (height, width)).float().cpu())
 
-    handles = [unet.register_forward_pre_hook(note)]
+    handles = [unet.register_forward_pre_hook(record_grid)]
     handles += [
-        module.register_forward_pre_hook(look)
+        module.register_forward_pre_hook(record_attention)
         for name, module in unet.named_modules()
         if name.endswith("attn2")
     ]
@@ -303,8 +306,8 @@ def word_maps(
 ) -> list[tuple[str, Tensor]]:
     """Each word of the prompt with the mean of its tokens' maps over layers and steps, (h, w) in [0, 1].
 
-    maps: as `attention_maps` gives them for one prompt and n pictures, whose first halves of each batch were
-    the negative prompt's where there are 2n rows. Each map is stretched to its own range, as in the figure.
+    maps: from `attention_maps`, for one prompt and n pictures; with guidance each entry has 2n rows, negative
+    prompt first. Each map is stretched to its own range, as in the figure.
     """
     finest = max((tuple(entry.shape[1:3]) for entry in maps), key=math.prod)
     total = torch.zeros(*finest, maps[0].shape[-1])
@@ -312,15 +315,15 @@ def word_maps(
         mean = entry[-n:].mean(dim=0).permute(2, 0, 1)[None]  # (1, 77, h, w)
         stretched = nn.functional.interpolate(mean, size=finest, mode="bilinear", align_corners=False)
         total += stretched[0].permute(1, 2, 0)
-    found, position = [], 1  # after the start mark
+    by_word, position = [], 1  # after the start mark
     for word in prompt.split():
         length = len(tokenizer.tokenizer.encode(word, add_special_tokens=False).ids)
         if position + length > total.shape[-1] - 1:
             break
         seen = total[..., position : position + length].mean(dim=-1)
-        found.append((word, (seen - seen.min()) / (seen.max() - seen.min()).clamp_min(1e-12)))
+        by_word.append((word, (seen - seen.min()) / (seen.max() - seen.min()).clamp_min(1e-12)))
         position += length
-    return found
+    return by_word
 
 
 # ============================================================================================================
@@ -334,7 +337,7 @@ def picture(pixels: Tensor) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
-    """Write a PNG, whole or not at all, and say where."""
+    """Write a PNG atomically and print its path."""
     png = io.BytesIO()
     image.save(png, "PNG", pnginfo=info)
     atomic_write(path, png.getvalue())
@@ -342,7 +345,7 @@ def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
 
 
 def enlarged(image: Image.Image, side: int = 192) -> Image.Image:
-    """Small pictures made larger in whole steps, so that they can be looked at."""
+    """Small pictures enlarged by an integer factor."""
     zoom = max(1, side // image.height)
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
@@ -366,7 +369,7 @@ def grid_picture(
 
 
 def heat(image: Image.Image, seen: Tensor) -> Image.Image:
-    """The picture, dark where a word was not looked for."""
+    """The picture darkened where the word's attention is low."""
     mask = Image.fromarray((seen * 255).to(torch.uint8).numpy()).resize(image.size, Image.Resampling.BILINEAR)
     return Image.composite(image, Image.eval(image, lambda level: level // 6), mask)
 
@@ -394,40 +397,43 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="sd-1, sd-2, sd-mini, a diffusers folder or a single file (default sd-mini)",
     )
     parser.add_argument("--n", type=int, default=1, help="pictures for each prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of each prompt's first, then +1 (default 0)")
-    parser.add_argument("--steps", type=int, default=50, help="of DDIM (default 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="1 = none (default 7.5)")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="what to stay away from")
+    parser.add_argument(
+        "--seed", type=int, default=0,
+        help="seed of each prompt's first picture, +1 for each further one (default 0)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale, 1 = none (default 7.5)")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt")
     parser.add_argument(
         "--size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="in pixels, multiples of 8 (default: as trained)",
+        help="height and width in pixels, multiples of 8 (default: the training size)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures drawn at a time (default 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures per batch (default 8)")
     parser.add_argument(
         "--swap", action="append", metavar="RUN",
-        help="let the U-Net of this run of train.py draw; several, each with its --swap, for --grid runs",
+        help="draw with the U-Net of this train.py run; repeat for --grid runs",
     )
     parser.add_argument(
         "--swap-after",
         type=int,
         default=1,
         metavar="N",
-        help="after so many steps of the original U-Net (default 1, as in the paper)",
+        help="steps of the original U-Net before the swap (default 1, the paper's)",
     )
     parser.add_argument(
         "--grid",
         metavar="N,N,...|runs",
-        help="one picture of all: the swap after N, N, ... steps, or a column for each run",
+        help="one image with a column per number of steps N,N,..., or per run",
     )
-    parser.add_argument("--attention", action="store_true", help="a picture of where each word is looked for")
+    parser.add_argument("--attention", action="store_true", help="also write cross-attention maps")
     parser.add_argument(
         "--predicts-v",
         action="store_true",
         default=None,
-        help="the U-Net predicts v (default: as sd-2 does, or as a diffusers folder says)",
+        help="the U-Net predicts v (default: from the model)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -448,19 +454,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= args.swap_after <= args.steps:
         parser.error(f"--swap-after {args.swap_after}: must be 0 to --steps ({args.steps})")
     if args.attention and (args.grid is not None or args.n > 1):
-        parser.error("--attention draws one picture of each prompt: give neither --grid nor --n with it")
+        parser.error("--attention draws one picture of each prompt: remove --grid and --n")
     if args.attention and args.swap and args.swap_after == args.steps:
-        parser.error(f"--swap-after {args.swap_after}: leaves the run no step whose attention could be shown")
+        parser.error(f"--swap-after {args.swap_after}: leaves no step of the run's U-Net for --attention")
     if args.grid is not None and not args.swap:
         parser.error("--grid compares with a trained U-Net: give --swap RUN")
     if args.swap and len(args.swap) > 1 and args.grid != "runs":
-        parser.error("several runs are compared by --grid runs")
+        parser.error("several --swap runs need --grid runs")
     args.grid_steps = []
     if args.grid is not None and args.grid != "runs":
         try:
             args.grid_steps = [int(part) for part in args.grid.split(",")]
         except ValueError:
-            parser.error(f"--grid {args.grid}: give numbers of steps, as 1,5,25, or runs")
+            parser.error(f"--grid {args.grid}: give numbers of steps, e.g. 1,5,25, or runs")
         if not all(0 <= step <= args.steps for step in args.grid_steps):
             parser.error(f"--grid {args.grid}: must be 0 to --steps ({args.steps})")
     return args
@@ -475,7 +481,7 @@ def draw(
     title: str = "drawing",
     on_batch: Callable[[int, Tensor], None] | None = None,
 ) -> list[Image.Image]:
-    """The pictures of prompts with their seeds, as the command's options say."""
+    """Pictures of the prompts with their seeds, for the parsed options."""
     options = {"negative": args.negative, "steps": args.steps, "guidance": args.guidance, "unet_at": unet_at}
     drawn = pipeline.draw(prompts, seeds, args.size, args.batch_size, title, on_batch, **options)
     return [picture(x) for x in drawn]
@@ -525,13 +531,13 @@ def run(args: argparse.Namespace) -> None:
 
     draw(pipeline, prompts, seeds, args, unet_at, on_batch=keep)
     if pipeline.tokenizer.truncated:
-        log.warning("prompts were cut after 75 tokens, all that the text tower reads")
+        log.warning("prompts were cut to 75 tokens, the text tower's limit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(argv)
-    return run_command(lambda: run(args), "stopped; the pictures that were drawn are kept")
+    return run_command(lambda: run(args), "stopped; finished pictures are kept")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Reverse Stable Diffusion: predict the sentence embedding of the prompt from the image that it made.
+"""Reverse Stable Diffusion: predict a prompt's sentence embedding from the generated image.
 
 The method in the paper's order: the objective (eq. 1), the vocabulary and its targets (eq. 2), the losses
-(eq. 3 and 4), the three placements of the vocabulary head (fig. 3), the regressor that joins any backbone
-to them, difficulty and the curriculum, the ensemble (section 4.9), k-means, and domain-adaptive kernel
-learning (DAKL, eq. 5, 6 and 7). The last part opens a trained run and reads one's own images:
+(eq. 3 and 4), the three placements of the vocabulary head (fig. 3), the regressor that joins any backbone to
+them, easiness and the curriculum, the ensemble (section 4.9), k-means, and domain-adaptive kernel learning
+(DAKL, eq. 5, 6 and 7). The last part loads a trained run and predicts for your own images:
 
     python reverse_sd.py image.png --run runs/unet-mini-seed0
 
@@ -39,7 +39,7 @@ EMBEDDING_WIDTH = 384  # all-MiniLM-L6-v2
 
 
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - cos(f(x_i), y_i) for each sample: (B, E), (B, E) -> (B,). The mean over samples is equation (1)."""
+    """1 - cos(f(x_i), y_i) for each sample: (B, E), (B, E) -> (B,). Its mean is equation (1)."""
     return 1 - F.cosine_similarity(predicted, target, dim=-1, eps=1e-8)
 
 
@@ -51,8 +51,8 @@ class Vocabulary:
     """The m most frequent adjectives, nouns and verbs of the training prompts, and the targets of equation
     (2).
 
-    Matching ignores case on both sides. Paper: the number of words is not restated per data set; where the
-    prompts hold fewer than m different words the vocabulary is as long as they allow.
+    Matching ignores case on both sides. Paper: the number of words is not restated per data set; if the
+    prompts have fewer than m distinct content words, the vocabulary holds all of them.
     """
 
     def __init__(self, vocabulary: Sequence[str]):
@@ -61,7 +61,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, training_prompts: Iterable[str], size: int) -> Vocabulary:
-        """Count a word once a prompt and keep the `size` most frequent, ties in alphabetical order."""
+        """The `size` most frequent content words, counted once per prompt, ties in alphabetical order."""
         counts = Counter(
             word for prompt in training_prompts for word in set(words(prompt)) if is_content_word(word)
         )
@@ -97,7 +97,7 @@ def joint_loss(cosine: Tensor, vocabulary: Tensor, mlc_weight: float = 0.1) -> T
 
 
 # ============================================================================================================
-# Section 3, figure 3: where the vocabulary head stands, and the regressor
+# Section 3, figure 3: placement of the vocabulary head, and the regressor
 # ============================================================================================================
 
 
@@ -114,7 +114,7 @@ class Heads(nn.Module):
 
     placement 0: no vocabulary head.
               1: both heads read the features.
-              2: the vocabulary logits are fed, beside the features, to the embedding head.
+              2: the embedding head reads the features and the vocabulary logits.
               3: the vocabulary head reads the predicted embedding (the paper's choice).
     """
 
@@ -145,8 +145,8 @@ class Heads(nn.Module):
 class Regressor(nn.Module):
     """Any backbone with the heads of figure 3 on top.
 
-    `backbone(*inputs)` must return features (B, width); the inputs are whatever it reads: images for the
-    black boxes, latents and caption states for the U-Net.
+    `backbone(*inputs)` must return features (B, width); inputs: images for the black boxes, latents and
+    caption states for the U-Net.
     """
 
     def __init__(self, backbone: nn.Module, width: int, n_words: int, placement: int = 3):
@@ -167,9 +167,9 @@ def easiness(cosines: np.ndarray, weights: Sequence[float] | None = None) -> np.
     """The easiness of each training sample: its mean cosine over the epochs of phase 1.
 
     cosines (epochs, n) -> (n,) float64. `weights`, one for each epoch, make it a weighted mean, as in the
-    authors' code. Raises ValueError where they are not as many, or do not sum to more than 0.
+    authors' code. Raises ValueError if their number is not `epochs` or their sum is not above 0.
 
-    Paper: calls this the difficulty score, although it is high for what is easy.
+    Paper: the difficulty score, although high means easy.
     """
     if weights is not None and (len(weights) != len(cosines) or sum(weights) <= 0):
         raise ValueError(f"{len(weights)} weights for {len(cosines)} epochs, or none above 0")
@@ -177,7 +177,7 @@ def easiness(cosines: np.ndarray, weights: Sequence[float] | None = None) -> np.
 
 
 def thirds(easiness: np.ndarray) -> list[np.ndarray]:
-    """The first splitting heuristic: three chunks of equal size (to one sample), easy, medium, hard.
+    """Easy, medium and hard chunks of equal size (to one sample): the first splitting heuristic.
 
     easiness (n,) -> three arrays of positions; ties go by position.
     """
@@ -187,18 +187,17 @@ def thirds(easiness: np.ndarray) -> list[np.ndarray]:
 def easiness_thresholds(
     easiness: np.ndarray, easy_share: float = 0.5, hard_share: float = 0.1
 ) -> tuple[float, float]:
-    """Two cosines, the first such that easy holds a significant portion, the second such that hard is a small
-    subset.
+    """The two cosines that separate easy from medium and medium from hard.
 
-    Paper: how large these parts are is not stated. Here they are the quantiles of `easiness` (n,) above
-    which `easy_share` and below which `hard_share` of the samples lie.
+    Paper: easy is "a significant portion", hard "a small subset"; the shares are not stated. Here: quantiles
+    of `easiness` (n,) such that `easy_share` of the samples lies above and `hard_share` below.
     """
     easy, hard = np.quantile(easiness, [1 - easy_share, hard_share])
     return float(easy), float(hard)
 
 
 def by_thresholds(easiness: np.ndarray, easy: float, hard: float) -> list[np.ndarray]:
-    """The second splitting heuristic: easy = at least `easy`, hard = below `hard`, medium = between.
+    """Easy (at least `easy`), medium and hard (below `hard`) chunks: the second splitting heuristic.
 
     easiness (n,) -> three arrays of positions.
     """
@@ -209,9 +208,9 @@ def by_thresholds(easiness: np.ndarray, easy: float, hard: float) -> list[np.nda
 
 
 def curriculum_stages(chunks: Sequence[np.ndarray], total: int) -> list[tuple[int, int, np.ndarray]]:
-    """First step, step after the last, and pool of each stage: easy; easy and medium; all.
+    """(first step, end step, sample pool) of each stage: easy; easy and medium; all.
 
-    The stages share the `total` steps equally (to one step). Paper: how the steps are shared is not stated.
+    The stages share the `total` steps equally (to one step). Paper: the share of each stage is not stated.
     """
     steps = [total * k // len(chunks) for k in range(len(chunks) + 1)]
     pools = [np.sort(np.concatenate(chunks[: k + 1])) for k in range(len(chunks))]
@@ -224,11 +223,11 @@ def curriculum_batches(
     """The samples of steps `start` to `stop` - 1 out of `total`: a pure function of its arguments.
 
     Each stage makes passes over its pool, each in another shuffled order. As in plain training, the last
-    batch of a pass holds what is left.
+    batch of a pass may be smaller.
     """
     batches = []
     for number, (first, end, pool) in enumerate(curriculum_stages(chunks, total)):
-        begin, finish = max(start, first) - first, min(stop, end) - first  # the steps wanted of this stage
+        begin, finish = max(start, first) - first, min(stop, end) - first  # requested steps within this stage
         steps = math.ceil(len(pool) / batch_size)  # of a pass
         for k in range(begin // steps, math.ceil(finish / steps)):
             order = np.random.default_rng([seed, number, k]).permutation(pool)
@@ -243,27 +242,27 @@ def curriculum_batches(
 
 
 def ensemble(
-    predictions: Sequence[Tensor], how: str = "mean", weights: Sequence[float] | Tensor | None = None
+    predictions: Sequence[Tensor], average: str = "mean", weights: Sequence[float] | Tensor | None = None
 ) -> Tensor:
     """Several models' predictions of the same samples as one: m tensors (n, E) -> unit rows (n, E).
 
-    Each is L2-normalised first, then "mean" or "median" is taken coordinate by coordinate. Section 4.9 says
-    mean, the introduction median. `weights`, one for each model, make it a weighted mean, as in the authors'
-    code (see tables/methods.py). Raises ValueError for another `how`, for weights with the median, and
-    for predictions or weights that do not fit one another.
+    Each is L2-normalised first, then "mean" or "median" is taken coordinate by coordinate. Section 4.9 uses
+    the mean, the introduction the median. `weights`, one for each model, make it a weighted mean, as in the
+    authors' code (see tables/methods.py). Raises ValueError for another `average`, for weights with the
+    median, and for shapes that do not match.
     """
     shapes = {tuple(p.shape) for p in predictions}
     if len(shapes) != 1:
         raise ValueError(f"an ensemble needs predictions of one shape, not of {sorted(shapes)}")
     members = torch.stack([F.normalize(p, dim=-1) for p in predictions])  # (m, n, E)
-    if how == "median":
+    if average == "median":
         if weights is not None:
             raise ValueError("weights are for the mean; the median takes none")
         m = len(members)
         ranked = members.sort(dim=0).values
         return F.normalize((ranked[(m - 1) // 2] + ranked[m // 2]) / 2, dim=-1)
-    if how != "mean":
-        raise ValueError(f'how must be "mean" or "median", not {how!r}')
+    if average != "mean":
+        raise ValueError(f'average must be "mean" or "median", not {average!r}')
     weights = torch.ones(len(members)) if weights is None else torch.as_tensor(weights)
     if weights.shape != (len(members),):
         raise ValueError(f"{len(members)} predictions need as many weights, not {tuple(weights.shape)}")
@@ -276,7 +275,7 @@ def ensemble(
 
 
 def nearest_rows(queries: Tensor, rows: Tensor, block: int = 1024) -> tuple[Tensor, Tensor]:
-    """For each query (q, E) the position of the closest row (n, E) and the squared distance: (q,), (q,).
+    """Position (q,) and squared distance (q,) of the row (n, E) closest to each query (q, E).
 
     Distances come from matrix products, `block` queries and 2 x `block` rows at a time. Ties go to the first.
     """
@@ -300,8 +299,8 @@ def kmeans_start(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++ in rounds: rows (n, E) -> k different rows of them (k, E).
 
     As in k-means++ a row is drawn with a probability proportional to its squared distance to the nearest
-    centroid so far, but a round draws a quarter of the centroids so far at once. So 10,000 take some 40
-    rounds of matrix products in place of 10,000 passes. `generator` is one of the CPU, on any device.
+    centroid so far, but each round draws a quarter of the current number of centroids at once: about 40
+    rounds for 10,000 centroids instead of 10,000 passes. `generator` is a CPU generator, whatever the device.
     """
     chosen = torch.randint(len(rows), (1,), generator=generator)
     new, distance = chosen, torch.full((len(rows),), torch.inf)
@@ -309,7 +308,7 @@ def kmeans_start(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
         distance = torch.minimum(distance, nearest_rows(rows, rows[new.to(rows.device)])[1].cpu().float())
         if len(chosen) == k:
             return rows[chosen.to(rows.device)]
-        chances = distance.clamp_min(1e-30)  # so that equal rows can be drawn where no others are left
+        chances = distance.clamp_min(1e-30)  # so that equal rows can be drawn if no others remain
         chances[chosen] = 0
         n_new = min(max(1, len(chosen) // 4), k - len(chosen))
         new = torch.multinomial(chances, n_new, generator=generator)
@@ -319,7 +318,7 @@ def kmeans_start(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
 def cluster_means(rows: Tensor, labels: Tensor, k: int, block: int = 65536) -> Tensor:
     """The mean of each cluster's rows: (n, E), (n,) -> (k, E); a cluster without rows gets zeros.
 
-    Rows are sorted by cluster and summed in that order, which no device changes from run to run.
+    Rows are summed sorted by cluster, so the result is reproducible on every device.
     """
     sums = torch.zeros(k, rows.shape[1], dtype=torch.float64, device=rows.device)
     for part, label in zip(rows.split(block), labels.split(block), strict=True):
@@ -330,7 +329,7 @@ def cluster_means(rows: Tensor, labels: Tensor, k: int, block: int = 65536) -> T
 
 
 def fill_empty(centroids: Tensor, rows: Tensor, labels: Tensor, distances: Tensor) -> int:
-    """Move each centroid without rows to the row that lies farthest from its own; the row is its first.
+    """Number of empty clusters repaired: each gets the row farthest from its own centroid.
 
     Changes centroids (k, E), labels (n,) and distances (n,) in place and returns how many were moved. A row
     that is alone in its cluster stays there. Needs n >= k.
@@ -339,7 +338,7 @@ def fill_empty(centroids: Tensor, rows: Tensor, labels: Tensor, distances: Tenso
     empty = [cluster for cluster, count in enumerate(counts) if count == 0]
     if not empty:
         return 0
-    # Each row passed over leaves its cluster alone for good, and there are fewer of those than clusters.
+    # A skipped row is alone in its cluster, so fewer rows are skipped than there are clusters.
     farthest = iter(distances.topk(min(len(rows), len(empty) + len(centroids))).indices.tolist())
     for cluster in empty:
         row = next(row for row in farthest if counts[int(labels[row])] > 1)
@@ -361,7 +360,7 @@ def kmeans(
     the rows, memory holds blocks, the sample and (k, E). Raises ValueError unless 1 <= k <= n and all is
     finite.
 
-    Paper: k = 10,000; neither start nor iterations are stated. The authors' code bisects.
+    Paper: k = 10,000; initialisation and iterations are not stated. The authors' code uses bisecting k-means.
     """
     if not 1 <= k <= len(rows):
         raise ValueError(f"k-means: {len(rows):,} rows cannot make {k:,} clusters")
@@ -381,9 +380,9 @@ def kmeans(
 
 
 def centroid_targets(centroids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """The target of each centroid (k, E): that of the row nearest to it, of all rows (n, E), targets (n, E).
+    """Targets (k, E) of centroids: the target of each centroid's nearest row.
 
-    Paper: how a centroid gets its target is not stated; this is the authors' code's way.
+    Paper: a centroid's target is not stated; this follows the authors' code.
     """
     return targets[nearest_rows(centroids, rows)[0]]
 
@@ -420,8 +419,8 @@ def dakl_literal(
     """DAKL as the paper writes it, on full matrices in float64: predictions (t, E) for `targets` (t, E).
 
     sources (k, E): predictions on training samples, or centroids of them; source_targets (k, E): their true
-    embeddings; targets: predictions in the target domain. This is the page to read, and what `Dakl` is held
-    against; it needs (k + t)^2 numbers. `centred` is the deviation that `Dakl` makes by default.
+    embeddings; targets: predictions in the target domain. Read this first; tests compare `Dakl` with it. It
+    needs (k + t)^2 numbers. `centred` is the deviation that `Dakl` makes by default.
     """
     f = rbf(normalise_kernel(linear_kernel(torch.cat([sources, targets]).double())), gamma)  # (5) (6) (7)
     f = f - f.mean(dim=1, keepdim=True) if centred else f
@@ -591,7 +590,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 @dataclass
 class Run:
-    """A run's folder, opened: the trained regressor in eval mode, its vocabulary and configuration."""
+    """A loaded run: trained regressor in eval mode, vocabulary, configuration."""
 
     folder: Path
     config: dict[str, Any]
@@ -604,15 +603,14 @@ class Run:
 
     @property
     def frozen(self) -> bool:
-        """Whether the regressor's inputs are the features of a backbone of which no block was trained."""
+        """Whether the regressor's inputs are the cached features of a frozen backbone."""
         return self.config.get("train_blocks") == 0
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> Run:
     """A run that train.py wrote; the regressor holds the weights that were best on validation.
 
-    Raises weights.WeightsError, with one line that names what is missing, for a folder that is no finished
-    run.
+    Raises weights.WeightsError, in one line, if the folder is not a finished run.
     """
     import weights
 
@@ -622,7 +620,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
         vocabulary = Vocabulary(json.loads((folder / "vocabulary.json").read_text()))
     except (OSError, ValueError) as error:
         raise weights.WeightsError(
-            f"{folder}: not a run of train.py ({error}); give the folder it wrote"
+            f"{folder}: not a run of train.py ({error}); give a run's folder"
         ) from error
     run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):
@@ -660,10 +658,10 @@ def nearest(query: np.ndarray, rows: np.ndarray, n: int) -> list[tuple[int, floa
 
 
 def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
-    """A function from PIL images to a run's predictions (see `predict`); they are prepared as in training.
+    """A function images -> predictions (see `predict`) of PIL images, with the run's preprocessing.
 
-    Its second argument holds captions for the U-Net; None = those of the captioner that the run used, else
-    the empty text.
+    Its second argument holds captions for the U-Net; None = by the run's captioner, or the empty text
+    without one.
     """
     import data
     import weights
@@ -676,16 +674,16 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
     if run.frozen:
         backbone = as_backbone(name, weights.load(run.backbone.kind, source, device=device))
 
-    def tensors(images: Sequence[Any], how: data.Preprocessing) -> Tensor:
-        return torch.stack([data.image_tensor(image, how) for image in images]).to(device)
+    def tensors(images: Sequence[Any], preprocessing: data.Preprocessing) -> Tensor:
+        return torch.stack([data.image_tensor(image, preprocessing) for image in images]).to(device)
 
     @torch.no_grad()
     def predict_images(images: Sequence[Any], captions: Sequence[str] | None = None) -> tuple:
         inputs = (tensors(images, preprocessing),)
         if run.backbone.white_box:
             if captions is None and captioner:
-                how = data.Preprocessing(**weights.preprocessing("blip", captioner))
-                captions = sd.captions(tensors(images, how))
+                blip_preprocessing = data.Preprocessing(**weights.preprocessing("blip", captioner))
+                captions = sd.captions(tensors(images, blip_preprocessing))
             inputs = (sd.latents(*inputs), sd.states(captions or [""] * len(images)))
         if backbone is not None:
             inputs = (backbone(*inputs),)
@@ -694,10 +692,10 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
     return predict_images
 
 
-def read_images(
+def print_predictions(
     paths: Sequence[Path], folder: Path, prompt: str | None, caption: str | None, n: int, device: str
 ) -> int:
-    """Print what a run reads in images; the exit status, 2 if one was skipped."""
+    """The exit status: 2 if an image was skipped. Prints a run's predictions for images."""
     import data
     import weights
 
@@ -735,15 +733,15 @@ def main(argv: list[str] | None = None) -> int:
     from command import positive, run_command
 
     parser = argparse.ArgumentParser(
-        description="Read images: the training prompts nearest to the predicted embedding, the likely words, "
-        "and, with --prompt, how well the image and that prompt agree.",
+        description="Print for each image the nearest training prompts, the likely words and, with "
+        "--prompt, the cosine with that prompt.",
         epilog="Train a run first: python train.py --backbone unet",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--run", type=Path, help="a folder of train.py (default: the newest under runs/)")
+    parser.add_argument("--run", type=Path, help="a run's folder (default: the newest under runs/)")
     parser.add_argument("--prompt", help="a prompt to compare the images with")
     parser.add_argument("--caption", help="text for the U-Net (default: a caption by the run's captioner)")
-    parser.add_argument("-n", type=positive, default=5, help="how many prompts to list (default 5)")
+    parser.add_argument("-n", type=positive, default=5, help="number of prompts to list (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     args = parser.parse_args(argv)
 
@@ -753,7 +751,7 @@ def main(argv: list[str] | None = None) -> int:
             raise data.DataError("no finished run under runs/; train one: python train.py --backbone unet")
         device = weights.resolve_device(args.device)
         folder = args.run or finished[-1].parent
-        return read_images(args.images, folder, args.prompt, args.caption, args.n, device)
+        return print_predictions(args.images, folder, args.prompt, args.caption, args.n, device)
 
     return run_command(read)
 

@@ -1,19 +1,19 @@
 """Train a regressor from images to prompt embeddings: one loop for every backbone.
 
     python train.py --backbone unet                                      the embedded default
-    python train.py --backbone unet --data FOLDER                        one's own image-prompt pairs
+    python train.py --backbone unet --data FOLDER                        your own image-prompt pairs
     python train.py --backbone vit                                       a black box: ViT, Swin or CLIP
-    python train.py --backbone unet --data DIFFUSIONDB --weights sd-1    the paper's rows (a GPU is wanted)
+    python train.py --backbone unet --data DIFFUSIONDB --weights sd-1    the paper's rows (needs a GPU)
     python train.py --backbone clip --data DIFFUSIONDB --weights clip-h-14 --train-blocks 0
     python train.py --resume runs/unet-mini-seed0                        continue a run that stopped
-    torchrun --nproc-per-node 2 train.py --backbone unet ...             the same on several processes
+    torchrun --nproc-per-node 2 train.py --backbone unet ...             train with several processes
     python train.py --backbone unet --curriculum difficulty              phase 1 and phase 2 of the curriculum
 
 The run's folder holds config.json, vocabulary.json, log.jsonl, model.safetensors (the best on validation),
-last/ (all that resuming needs) and, once training has ended, result.json, predictions/ and examples.png. With
+last/ (the state for resuming) and, after training, result.json, predictions/ and examples.png. With
 --record-cosines or --curriculum difficulty also cosines.npy (epochs, n), each training sample's cosine after
 each epoch of phase 1, easiness.npy (n,), their mean, and curriculum.json, which describes both; phase 1 is a
-run of its own in phase-1/.
+separate run in phase-1/.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ log = logging.getLogger("train")
 def build_regressor(config: TrainConfig, prepared: Prepared, n_words: int) -> Regressor:
     """The pretrained backbone with new heads, whose initial weights depend on the seed.
 
-    With train_blocks = 0 its features are the input, and the regressor holds the heads alone.
+    With train_blocks = 0 the regressor holds only the heads, and its inputs are the backbone's features.
     """
     if config.train_blocks == 0:
         backbone, width = nn.Identity(), prepared.inputs[0].shape[1]
@@ -85,9 +85,9 @@ def build_regressor(config: TrainConfig, prepared: Prepared, n_words: int) -> Re
 
 def depths_of(names: list[str], blocks: str) -> list[int]:
     """The depth of each parameter of a regressor: 0 before the first block, 1 in it, ...; one more than the
-    last block for what comes after it, heads included. What lies between two blocks goes with the second.
+    last block after it, heads included. Parameters between two blocks have the depth of the second.
 
-    `names` in the order of use, `blocks` from `reverse_sd.Backbone`.
+    `names` in the order of use, `blocks` from `backbones.Backbone`.
     """
     seen: list[str] = []
     depths = []
@@ -103,7 +103,7 @@ def depths_of(names: list[str], blocks: str) -> list[int]:
 
 
 def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, dict[str, nn.Parameter]]:
-    """The parameters that train, by name, under the factor of their learning rate; the others are frozen.
+    """Trained parameters by name, grouped by the factor of their learning rate; the others are frozen.
 
     With LeRaC the factor is that of the rate at step 0.
     """
@@ -124,7 +124,7 @@ def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, d
 
 
 # ============================================================================================================
-# Training: what `Trainer.fit` in training/loop.py calls
+# Training: the regressor's methods for `Trainer.fit` in training/loop.py
 # ============================================================================================================
 
 
@@ -171,9 +171,9 @@ class RegressorTrainer(Trainer):
         self.total = self.steps_per_epoch * config.epochs
         self.checkpoint_every = config.checkpoint_every
         self.best = -math.inf
-        # Only images need processes that read them; all else is a row of a cache.
+        # Only images need reader processes; other inputs are cached rows.
         self.workers = config.workers if isinstance(prepared.inputs[0], Images) else 0
-        # Phase 2 uses what phase 1 has recorded.
+        # Phase 2 does not record; it uses phase 1's cosines.
         self.recording = config.record_cosines and config.curriculum != "difficulty"
         self.cosines = np.empty((0, len(self.train_samples)), np.float32)
 
@@ -182,7 +182,7 @@ class RegressorTrainer(Trainer):
     def batches(self, epoch: int, first: int) -> Iterator[tuple[int, tuple[int, list[Tensor]]]]:
         """This process's share of each batch of the epoch, with the size of the whole batch.
 
-        In phase 2 of the curriculum an epoch is not a pass, but as many steps as one of the plain run.
+        In phase 2 an epoch has as many steps as in the plain run and is not a pass over the data.
         """
         size, seed, start = self.config.batch_size, self.config.seed, epoch * self.steps_per_epoch
         if self.chunks is None:
@@ -197,8 +197,8 @@ class RegressorTrainer(Trainer):
     def loader(self, batches: list[np.ndarray]) -> DataLoader:
         """This process's share of the batches.
 
-        Loaders have a generator of their own here: each iteration would otherwise draw from the global one,
-        and a resumed run iterates more often.
+        A separate generator: each iteration would otherwise draw from the global one, and a resumed run
+        iterates more often.
         """
         shares = [rank_share(batch, self.process.rank, self.process.world) for batch in batches]
         return DataLoader(
@@ -209,12 +209,12 @@ class RegressorTrainer(Trainer):
         """The batch on the device, with each sample's weight in the loss in place of its row number."""
         *tensors, rows = batch
         weight = torch.ones(len(rows))
-        if self.process.rank >= size:  # a last batch with fewer samples than processes: see `rank_share`
+        if self.process.rank >= size:  # a last batch with fewer samples than processes, see `rank_share`
             weight.zero_()
         return [t.to(self.process.device, non_blocking=True) for t in (*tensors, weight)]
 
     def rate(self) -> float:
-        """The schedule's learning rate; with CBS also the smoothing of this step is set."""
+        """The schedule's learning rate; sets CBS's smoothing of this step."""
         if self.smoothing:
             every = self.config.cbs_every
             every = self.total / 20 if every is None else every * self.steps_per_epoch
@@ -236,8 +236,8 @@ class RegressorTrainer(Trainer):
     def forward_backward(self, batch: tuple[int, list[Tensor]]) -> dict[str, float]:
         """The losses' means over a whole batch; the parameters then hold their gradient.
 
-        Each part's loss is the sum over its samples divided by the size of the whole batch, so that neither
-        the number of processes nor of parts changes the gradient.
+        Each part's loss is the sum over its samples divided by the size of the whole batch, so that the
+        gradient does not depend on the number of processes or parts.
         """
         size, tensors = batch
         parts = list(zip(*(t.chunk(self.config.accumulate) for t in tensors), strict=True))
@@ -267,14 +267,14 @@ class RegressorTrainer(Trainer):
         terms = {"loss": joint, "cosine_loss": cosine, "vocabulary_loss": vocabulary}
         return {name: (term * weight).sum() for name, term in terms.items()}
 
-    def shown(self, terms: dict[str, float]) -> dict[str, str]:
+    def bar_text(self, terms: dict[str, float]) -> dict[str, str]:
         best = f"{self.best:.3f}" if math.isfinite(self.best) else "-"
         return {"cosine": f"{terms['cosine']:.3f}", "best_val": best}
 
     # -- validation, phase 1's cosines ------------------------------------------------
 
     def validate(self, epoch: int) -> dict[str, float]:
-        """The cosine on validation; keeps the weights if it is the best, and phase 1's cosines."""
+        """The cosine on validation; saves the weights if it is the best, and records phase 1's cosines."""
         cosine = float(self.cosines_of(self.val_samples).mean())
         if self.recording:
             row = self.cosines_of(self.train_samples).astype(np.float32)
@@ -327,12 +327,12 @@ class RegressorTrainer(Trainer):
     def fit(self) -> None:
         super().fit()
         if self.recording and self.process.first:
-            mean = mean_cosines(self.config, self.cosines)
-            save_cosines(self.folder, self.cosines, mean, data=self.identity)
+            easiness = easiness_of(self.config, self.cosines)
+            save_cosines(self.folder, self.cosines, easiness, data=self.identity)
 
 
 def rank_share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """A process's share of a batch. One that would be empty is the first sample, which then has weight 0."""
+    """A process's share of a batch; an empty share gets the first sample with weight 0."""
     part = batch[rank::world]
     return part if len(part) else batch[:1]
 
@@ -345,8 +345,8 @@ def rank_share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
 def phase_1(
     config: TrainConfig, folder: Path, process: Process, prepared: Prepared, vocabulary: Vocabulary
 ) -> np.ndarray:
-    """The cosines (epochs, n) of phase 1: those that the run holds already, those of the run that --phase-1
-    names, or those of a plain run with the same configuration, trained here in phase-1/."""
+    """The cosines (epochs, n) of phase 1, recorded by this run, by the run of --phase-1, or by a plain run
+    with the same configuration, which is trained here in phase-1/."""
     if (folder / "cosines.npy").exists():
         return read_cosines(folder, prepared)
     if config.phase_1:
@@ -356,13 +356,13 @@ def phase_1(
         write_run(first, plain, prepared, vocabulary)
     process.wait()
     if not (first / "cosines.npy").exists():
-        log.info("phase 1: plain training, which measures how difficult each sample is")
+        log.info("phase 1: plain training that records each sample's cosine")
         RegressorTrainer(plain, first, process, prepared, vocabulary).fit()
     process.wait()
     return read_cosines(first, prepared)
 
 
-def mean_cosines(config: TrainConfig, cosines: np.ndarray) -> np.ndarray:
+def easiness_of(config: TrainConfig, cosines: np.ndarray) -> np.ndarray:
     """The easiness (n,) of the cosines (epochs, n), by the run's --epoch-weights."""
     try:
         return easiness(cosines, epoch_weights(config))
@@ -374,12 +374,12 @@ def chunks_of(
     config: TrainConfig, folder: Path, process: Process, cosines: np.ndarray, prepared: Prepared
 ) -> list[np.ndarray]:
     """Easy, medium and hard positions among the training samples; curriculum.json describes them."""
-    score, thresholds = mean_cosines(config, cosines), None
+    easiness, thresholds = easiness_of(config, cosines), None
     if config.chunks == "thresholds":
-        thresholds = easiness_thresholds(score, config.easy_share, config.hard_share)
+        thresholds = easiness_thresholds(easiness, config.easy_share, config.hard_share)
         log.info("curriculum: easy from cosine %.4f, hard below %.4f", *thresholds)
-    chunks = by_thresholds(score, *thresholds) if thresholds else thirds(score)
-    total = math.ceil(len(score) / config.batch_size) * config.epochs
+    chunks = by_thresholds(easiness, *thresholds) if thresholds else thirds(easiness)
+    total = math.ceil(len(easiness) / config.batch_size) * config.epochs
     stages = [
         {"first_step": start, "last_step": stop - 1, "samples": len(pool)}
         for start, stop, pool in curriculum_stages(chunks, total)
@@ -387,7 +387,7 @@ def chunks_of(
     log.info("curriculum: %d easy, %d medium, %d hard; phase 2", *map(len, chunks))
     if process.first and not (folder / "cosines.npy").exists():
         about = {"chunks": config.chunks, "thresholds": thresholds, "stages": stages}
-        save_cosines(folder, cosines, score, data=prepared.fingerprint, **about)
+        save_cosines(folder, cosines, easiness, data=prepared.fingerprint, **about)
     return chunks
 
 
@@ -403,12 +403,12 @@ def run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> Path:
     with process_group(weights.resolve_device(config.device)) as process, contextlib.ExitStack() as stack:
         logging.getLogger().setLevel(logging.INFO if process.first else logging.ERROR)
         folder = own_folder(config, out, resume, process, stack)
-        prepared = first_then_others(process, lambda: prepare(config, process.device))
+        prepared = first_process_first(process, lambda: prepare(config, process.device))
         prompts = (prepared.pairs.prompts[i] for i in prepared.splits["train"])
         vocabulary = Vocabulary.of(prompts, config.words)
         if config.phase_1 and not resume:
-            # A wrong one must not leave a folder behind.
-            mean_cosines(config, read_cosines(Path(config.phase_1), prepared))
+            # Check before the folder is created.
+            easiness_of(config, read_cosines(Path(config.phase_1), prepared))
         if process.first and not resume:
             write_run(folder, config, prepared, vocabulary)
         process.wait()
@@ -429,8 +429,8 @@ def run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> Path:
 def own_folder(
     config: TrainConfig, out: Path | None, resume: Path | None, process: Process, stack: contextlib.ExitStack
 ) -> Path:
-    """The run's folder, the same in all processes, locked until `stack` closes; one that is still empty then
-    is removed. Raises data.DataError where another process works on it or where it cannot be written."""
+    """The run's folder, the same in all processes, locked until `stack` closes; an empty folder is removed on
+    exit. Raises data.DataError if another process uses it or if it cannot be written."""
     shared: list[str | None] = [None]
     if process.first:
         folder = resume or new_folder(config, out)
@@ -440,7 +440,7 @@ def own_folder(
             data.atomic_write(folder / ".writable", b"")
             (folder / ".writable").unlink()
         except BlockingIOError as error:
-            raise data.DataError(f"{folder}: another process works on this run; wait for it") from error
+            raise data.DataError(f"{folder}: another process uses this run; wait for it to end") from error
         except OSError as error:
             raise data.DataError(
                 f"{folder}: cannot be written ({error.strerror or error}); make it writable"
@@ -457,8 +457,8 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def first_then_others(process: Process, task: Any) -> Any:
-    """The task's result in every process; the first process runs it before the others, and fills caches."""
+def first_process_first(process: Process, task: Any) -> Any:
+    """The task's result in every process; the first one runs it before the others, to fill the caches."""
     if not process.first:
         process.wait()
     result = task()
@@ -474,7 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     def train() -> None:
         run(flags, out, resume)
 
-    return run_command(train, "stopped; all that was computed is kept")
+    return run_command(train, "stopped; progress is saved")
 
 
 if __name__ == "__main__":

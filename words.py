@@ -1,11 +1,10 @@
-"""The words of a prompt, and which of them are adjectives, nouns or verbs (section 3, vocabulary)."""
+"""The words of a prompt, and whether a word is an adjective, noun or verb (section 3, vocabulary)."""
 
 import re
 
-# "The most frequent adjectives, nouns and verbs" are the open classes of English but for the adverbs, so
-# instead of tagging each word we drop the closed classes, a short list that hardly ever changes, and the
-# adverbs, most of which end in -ly. benchmarks/vocabulary.py measures how well that agrees with a
-# part-of-speech tagger.
+# Adjectives, nouns and verbs are the open classes of English without the adverbs. So no tagger is needed: we
+# drop the closed classes, which are a short list, and the adverbs, most of which end in -ly.
+# benchmarks/vocabulary.py measures the agreement with a part-of-speech tagger.
 CLOSED_CLASSES = frozenset(
     # determiners, quantifiers and numerals
     """a an the this that these those each every either neither some any no all both half such what which
@@ -30,12 +29,12 @@ CLOSED_CLASSES = frozenset(
     shall should may might must ought cannot can't don't doesn't didn't isn't aren't wasn't weren't won't
     wouldn't couldn't shouldn't haven't hasn't hadn't it's he's she's that's there's i'm i've you're we're
     they're let's"""
-    # adverbs that do not end in -ly, and what prompts abbreviate
+    # adverbs that do not end in -ly, and abbreviations
     """ not never ever always often again also too very quite rather almost just even still already soon now
     then once twice maybe perhaps instead else ever far away forever everywhere nowhere somewhere elsewhere
     well however therefore thus hence etc eg ie st nd rd th""".split()
 )
-# Words in -ly that are no adverbs.
+# Words in -ly that are not adverbs.
 NOT_ADVERBS = frozenset(
     """fly butterfly dragonfly firefly family lily lovely ugly holy unholy ghostly heavenly friendly elderly
     belly jelly assembly italy july silly daily curly woolly wooly lonely deadly early godly orderly cuddly

@@ -1,11 +1,11 @@
-"""How much slower are drawing and training beside a busy process, by wait policy and number of threads?
+"""Slowdown of drawing and training beside a busy process, by wait policy and number of threads.
 
     python benchmarks/busy.py                 drawing with sd-mini, a few training steps of its U-Net encoder
     python benchmarks/busy.py draw --rounds 5
 
 Each line is one setting of OMP_WAIT_POLICY and OMP_NUM_THREADS; "default" sets neither, so that it measures
-what the commands choose by themselves. Each round times every setting once, quiet and beside one process
-that computes without pause; the figures are medians of the seconds that the task took after its start.
+the commands' own choice. Each round times every setting once, quiet and beside one process
+that computes without pause; the numbers are medians of the seconds that the task took after its start.
 """
 
 import argparse
@@ -56,7 +56,7 @@ print(time.perf_counter() - start)
 
 
 def seconds(task: str, setting: dict[str, str]) -> float:
-    """The seconds that a task reports, in a process of its own."""
+    """The seconds that a task reports, in a separate process."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
     environment = inherited | {"PYTHONPATH": str(ROOT)} | setting
     done = subprocess.run(

@@ -1,10 +1,10 @@
-"""Does cleaning (section 4.1) take 2,000,000 prompts in under 60 s and 2 GB, prompts included?
+"""Time and memory of cleaning (section 4.1); goal: 2,000,000 prompts in 60 s and 2 GB, prompts included.
 
     python benchmarks/clean.py [--prompts 2000000]
 
-DiffusionDB's two million are not here, so prompts are made: real ones (../shared/data/prompts, if there; a
-little grammar otherwise) are cut at their commas and pieces of several joined, with exact and near repeats,
-empty and foreign ones, in such shares that about a third is kept, as in the paper.
+The prompts are synthetic, as DiffusionDB's two million are not in the tree: pieces of real prompts
+(../shared/data/prompts, else a small grammar) between commas are joined, with exact and near repeats, empty
+and foreign ones, in such shares that about a third is kept, as in the paper.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def peak_mb() -> float:
 
 
 def hashed(prompts: list[str]) -> int:
-    """The other way, for comparison: sets of 64-bit hashes, which may drop a prompt wrongly."""
+    """The alternative for comparison: sets of 64-bit hashes, which may drop a prompt wrongly."""
     from hashlib import blake2b
 
     heads, tails, kept = set(), set(), 0

@@ -1,4 +1,4 @@
-"""How fast are the image encoders beside timm's, transformers' and diffusers'?
+"""Speed of the image encoders beside timm's, transformers' and diffusers'.
 
     python benchmarks/encoders.py                       ViT-B/16, Swin-T, CLIP ViT-B/32, SD 1's U-Net encoder
     python benchmarks/encoders.py vit-b-16 --rounds 9
@@ -6,8 +6,7 @@
 Same sizes, random weights copied from the peer, same inputs, dtype (float32) and threads. Each round times
 ours and the peer's, forward and forward + backward, in alternating order; the ratio is the median over the
 rounds of peer / ours of the same round (above 1: ours is faster). The share of the peak is the floating-point
-operations of our matrix products and convolutions over the time, divided by what one large matrix product
-reaches here.
+operations of our matrix products and convolutions per second, divided by those of one large matrix product.
 """
 
 import argparse
@@ -133,8 +132,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    if odd := set(args.cases) - set(CASES):
-        parser.error(f"no such model: {', '.join(odd)}; there are {', '.join(CASES)}")
+    if unknown := set(args.cases) - set(CASES):
+        parser.error(f"unknown model: {', '.join(unknown)}; choose from {', '.join(CASES)}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     top = peak()
@@ -147,7 +146,7 @@ def main() -> None:
         ours.eval()
         theirs.eval()
         difference = (answer(ours(*inputs)) - answer(theirs(*inputs))).abs().max()
-        assert difference < 1e-3, f"{name}: the outputs differ by {difference:.1e}: nothing to time"
+        assert difference < 1e-3, f"{name}: the outputs differ by {difference:.1e}; the timing is stopped"
         for what, make_run in (("forward", forward), ("forward + backward", both_ways)):
             runs = [make_run(model, inputs) for model in (ours, theirs)]
             with FlopCounterMode(display=False) as counter:

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python benchmarks/kmeans.py [--n 50000] [--k 2000] [--peers NAME...] [--full]
 
 The rows are unit vectors in broad gaussians around many centres, 384-d. Inertia is the mean squared distance
-of all rows to their nearest centroid, computed by one function for all. The question is how long ours takes,
-start included, to reach a peer's inertia: it is run with more and more iterations until it does. `--full`:
+of all rows to their nearest centroid, computed by one function for all. Ours is run with more and more
+iterations until it reaches a peer's inertia; its time includes the initialisation. `--full`:
 670,000 rows to 10,000 clusters, ours alone, in the same run.
 """
 

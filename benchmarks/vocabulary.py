@@ -1,4 +1,4 @@
-"""How well "not a closed-class word, not an adverb" agrees with a part-of-speech tagger on real prompts.
+"""Agreement of "not a closed-class word, not an adverb" with a part-of-speech tagger on real prompts.
 
     python benchmarks/vocabulary.py [PROMPTS.txt]      (needs textblob, of requirements-test.txt)
 

@@ -1,4 +1,4 @@
-"""The Vision Transformer in plain NumPy: a port, made with PORTING.md and proved by golden files.
+"""The Vision Transformer in plain NumPy: a port, made with PORTING.md and checked by golden files.
 
     python -m weights golden vit golden/vit --source vit-mini
     python examples/vit_numpy.py golden/vit port/vit

@@ -27,11 +27,11 @@ def reconstruction_loss(images: Tensor, rebuilt: Tensor) -> Tensor:
 
 
 def train_vae(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
-    """Pixel and edge error plus a slight pull of the posterior towards a unit Gaussian, as in latent
-    diffusion; writes folder/sd-mini/vae and returns what its card says.
+    """The card's fields; writes folder/sd-mini/vae. The loss is the error of pixels and edges plus a small KL
+    term, as in latent diffusion.
 
-    Source: Rombach et al. 2022, section 3.1 and its appendix G; without the perceptual and adversarial
-    terms, which want a pretrained network and, on drawings of 64 px, little is left for them to mend.
+    Source: Rombach et al. 2022, section 3.1 and its appendix G; without the perceptual and adversarial terms,
+    which need a pretrained network and matter little at 64 px.
     """
     torch.manual_seed(seed)
     model = vae.VAE(vae.CONFIGS["sd-mini"]).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Where mini scenes take place: the places, and the light with its sky and its weather.
+"""Backdrops of mini scenes: places, and light with sky and weather.
 
 A picture is laid down from the back: the light's sky and what it draws behind (sun, clouds, stars), the place
 over it, the things, and what the light draws in front (rain, petals, fog).
@@ -244,7 +244,7 @@ def place_lake(p: Pen, rng):
 
 @dataclass(frozen=True)
 class Place:
-    """How a place is drawn over the sky, the y where things stand, and whether all things float there."""
+    """A place's drawing function (over the sky), the y of its ground, and whether things float there."""
     draw: Callable
     base: float = 0.93
     floats: bool = False

@@ -1,7 +1,7 @@
-"""The miniature CLIP: pictures and prompts into one space, `python -m mini.pretrain clip`.
+"""The miniature CLIP: a joint space for pictures and prompts, `python -m mini.pretrain clip`.
 
-Its text tower becomes that of the miniature Stable Diffusion, frozen from then on, as OpenAI's became that of
-Stable Diffusion 1; its visual tower is the backbone clip-mini.
+Its text tower becomes that of the miniature Stable Diffusion, frozen from then on, as OpenAI's in Stable
+Diffusion 1; its visual tower is the backbone clip-mini.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def sizes() -> tuple[clip.CLIPTextConfig, clip.CLIPVisionConfig]:
-    """Of the two towers."""
+    """Sizes of the two towers."""
     return clip.CONFIGS["sd-mini"], clip.VISION_CONFIGS["clip-mini"]
 
 
@@ -38,7 +38,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Linear(text.hidden_size, vision.projection_dim, bias=False)
         self.visual_projection = pictures.visual_projection
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.towers = {"text": tower, "vision": pictures}  # a dict: the parameters are ours already
+        self.towers = {"text": tower, "vision": pictures}  # a dict, which registers no parameters
 
     def embed_texts(self, ids: Tensor, last: Tensor) -> Tensor:
         """Ids (B, N) and the position of each end mark (B,) -> unit embeddings (B, P)."""
@@ -51,9 +51,9 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """Each picture must find its prompt among the batch's and each prompt its picture; unit rows (B, P).
+    """Symmetric contrastive loss of unit rows (B, P).
 
-    Source: Radford et al. 2021, figure 3. The temperature is cut at 1 / 100 as theirs.
+    Source: Radford et al. 2021, figure 3. The temperature is at least 1 / 100, as in their code.
     """
     logits = logit_scale.exp().clamp(max=100.0) * images @ texts.T
     own = torch.arange(len(images))
@@ -61,10 +61,10 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
 
 
 def train_clip(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
-    """Write folder/clip-mini, the text tower to folder/sd-mini/text_encoder; returns what the card says."""
+    """The card's fields; writes folder/clip-mini, and the text tower to folder/sd-mini/text_encoder."""
     torch.manual_seed(seed)
     model = CLIP(*sizes())
-    start_small(model)
+    init_embeddings(model)
     tokenizer = weights.load_tokenizer("sd-mini")
     ids = tokenizer(world.prompts)
     last = (ids != tokenizer.end).cumprod(dim=1).sum(dim=1)  # the first end mark; padding looks the same
@@ -72,7 +72,7 @@ def train_clip(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
 
     def embeddings(rows: Tensor) -> tuple[Tensor, Tensor]:
         x = ((batch_of(world.images, rows) + 1) / 2 - mean) / std
-        n = int(last[rows].max()) + 1  # the mask is causal: what stands after the end mark changes nothing
+        n = int(last[rows].max()) + 1  # the mask is causal, so tokens after the end mark have no effect
         return model.embed_images(x), model.embed_texts(ids[rows, :n], last[rows])
 
     def loss(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -92,8 +92,8 @@ def train_clip(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     }
 
 
-def start_small(model: CLIP) -> None:
-    """OpenAI's start of the tables of words and positions: torch's unit deviation is fifty times too wide."""
+def init_embeddings(model: CLIP) -> None:
+    """Initialise the embeddings as OpenAI does: torch's standard deviation of 1 is fifty times too large."""
     embeddings = model.text_model.embeddings
     nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
     nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
@@ -120,7 +120,7 @@ def write_clip(model: CLIP, folder: Path) -> None:
         },
         folder / "clip-mini" / "preprocessor_config.json",
     )
-    # The text tower is not written twice: it is sd-mini's.
+    # Only sd-mini holds the text tower.
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith("text_model.")}
     write_tensors(kept, folder / "clip-mini" / "model.safetensors")
     config = {"model_type": "clip_text_model", **asdict(text)}

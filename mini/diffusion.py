@@ -1,4 +1,4 @@
-"""The miniature's U-Net: learns to tell the noise in latents, `python -m mini.pretrain unet`."""
+"""The miniature's U-Net: trained to predict the noise in latents, `python -m mini.pretrain unet`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mini.write import write_json, write_part
 from models import unet
 
 RECIPE = Recipe(steps=10_000, batch_size=64, lr=1e-3, warmup=500, betas=(0.9, 0.99))
-EMPTY_PROMPTS = 0.1  # the share trained without its prompt, for classifier-free guidance
+EMPTY_PROMPTS = 0.1  # share of samples trained with an empty prompt (classifier-free guidance)
 CHUNK = 256
 
 
@@ -35,7 +35,7 @@ def latent_moments(images: np.ndarray) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def prompt_states(prompts: list[str]) -> Tensor:
-    """What the U-Net reads of each prompt, (n, 77, D) float16, by the trained text tower."""
+    """Text states of each prompt, (n, 77, D) float16, from the trained text tower."""
     text, ids = weights.load("clip-text", "sd-mini"), weights.load_tokenizer("sd-mini")(prompts)
     states = torch.empty(len(prompts), ids.shape[1], text.config.hidden_size, dtype=torch.float16)
     for rows in tqdm(torch.arange(len(prompts)).split(CHUNK), "encoding prompts"):
@@ -43,8 +43,8 @@ def prompt_states(prompts: list[str]) -> Tensor:
     return states
 
 
-def start_at_nothing(model: unet.UNet) -> None:
-    """Zero what ends each block and the network, as LDM does: every block starts as the identity."""
+def zero_output_layers(model: unet.UNet) -> None:
+    """Zero the last layer of each block and of the network, as in LDM: blocks start as the identity."""
     for module in model.modules():
         if isinstance(module, unet.ResBlock):
             last = module.out_layers[3]
@@ -59,14 +59,14 @@ def start_at_nothing(model: unet.UNet) -> None:
 
 
 def train_unet(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
-    """Write folder/sd-mini/unet and its scheduler; returns what the card says.
+    """The card's fields; writes folder/sd-mini/unet and its scheduler.
 
     Mean squared error of the noise at timesteps drawn evenly from all 1000 (Ho et al. 2020, equation 14), on
-    samples of the autoencoder's posterior, with the prompt left out of a tenth of them.
+    samples of the autoencoder's posterior, a tenth of them with the empty prompt.
     """
     torch.manual_seed(seed)
     model = unet.UNet(unet.CONFIGS["sd-mini"])
-    start_at_nothing(model)
+    zero_output_layers(model)
     model = model.to(memory_format=torch.channels_last)
     mean, deviation = latent_moments(world.images)
     states = prompt_states([*world.prompts, ""])
@@ -93,7 +93,7 @@ def train_unet(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
 
 
 def write_unet(model: unet.UNet, folder: Path) -> None:
-    """As diffusers' UNet2DConditionModel, and the settings of the sampler beside it."""
+    """Write diffusers' UNet2DConditionModel and, beside it, the sampler's settings."""
     sizes = model.config
     levels = range(len(sizes.channel_mult))
     kinds = ["CrossAttn" if level in sizes.attention_levels else "" for level in levels]

@@ -1,7 +1,7 @@
-"""A DrawBench of the little world: prompts that ask for one difficult thing at a time, by category.
+"""DrawBench for mini scenes: prompts with one difficulty each, by category.
 
 DrawBench (Saharia et al. 2022) has 200 prompts in 11 categories; this has as many in 8, those of its
-categories that mini scenes can show. None of the prompts is among those that the miniatures learnt from.
+categories that mini scenes can show. None of the prompts is in the miniatures' training data.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mini.pen import pick, stream
 from mini.scenes import COLOURS, COUNTS, LIGHTS, MATERIALS, PLACES, RELATIONS, STYLES, SUBJECTS, Thing, View
 
 SEED = 2_000_003
-LEARNT_FROM = 50_000  # at least as many candidates as mini.loop takes
+TRAINING_CANDIDATES = 50_000  # at least as many as mini.loop takes
 PER_CATEGORY = 25
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt, what it asks for, and why it is in the list."""
+class BenchPrompt:
+    """A prompt, its content and its category."""
 
     prompt: str
     view: View
@@ -66,24 +66,24 @@ CATEGORIES = {
 
 
 @cache
-def learnt_from() -> frozenset[str]:
-    """The prompts of the scenes that the miniatures learnt from, and some more."""
-    return frozenset(scenes.candidate(scenes.PRETRAIN_SEED, i).prompt for i in range(LEARNT_FROM))
+def training_prompts() -> frozenset[str]:
+    """The prompts of the miniatures' training scenes, and some more."""
+    return frozenset(scenes.candidate(scenes.PRETRAIN_SEED, i).prompt for i in range(TRAINING_CANDIDATES))
 
 
-def prompts(seen: set[str], per_category: int = PER_CATEGORY) -> list[Asked]:
-    """The list, always the same but for prompts in `seen`, which are passed over too."""
-    seen = seen | learnt_from()
-    asked: list[Asked] = []
+def prompts(seen: set[str], per_category: int = PER_CATEGORY) -> list[BenchPrompt]:
+    """The list of prompts, without those in `seen`."""
+    seen = seen | training_prompts()
+    chosen: list[BenchPrompt] = []
     for number, (category, sample) in enumerate(CATEGORIES.items()):
-        rng, found = stream(SEED, number), 0
-        while found < per_category:
+        rng, n = stream(SEED, number), 0
+        while n < per_category:
             view = sample(rng)
             if len({thing.subject for thing in view.things}) < len(view.things):
                 continue
             prompt = scenes.say(scenes.choose_words(view, rng), rng)
             if prompt not in seen:
-                asked.append(Asked(prompt, view, category))
+                chosen.append(BenchPrompt(prompt, view, category))
                 seen = seen | {prompt}
-                found += 1
-    return asked
+                n += 1
+    return chosen

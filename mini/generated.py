@@ -1,15 +1,14 @@
 """The embedded default: image-prompt pairs drawn by the miniature Stable Diffusion, as DiffusionDB parts.
 
-    python -m mini.generated                     8,000 pictures, 8 parts; goes on where it was stopped
-    python -m mini.generated FOLDER --parts 2    elsewhere, fewer
+    python -m mini.generated                     8,000 pictures, 8 parts; resumes if interrupted
+    python -m mini.generated FOLDER --parts 2    another folder, fewer parts
     python -m mini.generated --sheet FILE.png    the first 64 with their prompts and [unread words]
 
-They are shipped in mini/generated/: to fetch them takes less time than to draw them, half an hour on two
-cores. The prompts are those of the drawn default; the pictures are lossless WebP, as in DiffusionDB's large
-set. An entry of a part's JSON has the prompt "p", the seed "se", the guidance "c", the steps "st" and the
-sampler "sa", as DiffusionDB's; and "undrawn", the words that the probe does not find in the picture: what the
-miniature misread, where drawn scenes state what was left out on purpose. card.json says how the parts were
-made, what the probe finds in them, and the sha256 of each.
+They are stored in mini/generated/, because drawing them takes half an hour on two cores. The prompts are
+those of the drawn default; the pictures are lossless WebP, as in DiffusionDB's large set. An entry of a
+part's JSON has the prompt "p", the seed "se", the guidance "c", the steps "st" and the sampler "sa", as in
+DiffusionDB; and "undrawn", the words that the probe does not find in the picture (in drawn scenes: the words
+omitted on purpose). card.json holds settings, the probe's shares, and the sha256 of each part.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ STEPS, GUIDANCE, SAMPLER = 50, 7.5, "ddim"
 
 
 def image_name(scene: Scene, version: str) -> str:
-    """A uuid, as DiffusionDB names its images, made of the weights' version and of the prompt."""
+    """A uuid, as in DiffusionDB, from the weights' version and the prompt."""
     digest = hashlib.sha256(f"{version} {scene.seed} {scene.prompt}".encode()).hexdigest()
     return f"{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}.webp"
 
 
 def version() -> str:
-    """Of the miniature: changes with its weights."""
+    """Version of the miniature: a hash of its weights."""
     return " ".join(weights.fingerprint(kind, "sd-mini") for kind in ("unet", "vae", "clip-text"))
 
 
 def unread(probe: naming.Namer, images: np.ndarray, chosen: list[Scene]) -> list[list[str]]:
-    """For each picture the words of its prompt that the probe does not find in it."""
+    """The words of each prompt that the probe does not find in its picture."""
     missing = []
     for row, scene in zip(naming.name_pictures(probe, images), chosen, strict=True):
-        found = naming.realised(row, scene.said)
-        labels = zip(naming.said(scene.said), scene.words, strict=True)
-        missing.append([word for label, word in labels if not found[label]])
+        shown = naming.shown_labels(row, scene.said)
+        labels = zip(naming.named_labels(scene.said), scene.words, strict=True)
+        missing.append([word for label, word in labels if not shown[label]])
     return missing
 
 
@@ -72,7 +71,7 @@ def chosen_scenes(n: int) -> list[Scene]:
 def build(
     folder: Path, parts: int = scenes.PARTS, per_part: int = scenes.PER_PART, steps: int = STEPS
 ) -> Path:
-    """Write folder/images/part-000001.zip ... and return folder/images. Parts that are whole are kept."""
+    """The path folder/images; writes part-000001.zip ... there. Complete parts are kept."""
     pipeline, probe = generate.load_pipeline("sd-mini"), naming.load_probe(naming.FOLDER)
     images, made = folder / "images", version()
     images.mkdir(parents=True, exist_ok=True)
@@ -95,15 +94,15 @@ def build(
 
 
 def card(folder: Path, command: str) -> dict:
-    """What is said of the parts in `folder`, by what they hold."""
+    """The card of the parts in `folder`."""
     pairs, probe = read_pairs(folder / "images"), naming.load_probe(naming.FOLDER)
-    said = {scene.prompt: scene.said for scene in chosen_scenes(len(pairs))}
+    views = {scene.prompt: scene.said for scene in chosen_scenes(len(pairs))}
     shown = {}
     for things, name in ((1, "one subject"), (2, "two subjects")):
-        rows = [i for i, prompt in enumerate(pairs.prompts) if len(said[prompt].things) == things]
+        rows = [i for i, prompt in enumerate(pairs.prompts) if len(views[prompt].things) == things]
         images = np.stack([np.asarray(pairs.image(i)).transpose(2, 0, 1) for i in rows])
-        found = naming.accuracy(probe, images, [said[pairs.prompts[i]] for i in rows])
-        shown[name] = {"pictures": len(rows), **found}
+        accuracy = naming.accuracy(probe, images, [views[pairs.prompts[i]] for i in rows])
+        shown[name] = {"pictures": len(rows), **accuracy}
     return {
         "command": command,
         "pictures": len(pairs),
@@ -129,7 +128,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="(default mini/generated)")
     parser.add_argument("--parts", type=positive, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a sheet of the pairs that are there")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a sheet of the existing pairs")
     args = parser.parse_args()
     if args.sheet:
         pairs = read_pairs(args.folder)
@@ -143,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "stopped; the same command continues from what was saved"))
+    sys.exit(run_command(main, "stopped; repeat the command to resume"))

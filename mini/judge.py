@@ -1,11 +1,11 @@
-"""How well the miniature draws what its prompts say, by the probe.
+"""Share of each prompt's content that the probe finds in the miniature's pictures.
 
     python -m mini.judge                     500 one-subject and 500 two-subject prompts: shares realised
-    python -m mini.judge --sheet FILE.png    64 pictures with their prompts, to look at
+    python -m mini.judge --sheet FILE.png    64 pictures with their prompts
 
-The prompts are new: none is among those that the miniatures learnt from. Each picture has a seed of its own.
-The same is asked of drawings that show all they say, and of these through the autoencoder: what the probe
-does not find there is its own fault, or the autoencoder's. Writes results/generated.md and .json.
+The prompts are not in the miniatures' training data. Each picture has its own seed.
+The same is measured on complete drawings, and on these after the autoencoder, to separate errors of the probe
+and the autoencoder. Writes results/generated.md and .json.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ SEED = 3_000_007
 
 
 def new_scenes(n: int, things: int, seed: int = SEED) -> list[Scene]:
-    """n truthful scenes of so many things whose prompts the miniatures have not seen."""
-    found, index, seen = [], 0, set(drawbench.learnt_from())
-    while len(found) < n:
+    """n truthful scenes with `things` subjects and prompts unseen in training."""
+    chosen, index, seen = [], 0, set(drawbench.training_prompts())
+    while len(chosen) < n:
         scene = scenes.candidate(seed, index, truthful=True)
         index += 1
         if len(scene.said.things) == things and scene.prompt not in seen:
-            found.append(scene)
+            chosen.append(scene)
             seen.add(scene.prompt)
-    return found
+    return chosen
 
 
 def generated(pipeline: generate.Pipeline, prompts: list[str], steps: int, guidance: float) -> np.ndarray:
@@ -47,15 +47,15 @@ def generated(pipeline: generate.Pipeline, prompts: list[str], steps: int, guida
 
 
 def drawings(chosen: list[Scene]) -> np.ndarray:
-    """The same scenes as they are drawn, uint8 (n, 3, 64, 64)."""
+    """The scenes' drawings, uint8 (n, 3, 64, 64)."""
     return np.stack([np.asarray(scenes.render(scene)).transpose(2, 0, 1) for scene in chosen])
 
 
 def shares(probe: naming.Namer, images: np.ndarray, chosen: list[Scene]) -> dict[str, dict]:
-    """For each kind of label: how many are said, and the share found with its 95 % interval (Wilson's)."""
+    """For each kind of label: the number named, and the share shown with its 95 % interval (Wilson's)."""
     return {
-        slot: {"said": len(found), "found": float(np.mean(found)), "95": wilson(sum(found), len(found))}
-        for slot, found in naming.tally(probe, images, [scene.said for scene in chosen]).items()
+        slot: {"said": len(shown), "found": float(np.mean(shown)), "95": wilson(sum(shown), len(shown))}
+        for slot, shown in naming.tally(probe, images, [scene.said for scene in chosen]).items()
     }
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         prog="python -m mini.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--n", type=positive, default=500, help="prompts of each kind (default 500)")
-    parser.add_argument("--steps", type=positive, default=50, help="of DDIM (default 50)")
+    parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance", type=float, default=7.5, help="(default 7.5)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw 64 pictures and nothing else")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
@@ -111,7 +111,7 @@ def main() -> None:
         pictures = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in images]
         scenes.contact_sheet(list(zip(pictures, some, strict=True))).save(args.sheet)
         return
-    probe, found = naming.load_probe(naming.FOLDER), {}
+    probe, by_things = naming.load_probe(naming.FOLDER), {}
     for things, name in ((1, "one subject"), (2, "two subjects")):
         chosen = new_scenes(args.n, things)
         drawn = drawings(chosen)
@@ -120,14 +120,14 @@ def main() -> None:
             "drawn": drawn,
             "reconstructed": naming.reconstructed(drawn),
         }
-        found[name] = {kind: shares(probe, images, chosen) for kind, images in kinds.items()}
+        by_things[name] = {kind: shares(probe, images, chosen) for kind, images in kinds.items()}
     result = {
         "command": f"python -m mini.judge --n {args.n} --steps {args.steps} --guidance {args.guidance:g}",
         "date": datetime.date.today().isoformat(),
         "n": args.n,
         "steps": args.steps,
         "guidance": args.guidance,
-        "shares": found,
+        "shares": by_things,
     }
     args.results.mkdir(parents=True, exist_ok=True)
     atomic_write(args.results / "generated.json", json.dumps(result, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """How miniatures are trained, and the pictures that they are trained on.
 
 A step draws its rows and its noise from a generator seeded by the run's seed and the step's number, so that a
-training that was stopped goes on from its last checkpoint as if nothing had happened. The weights that count
-are an exponential moving average of those that the optimizer moves.
+training that was stopped resumes exactly from its last checkpoint. The final weights are an exponential
+moving average of the trained ones.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from training.loop import Trainer, learning_rate
 HELD_OUT = 500  # pictures on which the quality is measured, the last ones
 CHECKPOINT_EVERY = 500  # steps
 PER_PART = 1000  # pictures
-AVERAGE_DECAY = 0.999  # of the moving average, once it is warm
+AVERAGE_DECAY = 0.999  # decay of the moving average after warm-up
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast a part is trained. The rate rises over `warmup` steps and falls as a cosine."""
+    """Training schedule of a part. The rate rises over `warmup` steps and falls as a cosine."""
 
     steps: int
     batch_size: int
@@ -49,7 +49,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class World:
-    """Scenes that show every word of their prompts: uint8 pictures (n, 3, 64, 64), prompts, what is said."""
+    """Scenes that show every word of their prompts: uint8 pictures (n, 3, 64, 64), prompts, views."""
 
     images: np.ndarray
     prompts: list[str]
@@ -60,14 +60,14 @@ class World:
 
 
 def training_pairs(parts: int) -> Pairs:
-    """`parts` thousand truthful scenes, drawn into the cache unless they are there."""
+    """`parts` thousand truthful scenes, drawn into the cache if missing."""
     folder = weights.cache_dir() / f"pretrain-scenes-{scenes.VERSION}-truthful"
     images = scenes.build(folder, parts=parts, seed=scenes.PRETRAIN_SEED, truthful=True)
     return read_pairs(images).subset(np.arange(parts * PER_PART))
 
 
 def training_world(parts: int) -> World:
-    """The same with all pictures in one array and the views that were drawn."""
+    """`training_pairs` with all pictures in one array, and their views."""
     pairs = training_pairs(parts)
     encoder = Encoder(
         "pretrain-pixels", {"size": 64}, (3, 64, 64), np.uint8, 256,
@@ -113,7 +113,7 @@ class MiniTrainer(Trainer):
         self.checkpoint_every = CHECKPOINT_EVERY
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[int, tuple[Tensor, torch.Generator]]]:
-        """Rows drawn by a generator of each step's own, which the loss draws its noise from too."""
+        """Rows drawn by a separate generator per step, which also draws the loss's noise."""
         for step in range(first, self.total):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             rows = torch.randint(self.n, (self.recipe.batch_size,), generator=generator)

@@ -1,10 +1,10 @@
-"""Networks that name what is in a scene: the miniature ViT and Swin, and the probe that judges pictures.
+"""Multi-label classifiers of scenes: miniature ViT and Swin, and the probe that judges pictures.
 
     python -m mini.pretrain vit|swin|probe
 
-A label is one thing that a picture can show, as ("place", "snow"); a picture has several. ViT and Swin learn
-them as their namesakes learnt ImageNet's, and are shipped without the classifier. The probe, a smaller Swin,
-keeps it, and is trained on drawings and on what the autoencoder makes of them alike: it must read generated
+A label is one thing that a picture can show, as ("place", "snow"); a picture has several. ViT and Swin are
+pretrained on these labels and stored without the classifier. The probe, a smaller Swin, keeps its classifier
+and is trained on drawings and on their reconstructions by the autoencoder, because it reads generated
 pictures.
 """
 
@@ -37,28 +37,28 @@ TABLES = {
 LABELS = [(slot, key) for slot, table in TABLES.items() for key in table]
 POSITION = {label: i for i, label in enumerate(LABELS)}
 SLOTS = {slot: [i for i, label in enumerate(LABELS) if label[0] == slot] for slot in TABLES}
-HALF = 0.5  # mean and deviation of the pixels that these networks read
+HALF = 0.5  # mean and deviation of these networks' input pixels
 PROBE = replace(swin.CONFIGS["swin-mini"], embed_dim=32)
 REBUILT = 16_000  # of the pictures, for the probe
 
 
-def said(view: scenes.View) -> list[tuple[str, str]]:
-    """The labels of a view that its prompt names, one for each of `scenes.Scene.words` and in their order."""
-    found = [("count", view.count)] * (view.count > 1)
+def named_labels(view: scenes.View) -> list[tuple[str, str]]:
+    """The labels that a view's prompt names, one per word of `scenes.Scene.words`, in that order."""
+    labels = [("count", view.count)] * (view.count > 1)
     for thing in view.things:
-        found += [("colour", thing.colour), ("material", thing.material), ("subject", thing.subject)]
-    found += [(slot, getattr(view, slot)) for slot in ("relation", "position", "place", "light", "style")]
-    return [label for label in found if label[1] is not None]
+        labels += [("colour", thing.colour), ("material", thing.material), ("subject", thing.subject)]
+    labels += [(slot, getattr(view, slot)) for slot in ("relation", "position", "place", "light", "style")]
+    return [label for label in labels if label[1] is not None]
 
 
-def shown(view: scenes.View) -> list[tuple[str, str]]:
-    """The labels of a view that is drawn: a thing whose colour goes unsaid shows its own."""
+def drawn_labels(view: scenes.View) -> list[tuple[str, str]]:
+    """The labels of a drawn view: things without a named colour show their default colour."""
     own = [("colour", SHAPES[thing.subject].colour) for thing in view.things if thing.colour is None]
-    return said(view) + own
+    return named_labels(view) + own
 
 
-def targets(views: Sequence[scenes.View], labels: Callable[[scenes.View], list] = shown) -> Tensor:
-    """(n, labels) uint8, 1 where the view shows it, or where its prompt says it with `labels` = `said`."""
+def targets(views: Sequence[scenes.View], labels: Callable[[scenes.View], list] = drawn_labels) -> Tensor:
+    """(n, labels) uint8: 1 for each label in `labels(view)`."""
     t = torch.zeros(len(views), len(LABELS), dtype=torch.uint8)
     for row, view in zip(t, views, strict=True):
         row[[POSITION[label] for label in labels(view)]] = 1
@@ -83,7 +83,7 @@ def naming_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def train_namer(name: str, folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
-    """Train "vit", "swin" or "probe", write folder/<name>-mini, and return what the card says."""
+    """The card's fields; trains "vit", "swin" or "probe" and writes folder/<name>-mini."""
     torch.manual_seed(seed)
     if name == "vit":
         backbone = vit.ViT(vit.CONFIGS["vit-mini"])
@@ -131,39 +131,39 @@ def name_pictures(model: Namer, images: np.ndarray) -> Tensor:
     return torch.cat([model(batch_of(images, part)).sigmoid() for part in rows.split(256)])
 
 
-def realised(probabilities: Tensor, view: scenes.View) -> dict[tuple[str, str], bool]:
-    """Which of the labels that the prompt names a picture shows, by its probabilities (labels,).
+def shown_labels(probabilities: Tensor, view: scenes.View) -> dict[tuple[str, str], bool]:
+    """Whether a picture shows each label that the prompt names, by its probabilities (labels,).
 
-    A subject, colour or place is shown if it is among the likeliest of its kind, as many as there are things
-    (or one place); what a picture may also go without, if its probability is above one half.
+    A subject, colour or place is shown if it is among the n most probable of its kind, n being the number of
+    things (or one place); an optional label, if its probability is above 1/2.
     """
-    found = {}
-    for slot, key in said(view):
+    is_shown = {}
+    for slot, key in named_labels(view):
         among, p = SLOTS[slot], probabilities[POSITION[slot, key]]
-        n = len({label for label in shown(view) if label[0] == slot})
+        n = len({label for label in drawn_labels(view) if label[0] == slot})
         if slot in ("subject", "colour", "place"):
-            found[slot, key] = bool((probabilities[among] > p).sum() < n)
+            is_shown[slot, key] = bool((probabilities[among] > p).sum() < n)
         else:
-            found[slot, key] = bool(p > 0.5)
-    return found
+            is_shown[slot, key] = bool(p > 0.5)
+    return is_shown
 
 
 def tally(model: Namer, images: np.ndarray, views: Sequence[scenes.View]) -> dict[str, list[bool]]:
-    """For each kind of label that is said: whether `realised` finds it, label by label."""
-    found: dict[str, list[bool]] = {slot: [] for slot in TABLES}
+    """For each kind of label: whether each named label is shown."""
+    by_slot: dict[str, list[bool]] = {slot: [] for slot in TABLES}
     for row, view in zip(name_pictures(model, images), views, strict=True):
-        for (slot, _), shows in realised(row, view).items():
-            found[slot].append(shows)
-    return {slot: shows for slot, shows in found.items() if shows}
+        for (slot, _), shows in shown_labels(row, view).items():
+            by_slot[slot].append(shows)
+    return {slot: shows for slot, shows in by_slot.items() if shows}
 
 
 def accuracy(model: Namer, images: np.ndarray, views: Sequence[scenes.View]) -> dict[str, float]:
-    """For each kind of label the share of those said that is found, where all are shown."""
+    """For each kind of label the share of the named labels that is shown."""
     return {slot: round(float(np.mean(shows)), 4) for slot, shows in tally(model, images, views).items()}
 
 
 def write_backbone(model: Namer, name: str, folder: Path) -> None:
-    """As timm writes one: its names, its config.json, without the classifier."""
+    """Write a timm folder: names and config.json, without the classifier."""
     config = asdict(model.backbone.config)
     if name == "vit":
         architecture, read = "vit_base_patch16_224", ("depth",)
@@ -186,7 +186,7 @@ def write_backbone(model: Namer, name: str, folder: Path) -> None:
 
 
 def load_probe(folder: Path) -> Namer:
-    """The probe as `train_namer` wrote it."""
+    """The probe that `train_namer` wrote."""
     with torch.device("meta"):
         model = Namer(swin.Swin(PROBE))
     weights.load_strict(model, weights.read_tensors(folder / "probe" / "model.safetensors"))

@@ -1,7 +1,4 @@
-"""What all drawings of mini scenes share: paints, random numbers, curves, the pen, and work on pixels.
-
-Nothing here knows what is drawn.
-"""
+"""Shared drawing tools of mini scenes: paints, random numbers, curves, the pen, and work on pixels."""
 
 import math
 from functools import lru_cache
@@ -10,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CREAM, INK, LEAF, BARK, GOLD = (250, 243, 224), (42, 36, 52), (92, 156, 78), (124, 84, 54), (250, 204, 84)
-SHADE = (36, 26, 62)                                                  # what shadows lean towards
+SHADE = (36, 26, 62)                                                  # the tint of shadows
 PAINT = {
     "red": (208, 48, 50), "orange": (240, 134, 40), "yellow": (248, 204, 60), "green": (64, 160, 82),
     "turquoise": (48, 182, 178), "blue": (50, 100, 208), "purple": (136, 78, 188), "pink": (242, 122, 168),
@@ -25,7 +22,7 @@ def pick(rng: np.random.Generator, options, besides=()):
 
 
 def stream(*key: int) -> np.random.Generator:
-    """The random numbers that belong to a key of whole numbers, the same on every platform."""
+    """A random generator for a key of integers, the same on every platform."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
@@ -93,7 +90,7 @@ def floats(image: Image.Image) -> np.ndarray:
 
 
 def picture(pixels: np.ndarray) -> Image.Image:
-    """The picture of an array as `floats` gives it, clipped."""
+    """The picture of an array from `floats`, clipped."""
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 

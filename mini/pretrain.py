@@ -1,19 +1,18 @@
-"""Trains the miniatures from scratch on mini scenes, each from what the ones before it learnt.
+"""Training of the miniatures from scratch on mini scenes, in order; later parts use earlier ones.
 
     python -m mini.pretrain tokenizer        the byte-level BPE vocabulary of the text tower, CLIP's format
     python -m mini.pretrain vae              the autoencoder: 64 px pictures <-> 8 x 8 latents
     python -m mini.pretrain clip             both towers: clip-mini, and the text tower of sd-mini
-    python -m mini.pretrain unet             sd-mini's U-Net, on the latents and the states of the two before
-    python -m mini.pretrain vit              vit-mini, which names what is in a scene
+    python -m mini.pretrain unet             sd-mini's U-Net, on latents and text states of vae and clip
+    python -m mini.pretrain vit              vit-mini, a classifier of the things in a scene
     python -m mini.pretrain swin             swin-mini, likewise
-    python -m mini.pretrain probe            the judge of generated pictures, on drawn and reconstructed ones
+    python -m mini.pretrain probe            the probe that judges generated pictures
     python -m mini.pretrain vocabulary       the words of the miniature captioner, `blip-mini`, BERT's format
     python -m mini.pretrain captioner        blip-mini itself: 64 px pictures -> prompts
 
 Each part is written under mini/ under its published names, beside a card.json with the command, seed, steps,
-time, data and quality. Training that was stopped resumes from its last checkpoint when the same command runs
-again. The pictures show every word of their prompts, and are drawn with a seed of their own. A GPU is not
-used: on two cores all of it takes some four hours.
+time, data and quality. Repeat a command to resume an interrupted training. The pictures show every word of
+their prompts, and have their own seed. Runs on the CPU: about four hours on two cores.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ PARTS = {
 }
 
 
-def data_said(n: int) -> str:
+def data_text(n: int) -> str:
     return f"{n:,} truthful mini scenes, version {scenes.VERSION}, seed {scenes.PRETRAIN_SEED}"
 
 
@@ -99,7 +98,7 @@ def train_part(name: str, recipe: Recipe, parts: int, seed: int) -> None:
         "steps": recipe.steps,
         "batch_size": recipe.batch_size,
         "seed": seed,
-        "data": data_said(len(world) - HELD_OUT),
+        "data": data_text(len(world) - HELD_OUT),
         **quality,
         "date": str(date.today()),
     }
@@ -204,29 +203,29 @@ def write_vocabulary(parts: int) -> None:
 
 
 def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train blip-mini from random values by `captioner.finetune_captioner`, and write its folder.
+    """Train blip-mini from scratch by `captioner.finetune_captioner`, and write its folder.
 
-    Beside its loss the card states what it is good for: the mean cosine between the sentence embeddings of
-    what it writes of pictures held out and of their true prompts, and that of one answer for all of them.
+    The card also reports its quality: the mean cosine between the sentence embeddings of its captions of
+    held-out pictures and of the true prompts, and that of one vector for all pictures.
     """
     config = replace(
         captioner.CAPTIONERS["blip-mini"], epochs=epochs, batch_size=batch_size, lr=lr, seed=seed
     )
-    model, how = captioner.new_captioner(seed)
+    model, preprocessing = captioner.new_captioner(seed)
     pairs = training_pairs(parts)
     rows = np.arange(len(pairs))
     splits = {"train": rows[:-HELD_OUT], "val": rows[-HELD_OUT:]}
     folder = checkpoint_folder("captioner")
-    captioner.finetune_captioner(model, how, config, pairs, splits, folder)
+    captioner.finetune_captioner(model, preprocessing, config, pairs, splits, folder)
     captioner.write_captioner(model, captioner.BLIP_MINI, captioner.BLIP_MINI, torch.float16)
 
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
     held_out = pairs.subset(splits["val"])
-    model, how, _ = captioner.open_captioner(str(captioner.BLIP_MINI))  # as it was written
-    written = captioner.written_prompts(model, how, config, held_out)
+    model, preprocessing, _ = captioner.open_captioner(str(captioner.BLIP_MINI))  # the float16 weights
+    written = captioner.written_prompts(model, preprocessing, config, held_out)
     minilm = weights.load("minilm")
-    said, true = minilm.encode(written), minilm.encode(held_out.prompts)
+    predicted, true = minilm.encode(written), minilm.encode(held_out.prompts)
     mean = minilm.encode(pairs.prompts[: 10 * HELD_OUT]).mean(dim=0, keepdim=True)
     card = {
         "command": f"python -m mini.pretrain captioner --parts {parts} --epochs {epochs} "
@@ -236,9 +235,9 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
         "epochs": epochs,
         "batch_size": batch_size,
         "minutes": round(sum(batch_size / speed for speed in speeds) / 60, 1),
-        "data": data_said(len(splits["train"])),
+        "data": data_text(len(splits["train"])),
         "val_loss": round(entries[-1]["val_loss"], 4),
-        "prompt_cosine": round(F.cosine_similarity(said, true).mean().item(), 4),
+        "prompt_cosine": round(F.cosine_similarity(predicted, true).mean().item(), 4),
         "mean_embedding_cosine": round(F.cosine_similarity(mean, true).mean().item(), 4),
         "date": str(date.today()),
     }
@@ -261,19 +260,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given = {name: getattr(args, name) for name in ("steps", "batch_size", "lr")}
-    given = {name: value for name, value in given.items() if value is not None}
+    flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr")}
+    flags = {name: value for name, value in flags.items() if value is not None}
     if args.part == "tokenizer":
         train_tokenizer(args.parts)
     elif args.part == "vocabulary":
         write_vocabulary(args.parts)
     elif args.part == "captioner":
         train_captioner(
-            args.parts, args.epochs, given.get("batch_size", 32), given.get("lr", 1e-3), args.seed
+            args.parts, args.epochs, flags.get("batch_size", 32), flags.get("lr", 1e-3), args.seed
         )
     else:
-        train_part(args.part, replace(PARTS[args.part].recipe, **given), args.parts, args.seed)
+        train_part(args.part, replace(PARTS[args.part].recipe, **flags), args.parts, args.seed)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "stopped; the same command continues from what was saved"))
+    sys.exit(run_command(main, "stopped; repeat the command to resume"))

@@ -1,13 +1,12 @@
-"""Mini scenes: a small drawn world with prompts as people write them for Stable Diffusion.
+"""Mini scenes: a small drawn world with prompts in the style of Stable Diffusion users.
 
     python -m mini.scenes --sheet sheet.png          look at 64 of them
     python -m mini.scenes --build FOLDER             write 8,000 of them as DiffusionDB parts
 
-A Scene holds what its prompt says and what its picture shows. The two differ where words were left undrawn,
-on purpose, as Stable Diffusion leaves out words: label noise whose truth is known. The file reads from top to
-bottom: the words, the scene and how it is sampled, how it is said, the picture, the DiffusionDB parts. What a
-picture is put together from is drawn next door: the subjects and the materials in subjects.py, the places and
-the light in backdrops.py, the styles in styles.py, and what these share in pen.py.
+A Scene holds the content of its prompt and of its picture. They differ in words that are omitted on purpose,
+as Stable Diffusion omits words: label noise with known truth. Order of this file: words, scene and sampling,
+prompt, picture, DiffusionDB parts. Other files draw the parts of a picture: subjects.py subjects and
+materials, backdrops.py places and light, styles.py styles; pen.py holds their shared tools.
 """
 
 import argparse
@@ -45,8 +44,8 @@ OVERSAMPLE = 3                 # pictures are drawn three times as large and ave
 NOISE = (0.20, 2.80)           # Beta(a, b) of a sample's noise level: mean 0.07, most near 0, a few above 0.5
 
 # -------------------------------------------------------------------------------------------------- the words
-# What can be drawn, and the words that may say it, separated by "|". What stands before a "*" only leads up
-# to the word. Within a table no word says two things, so a prompt's words name its picture.
+# Everything that can be drawn, and its words, separated by "|". Text before a "*" only leads up to the word.
+# Within a table no word means two things, so a prompt's words describe its picture.
 
 SUBJECTS = {
     "star": "star", "moon": "moon|crescent moon", "cat": "cat|kitten", "fish": "fish|goldfish",
@@ -123,7 +122,7 @@ STYLES = {
     "stitch": "cross stitch|embroidery|needlework",
 }
 MASS_NOUNS = ("art", "canvas", "glass", "stitch", "embroidery", "needlework")        # no "a" before these
-# what real prompts are full of and no picture shows
+# common style tags of real prompts without visible content
 BOILERPLATE = ("highly detailed|trending on artstation|8 k|sharp focus|intricate|masterpiece|award winning"
                "|4 k|concept art|beautiful composition|very detailed|hd|artstation hq|stunning").split("|")
 INDOORS = ("space", "cave", "underwater", "room")                     # no sky: only these lights reach in
@@ -131,12 +130,12 @@ EVERYWHERE = ("rays", "candle")
 
 
 def words_of(table: dict, key) -> list[tuple[str, str]]:
-    """What may say `key`: pairs of the words leading up to it ("in a ", often empty) and the word itself."""
+    """Phrases for `key`: pairs of the words leading up to it ("in a ", often empty) and the word itself."""
     return [(text.rpartition("*")[0], text.rpartition("*")[2]) for text in table[key].split("|")]
 
 
 def distinct_prompts() -> int:
-    """A lower bound of the number of distinct prompts: one thing, in one form of sentence."""
+    """A lower bound of the number of distinct prompts (one thing, one form of sentence)."""
     tables = (SUBJECTS, COLOURS, MATERIALS, PLACES, STYLES)
     return math.prod(sum(len(words_of(table, key)) for key in table) for table in tables)
 
@@ -144,7 +143,7 @@ def distinct_prompts() -> int:
 # -------------------------------------------------------------------------------------------------- the scene
 @dataclass(frozen=True)
 class Thing:
-    """One kind of thing: keys of SUBJECTS, COLOURS, MATERIALS; None where nothing is said."""
+    """One kind of thing: keys of SUBJECTS, COLOURS, MATERIALS; None if unnamed."""
     subject: str
     colour: str | None = None
     material: str | None = None
@@ -152,7 +151,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class View:
-    """Everything that a prompt can say and a picture can show, by the keys of the tables above."""
+    """The content of a prompt or picture, by the keys of the tables above."""
     things: tuple[Thing, ...]
     count: int = 1                                                    # of the first thing
     relation: str | None = None                                       # of the first thing to the second
@@ -178,7 +177,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, truthful: bool = False) -> Scene:
-    """Draw a scene: what is said, in which words, and which of these stay undrawn; none where `truthful`."""
+    """A random scene: content, words, and the words that stay undrawn (none if `truthful`)."""
     said = sample_view(rng)
     spoken = choose_words(said, rng)
     prompt = say(spoken, rng)
@@ -190,7 +189,7 @@ def sample_scene(rng: np.random.Generator, truthful: bool = False) -> Scene:
 
 
 def sample_view(rng: np.random.Generator) -> View:
-    """What a prompt asks for: nearly always a colour and a place, now and then a light, a style, a count."""
+    """A prompt's content: usually a colour and a place, sometimes a light, a style, a count."""
     things = []
     for _ in range(2 if rng.random() < 0.1 else 1):
         subject = pick(rng, SUBJECTS, [thing.subject for thing in things])
@@ -212,7 +211,7 @@ def sample_view(rng: np.random.Generator) -> View:
 
 
 def undraw(said: View, lost: set[str], rng: np.random.Generator) -> tuple[View, set[str]]:
-    """The view that is drawn instead when the slots in `lost` are not heeded, and all slots lost by that."""
+    """The view that is drawn without the slots in `lost`, and all slots lost by that."""
     things = list(said.things)
     for i, thing in enumerate(said.things):
         if f"subject {i}" in lost:
@@ -246,7 +245,7 @@ def undraw(said: View, lost: set[str], rng: np.random.Generator) -> tuple[View, 
 
 # --------------------------------------------------------------------------------------------- how it is said
 def choose_words(view: View, rng: np.random.Generator) -> dict[str, tuple[str, str]]:
-    """Slot -> (lead, word) for everything the view says, with synonyms chosen and plurals made."""
+    """Slot -> (lead, word) for the view's content, with synonyms chosen and plurals made."""
     spoken = {}
     if view.count > 1:
         spoken["count"] = pick(rng, words_of(COUNTS, view.count))
@@ -272,7 +271,7 @@ def with_article(words: str) -> str:
 
 
 def say(spoken: dict[str, tuple[str, str]], rng: np.random.Generator) -> str:
-    """Put the words into one of the forms real prompts have: a sentence, a comma list, or the scene first."""
+    """A prompt from the words, in one of the forms of real prompts: sentence, comma list, scene first."""
     phrases = {slot: lead + word for slot, (lead, word) in spoken.items()}
     nouns = []
     for i in range(1 + ("subject 1" in phrases)):
@@ -300,7 +299,7 @@ def say(spoken: dict[str, tuple[str, str]], rng: np.random.Generator) -> str:
 
 # ------------------------------------------------------------------------------------------------ the picture
 def layout(view: View, rng: np.random.Generator) -> list[tuple[int, float, float, float]]:
-    """Where things go, far ones first: (which thing, centre x, foot y relative to the place's base, size)."""
+    """Positions, far things first: (thing, centre x, foot y relative to the place's base, size)."""
     near = (rng.random(2) - 0.5) * 0.07
     if len(view.things) == 2:
         swap = pick(rng, ["left", "right"])
@@ -342,14 +341,14 @@ def lay_disc(image: Image.Image, x, y, rx, ry, colour, strength: float, power: f
 
 
 def lay_glows(pen: Pen, strength: float):
-    """Add the lights collected so far, and forget them."""
+    """Draw the collected lights and clear the list."""
     for x, y, radius, colour, share in pen.glows:
         lay_disc(pen.image, x, y, radius, radius, colour, share * strength)
     pen.glows = []
 
 
 def render(scene: Scene, size: int = 64) -> Image.Image:
-    """The scene's picture (size x size, RGB), the same every time."""
+    """The scene's picture (size x size, RGB), deterministic."""
     view, n = scene.drawn, size * OVERSAMPLE
     place, light = GROUNDS[view.place], SKIES[view.light]
     top, horizon = light.sky
@@ -361,7 +360,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
         pen.image.paste(picture(floats(pen.image) * np.float32(light.tint)))
     lay_glows(pen, .8)
     backdrop = pen.image.copy() if place.sinks else None
-    tint = 1 - .65 * (1 - np.float32(light.tint))                     # less than the backdrop's, to stand out
+    tint = 1 - .65 * (1 - np.float32(light.tint))                     # weaker than the backdrop's tint
     tiles, alone = [None] * len(view.things), len(view.things) == view.count == 1
     for which, x, foot, scale in layout(view, stream(scene.seed, 3)):
         thing, shape = view.things[which], SHAPES[view.things[which].subject]
@@ -399,12 +398,12 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
 
 # -------------------------------------------------------------------------------------- the DiffusionDB parts
 def candidate(seed: int, index: int, truthful: bool = False) -> Scene:
-    """Scene number `index` of the world `seed`; both worlds say the same, the truthful one shows it all."""
+    """Scene `index` of the world `seed`. A truthful one has the same prompt and draws every word."""
     return sample_scene(stream(seed, index), truthful)
 
 
 def image_name(seed: int, index: int, truthful: bool = False) -> str:
-    """A uuid, as DiffusionDB names its images, made of VERSION, seed and index."""
+    """A uuid, as in DiffusionDB, from VERSION, seed and index."""
     world = f"mini scenes {VERSION} {seed} {index}" + " truthful" * truthful
     digest = hashlib.sha256(world.encode()).hexdigest()
     return f"{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}.png"
@@ -429,7 +428,7 @@ def draw_pair(job: tuple[int, int, bool]) -> tuple[str, bytes, dict]:
 
 
 def part_bytes(number: int, pairs: list[tuple[str, bytes, dict]]) -> bytes:
-    """One part as DiffusionDB has it: a zip of images and part-00000N.json; the same bytes every time."""
+    """A DiffusionDB part: a zip of images and part-00000N.json, with deterministic bytes."""
     listing = json.dumps({name: entry for name, _, entry in pairs}).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -441,7 +440,7 @@ def part_bytes(number: int, pairs: list[tuple[str, bytes, dict]]) -> bytes:
 
 
 def is_complete(path: Path, names: list[str]) -> bool:
-    """Whether the part at `path` is whole and holds these images."""
+    """Whether the part at `path` is complete and holds these images."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()[:-1] == names
@@ -480,8 +479,8 @@ def build(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed
 
 @contextmanager
 def workers(jobs: int):
-    """A pool of processes, or None where it is not worth it or not possible. Only the parent writes files and
-    hears Ctrl-C; the pool ends with the block."""
+    """Context manager: a process pool, or None if not useful or not possible. Only the parent writes files
+    and handles Ctrl-C."""
     count = min(os.cpu_count() or 1, 8, jobs // 50)
     if count < 2 or multiprocessing.current_process().daemon:
         yield None
@@ -496,7 +495,7 @@ def workers(jobs: int):
 
 
 def bracketed(prompt: str, undrawn: Sequence[str]) -> str:
-    """A prompt with the words that its picture does not show in brackets behind it."""
+    """A prompt followed by its undrawn words in brackets."""
     return prompt + (f" [{', '.join(undrawn)}]" if undrawn else "")
 
 
@@ -519,7 +518,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mini.scenes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", metavar="PNG", help="draw pictures with their prompts and [undrawn words]")
-    parser.add_argument("--n", type=positive, default=64, help="how many scenes on the sheet (default 64)")
+    parser.add_argument("--n", type=positive, default=64, help="scenes on the sheet (default 64)")
     parser.add_argument("--seed", type=int, default=0,
                         help="which world: the same seed gives the same scenes everywhere (default 0)")
     parser.add_argument("--build", metavar="FOLDER",

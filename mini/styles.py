@@ -14,7 +14,7 @@ from mini.pen import blend, floats, picture, stream, unit_grid
 
 @lru_cache(maxsize=64)
 def patches(kind: str, n: int, variant: int) -> tuple[np.ndarray, int]:
-    """A map (n, n) of patch numbers, and how many there are: triangles, tiles, cells or brush strokes."""
+    """A map (n, n) of patch numbers, and their count: triangles, tiles, cells or brush strokes."""
     rng, image = stream(n, variant), Image.new("I", (n, n))
     draw, count = ImageDraw.Draw(image), 0
     if kind == "cells":
@@ -74,13 +74,13 @@ def highest(rgb: np.ndarray) -> np.ndarray:
 
 
 def margin(n: int) -> np.ndarray:
-    """How far each pixel (n, n) is from the picture's border, 0 to 0.5."""
+    """Distance of each pixel (n, n) from the picture's border, 0 to 0.5."""
     x, y = unit_grid(n)
     return np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y))
 
 
 def edges(image: Image.Image) -> np.ndarray:
-    """How strongly colours change (n, n), 0 to about 255, one unit wide per 64 pixels."""
+    """Strength of colour edges (n, n), 0 to about 255, one unit wide per 64 pixels."""
     rgb, step = floats(image), max(1, image.width // 64)
     change = np.zeros(rgb.shape[:2], np.float32)
     change[step:] += highest(np.abs(rgb[step:] - rgb[:-step]))

@@ -357,7 +357,7 @@ def draw_ghost(p: Pen):
 
 @dataclass(frozen=True)
 class Shape:
-    """How a subject is drawn, the colour it has when none is said, and whether it hovers."""
+    """A subject's drawing function, default colour, and whether it hovers."""
     draw: Callable[[Pen], None]
     colour: str
     hovers: bool = False
@@ -382,7 +382,7 @@ SHAPES = {
 
 
 # ---------------------------------------------------------------------------------------------- the materials
-# Each paints rgb (n, n, 3) anew, given unit coordinates x, y (n, n) and a random phase.
+# Each repaints rgb (n, n, 3), given unit coordinates x, y (n, n) and a random phase.
 
 def contrast(rgb):
     """Cream beside dark paint, a deep tone of itself beside bright paint."""

@@ -1,4 +1,4 @@
-"""How trained miniatures are written: float16 safetensors and config.json under the published names."""
+"""Files of trained miniatures: float16 safetensors and config.json under the published names."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One architecture a file. A model knows the names its published checkpoint uses and nothing about files."""
+"""One architecture a file. A model uses its published checkpoint's names and does not read files."""

@@ -1,4 +1,4 @@
-"""BERT, and the sentence encoder all-MiniLM-L6-v2 that makes the regression targets.
+"""BERT, and all-MiniLM-L6-v2, the sentence encoder of the regression targets.
 
 Home dialect: Hugging Face's BertModel without pooler (`encoder.layer.0.attention.self.query`).
 Devlin et al., BERT, 2019; Reimers and Gurevych, Sentence-BERT, 2019.
@@ -38,7 +38,7 @@ CONFIGS: dict[str, BertConfig] = {
 }
 
 MAX_TOKENS = 256  # with [CLS] and [SEP]; all-MiniLM-L6-v2, sentence_bert_config.json: max_seq_length
-TOKENISE_AT_ONCE = 8192  # sentences: enough to keep the tokenizer's threads busy, and small in memory
+TOKENISE_AT_ONCE = 8192  # sentences: large enough for the tokenizer's threads, small in memory
 
 
 class Layer(nn.Module):
@@ -112,14 +112,14 @@ class SentenceEncoder(Bert):
         batch_size: int = 64,
         progress: Callable[[Iterable], Iterable] | None = None,
     ) -> Tensor:
-        """Unit rows (len(sentences), D), float32 on the CPU, in the order given.
+        """Unit rows (len(sentences), D), float32 on the CPU, in the order of `sentences`.
 
-        Computed where the weights are, on at most 256 tokens a sentence. `progress` wraps the batches, as
-        `tqdm` does. Raises ValueError without a tokenizer.
+        Computed on the weights' device, from at most 256 tokens per sentence. `progress` wraps the batches,
+        as `tqdm` does. Raises ValueError without a tokenizer.
         """
         ids, counts = self._tokenise(sentences)
         starts = counts.cumsum(0) - counts
-        # Longest first: neighbours need little padding, and a batch too large for memory fails at once.
+        # Longest first: little padding, and an out-of-memory batch fails at once.
         order = counts.argsort(descending=True, stable=True)
         batches = order.split(batch_size) if len(order) else ()
         out = torch.empty(len(sentences), self.config.hidden_size, dtype=torch.float32)
@@ -134,7 +134,7 @@ class SentenceEncoder(Bert):
         return out
 
     def _tokenise(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
-        """All sentences' token ids one after another, and the number of tokens of each."""
+        """The concatenated token ids of all sentences, and the number of tokens of each."""
         if self.tokenizer is None:
             raise ValueError("SentenceEncoder has no tokenizer: set it, or use weights.load('minilm')")
         self.tokenizer.no_padding()

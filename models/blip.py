@@ -1,7 +1,7 @@
-"""BLIP's captioner: a ViT reads the image, a BERT with cross-attention in every layer writes the caption.
+"""BLIP's captioner: a ViT for the image, and a BERT with cross-attention in every layer for the caption.
 
 Home dialect: Hugging Face's BlipForConditionalGeneration as published, without `cls.predictions.decoder`,
-which is the word embeddings once more. Li et al., BLIP: Bootstrapping Language-Image Pre-training, 2022.
+which is tied to the word embeddings. Li et al., BLIP: Bootstrapping Language-Image Pre-training, 2022.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ KeysValues = tuple[Tensor, Tensor]  # of one layer, (B, N, D) each
 class BLIPConfig:
     """Sizes: `vision_` or `text_`, and the names in that half of the published `config.json`.
 
-    A caption begins with text_bos_token_id, [DEC], and ends with text_sep_token_id, [SEP]; the file's
-    `eos_token_id` is used by neither BLIP nor transformers.
+    A caption begins with text_bos_token_id, [DEC], and ends with text_sep_token_id, [SEP]; `eos_token_id` of
+    the file is unused in BLIP and transformers.
     """
 
     vision_hidden_size: int
@@ -44,7 +44,7 @@ class BLIPConfig:
     text_sep_token_id: int
 
 
-# What both published captioners share
+# Settings common to both published captioners
 _PUBLISHED = dict(
     vision_image_size=384, vision_patch_size=16, vision_layer_norm_eps=1e-5,
     text_vocab_size=30524, text_hidden_size=768, text_intermediate_size=3072, text_num_hidden_layers=12,
@@ -62,7 +62,7 @@ CONFIGS: dict[str, BLIPConfig] = {
         vision_hidden_size=1024, vision_intermediate_size=4096, vision_num_hidden_layers=24,
         vision_num_attention_heads=16, **_PUBLISHED,
     ),
-    # Ours; the words are those of mini/blip-mini/vocab.txt, with [DEC] and [ENC] behind them
+    # Ours; the words of mini/blip-mini/vocab.txt, then [DEC] and [ENC]
     "blip-mini": BLIPConfig(
         vision_hidden_size=128, vision_intermediate_size=512, vision_num_hidden_layers=3,
         vision_num_attention_heads=2, vision_image_size=64, vision_patch_size=8, vision_layer_norm_eps=1e-5,
@@ -92,7 +92,7 @@ class VisionLayer(nn.Module):
 
 
 def _attention_names(width: int, source: int, eps: float) -> Namespace:
-    """BERT's names of one attention: queries of width `width` that read states of width `source`."""
+    """BERT's names of one attention: queries of width `width`, keys and values from width `source`."""
     return Namespace(
         self=Namespace(
             query=nn.Linear(width, width), key=nn.Linear(source, width), value=nn.Linear(source, width)
@@ -102,7 +102,7 @@ def _attention_names(width: int, source: int, eps: float) -> Namespace:
 
 
 class TextLayer(nn.Module):
-    """Post-norm transformer layer that reads the words so far and the image."""
+    """Post-norm transformer layer with causal self-attention and cross-attention to the image."""
 
     def __init__(self, config: BLIPConfig):
         super().__init__()
@@ -153,7 +153,8 @@ class BLIP(nn.Module):
         words = nn.Embedding(vocabulary, width, padding_idx=config.text_pad_token_id)
         places = nn.Embedding(config.text_max_position_embeddings, width)
         for table in (words, places):
-            nn.init.normal_(table.weight, std=0.02)  # torch's 1 is too large for words that are the head too
+            # torch's default of 1 is too large, because the head shares these weights
+            nn.init.normal_(table.weight, std=0.02)
         layers = [TextLayer(config) for _ in range(config.text_num_hidden_layers)]
         head = Namespace(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=eps))
         self.text_decoder = Namespace(
@@ -185,20 +186,20 @@ class BLIP(nn.Module):
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """Images and their captions' ids (B, N) -> logits (B, N, V) of the token after each.
 
-        No word reads what follows it, so padding at the end needs no mask; leave it out of the loss.
+        Attention is causal, so padding at the end needs no mask; exclude it from the loss.
         """
         x, _ = self._states(ids, self._image_keys_values(self.encode_image(images)), None)
         return self._logits(x)
 
     def _image_keys_values(self, states: Tensor) -> list[KeysValues]:
-        """What each layer's cross-attention reads of the images: computed once, whatever is written."""
+        """Cross-attention keys and values of the images, computed once per image."""
         read = [layer.crossattention.self for layer in self.text_decoder.bert.encoder.layer]
         return [(names.key(states), names.value(states)) for names in read]
 
     def _states(
         self, ids: Tensor, image: list[KeysValues], past: list[KeysValues] | None
     ) -> tuple[Tensor, list[KeysValues]]:
-        """New ids (B·beams, N) behind those of the cache `past` -> their states, the grown cache."""
+        """States of new ids (B·beams, N) appended to the cache `past`, and the extended cache."""
         names, present = self.text_decoder.bert.embeddings, []
         start = past[0][0].shape[1] if past else 0
         end, most = start + ids.shape[1], self.config.text_max_position_embeddings
@@ -217,7 +218,7 @@ class BLIP(nn.Module):
         return F.linear(x, words.weight, names.bias)
 
     def generate(self, images: Tensor, prompt: str = "a picture of ", **settings: Any) -> list[str]:
-        """Images (B, 3, H, W) -> what the model writes behind the prompt, as BLIP's own code gives it.
+        """Images (B, 3, H, W) -> the text after the prompt, as in BLIP's own code.
 
         `settings` and their defaults as in `generate_ids`. Raises ValueError without a tokenizer.
         """
@@ -235,10 +236,10 @@ class BLIP(nn.Module):
         max_length: int = 20, length_penalty: float = 1.0,
     ) -> Tensor:
         """Images and prompts (B or 1, n), [CLS] ... [SEP], as BERT's tokenizer gives them -> captions
-        [DEC] ... [SEP], (B, N), the shorter ones filled up; token for token what transformers generates.
+        [DEC] ... [SEP], (B, N), padded; equal to transformers' output token by token.
 
         [CLS] becomes [DEC] and the prompt's [SEP] is cut. Lengths count prompt, [DEC] and [SEP]. One beam
-        takes the likeliest token each time. With more, a caption's score is the sum of its new tokens'
+        takes the most probable token each time. With more, a caption's score is the sum of its new tokens'
         log-probabilities over their number to the power of length_penalty (early_stopping=False). The
         defaults are BLIP's. Raises ValueError for padded prompts, and for those that leave no room below
         max_length.
@@ -259,10 +260,10 @@ class BLIP(nn.Module):
         self, image: list[KeysValues], prompt: Tensor, beams: int, min_length: int, max_length: int,
         length_penalty: float,
     ) -> Tensor:
-        """Beam search: each image's best `beams` unfinished captions go on, its best finished are kept."""
+        """Beam search: keep the best `beams` unfinished captions and the best finished ones per image."""
         end = self.config.text_sep_token_id
         fill = self.config.text_pad_token_id
-        fill = fill if beams == 1 else fill or end  # to transformers' beam search a padding id of 0 is none
+        fill = fill if beams == 1 else fill or end  # transformers' beam search ignores a padding id of 0
         images, start = prompt.shape
         first = torch.arange(images, device=prompt.device)[:, None]
         running = prompt[:, None]                                 # (B, 1, N), later (B, beams, N)
@@ -278,13 +279,14 @@ class BLIP(nn.Module):
             if length <= min_length:
                 steps[:, :, end] = -torch.inf
 
-            # Each beam can end in one way: of twice as many candidates enough go on
+            # Each beam can end in one way, so twice as many candidates leave enough unfinished
             best, place = (scores[:, :, None] + steps).flatten(1).topk(2 * beams)
             parent, token = place // steps.shape[-1], place % steps.shape[-1]             # (B, 2·beams)
             grown = torch.cat([_pick(running, parent), token[:, :, None]], dim=2)         # (B, 2·beams, N)
             ends = (token == end) | (length == max_length)
 
-            # Only what ends among the best `beams`, and only where the search still hopes, counts as finished
+            # A caption counts as finished only if it ends among the best `beams` and its image is still
+            # active
             normed = best / (length - start) ** length_penalty
             normed = normed.masked_fill(~(ends & hopeful[:, None]), -torch.inf)[:, :beams]
             finished_scores, kept = torch.cat([finished_scores, normed], dim=1).topk(beams)
@@ -296,8 +298,8 @@ class BLIP(nn.Module):
             running, rows = _pick(grown, kept), (rows + parent.gather(1, kept)).flatten()
             new, past = running[:, :, -1].reshape(-1, 1), [(k[rows], v[rows]) for k, v in past]
 
-            # The best that goes on is judged by its length now: once hopeless, an image stays so; with one
-            # beam from its first end on, as what goes on was less likely
+            # The best unfinished caption is scored at its current length; an image whose finished captions
+            # beat it is done
             hope = scores[:, 0] / (length - start) ** length_penalty > finished_scores[:, -1]
             hopeful = hopeful & hope
             if not hopeful.any():

@@ -1,4 +1,4 @@
-"""CLIP: the text tower, as Stable Diffusion reads it, and the visual tower with its projection.
+"""CLIP: the text tower, as used in Stable Diffusion, and the visual tower with its projection.
 
 Home dialect: Hugging Face's. The text tower is the `text_encoder` folder of the published Stable Diffusion
 models, `text_model.` included; the visual tower is CLIPVisionModelWithProjection, `vision_model.` included.
@@ -97,7 +97,7 @@ VISION_CONFIGS: dict[str, CLIPVisionConfig] = {
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    """OpenAI trained with quick_gelu, LAION with the exact gelu; nothing in the weights tells which."""
+    """OpenAI trained with quick_gelu, LAION with the exact gelu; the weights do not show which."""
     if name == "quick_gelu":
         return quick_gelu
     if name == "gelu":
@@ -146,7 +146,7 @@ class CLIPText(nn.Module):
         self.config = config
         width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
         act, eps = config.hidden_act, config.layer_norm_eps
-        _activation(act)  # a misspelt name must fail here, not at the first batch
+        _activation(act)  # fail here on an unknown activation, not at the first batch
         layers = (EncoderLayer(width, inner, heads, act, eps) for _ in range(config.num_hidden_layers))
         self.text_model = Namespace(
             embeddings=Namespace(
@@ -160,7 +160,7 @@ class CLIPText(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, N), N at most 77 -> the last layer's states after the final norm, (B, N, D).
 
-        Attention is causal and reads padding like any token: Stable Diffusion was trained without a mask.
+        Attention is causal and includes padding tokens, as Stable Diffusion was trained without a mask.
         """
         text = self.text_model
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -176,15 +176,15 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class CLIPVision(nn.Module):
-    """Images to CLIP's image embeddings. With `checkpointing`, training computes each layer twice and keeps
-    only what passes between them."""
+    """Images to CLIP's image embeddings. With `checkpointing`, training stores only layer inputs and
+    recomputes activations in the backward pass."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.config, self.width, self.checkpointing = config, config.projection_dim, False
         width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
         act, eps, patch = config.hidden_act, config.layer_norm_eps, _pair(config.patch_size)
-        _activation(act)  # a misspelt name must fail here, not at the first batch
+        _activation(act)  # fail here on an unknown activation, not at the first batch
         self.image_size = _pair(config.image_size)
         tokens = 1 + (self.image_size[0] // patch[0]) * (self.image_size[1] // patch[1])
         layers = (EncoderLayer(width, inner, heads, act, eps) for _ in range(config.num_hidden_layers))
@@ -202,7 +202,7 @@ class CLIPVision(nn.Module):
         embeddings = self.vision_model.embeddings
         embeddings.class_embedding = nn.Parameter(torch.empty(width))
         for table in (embeddings.class_embedding, embeddings.position_embedding.weight):
-            nn.init.normal_(table, std=width**-0.5)  # OpenAI's; torch's 1 would drown the patches
+            nn.init.normal_(table, std=width**-0.5)  # OpenAI's initialisation; torch's default 1 is too large
         self.visual_projection = nn.Linear(width, config.projection_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -210,8 +210,8 @@ class CLIPVision(nn.Module):
         length. Raises ValueError for images of another size than the model's.
         """
         if images.shape[-2:] != self.image_size:
-            given, wanted = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
-            raise ValueError(f"images are {given}, this CLIP takes {wanted} (height x width)")
+            actual, wanted = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
+            raise ValueError(f"images are {actual}, this CLIP takes {wanted} (height x width)")
         vision = self.vision_model
         patches = vision.embeddings.patch_embedding(images).flatten(2).transpose(1, 2)   # (B, N - 1, D)
         first = vision.embeddings.class_embedding.expand(len(images), 1, -1)             # (B, 1, D)

@@ -1,6 +1,6 @@
-"""What several architectures share: stateless functions, and a class that only gives names.
+"""Shared parts of the architectures: stateless functions, and a class that only adds names.
 
-No blocks live here, so that every model file can be read beside its own checkpoint.
+It holds no blocks, so that every model file can be read beside its own checkpoint.
 Letters used in all of models/: B batch, N tokens, D width, H heads, C channels, V vocabulary; h, w a grid's
 height and width (H, W a picture's).
 """
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Namespace(nn.Module):
-    """A module without a forward: it only puts `name.` before the keys of its children."""
+    """A module without a forward: it only adds the prefix `name.` to its children's keys."""
 
     def __init__(self, /, **children: nn.Module):  # BERT has a child that is called `self`
         super().__init__()
@@ -37,7 +37,7 @@ def attention(
 
 
 def run(block: nn.Module, *inputs: Any, recompute: bool) -> Any:
-    """block(*inputs). With `recompute` only the inputs are kept, and going back computes the block again."""
+    """block(*inputs). With `recompute` only inputs are stored; the backward pass recomputes the block."""
     return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
 
 
@@ -50,7 +50,7 @@ def timestep_embedding(timesteps: Tensor, width: int, max_period: float = 10000.
     """Sinusoids of (B,) timesteps -> (B, width) float32: all cosines, then all sines (LDM's order).
 
     `width` is even; frequencies fall geometrically from 1 towards 1 / max_period. Computed in float32 in
-    every model: the published ones were trained so, and half precision cannot hold such angles.
+    every model, as in the published training: half precision is too coarse for such angles.
     """
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)

@@ -19,7 +19,7 @@ class SwinConfig:
     """Sizes, under the names of timm's arguments.
 
     window_size is one for all stages or one per stage; a grid that is smaller shrinks it. version is 1 or 2.
-    pretrained_window_sizes is version 2's, one per stage: the window before fine-tuning to a larger one, 0 if
+    pretrained_window_sizes is version 2's, one per stage: the pretraining window of a fine-tuned model; 0 if
     there was none; () in version 1.
     """
 
@@ -56,33 +56,33 @@ CONFIGS: dict[str, SwinConfig] = {
     "swinv2-mini": replace(_MINI, version=2, pretrained_window_sizes=(0, 0, 0)),
 }
 
-# Added to a score instead of minus infinity, so a head of version 2 whose logit_scale is at its bound sees
-# through it. (transformers adds it twice in version 2; Microsoft's code and timm once.)
+# Added to a score instead of minus infinity, so it does not mask completely for a version 2 head whose
+# logit_scale is at its bound. (transformers adds it twice in version 2; Microsoft's code and timm once.)
 MASKED = -100.0
 Pair = tuple[int, int]  # height, width
 
 
 def stage_windows(config: SwinConfig) -> tuple[int, ...]:
-    """The window that each stage has where its grid is large enough."""
-    given = config.window_size
-    return (given,) * len(config.depths) if isinstance(given, int) else given
+    """The window of each stage whose grid is large enough."""
+    window = config.window_size
+    return (window,) * len(config.depths) if isinstance(window, int) else window
 
 
 def stage_grids(config: SwinConfig) -> list[Pair]:
-    """Each stage's grid. What does not fill a patch at an image's edge is left out; odd grids are padded."""
+    """Each stage's grid. Incomplete patches at an image's edge are dropped; odd grids are padded."""
     h, w = (size // patch for size, patch in zip(config.img_size, config.patch_size, strict=True))
     return [(math.ceil(h / 2**i), math.ceil(w / 2**i)) for i in range(len(config.depths))]
 
 
 def _device() -> torch.device:
-    """Where the three tables below are computed: the stages hold them as buffers, which no checkpoint has, so
-    they must be real where loading builds the rest of the model on the meta device."""
+    """The device of the three tables below. The stages hold them as buffers, which no checkpoint has, so they
+    must be real when loading builds the rest of the model on the meta device."""
     default = torch.get_default_device()
     return torch.device("cpu") if default.type == "meta" else default
 
 
 def relative_index(window: Pair) -> Tensor:
-    """Which of the (2h-1)(2w-1) offsets leads from place j of a window to place i: (N, N) int64, N = hw."""
+    """Number, below (2h-1)(2w-1), of the offset from place j of a window to place i: (N, N) int64, N = hw."""
     h, w = window
     place = torch.arange(h * w, device=_device())
     row, column = place // w, place % w
@@ -92,8 +92,8 @@ def relative_index(window: Pair) -> Tensor:
 def log_offsets(window: Pair, pretrained: int) -> Tensor:
     """Version 2's offsets within a window, spaced by their logarithm: ((2h-1)(2w-1), 2) float32.
 
-    What counts as 1 is the width of the window that was *pretrained*, so that a larger one continues the same
-    scale (section 3.3). In float32 whatever the model's precision: so were the published ones trained.
+    The unit is the width of the *pretraining* window, so that a larger window continues the same scale
+    (section 3.3). In float32 at any precision of the model, as in the published training.
     """
     axes = []
     for size in window:
@@ -104,7 +104,7 @@ def log_offsets(window: Pair, pretrained: int) -> Tensor:
 
 
 def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
-    """Keeps apart, in windows of the shifted grid, what came from opposite edges of the picture.
+    """Mask that separates opposite image edges within windows of the shifted grid.
 
     (windows, 1, N, N), MASKED or 0.
     """
@@ -200,19 +200,20 @@ class Block(nn.Module):
         if self.version == 1:
             x = x + self._attend(self.norm1(x), index, offsets, mask)
             return x + self._mlp(self.norm2(x))
-        # Version 2 norms what a branch adds, not what it reads: without that, activations grow with depth.
+        # Version 2 normalises the branch's output instead of its input; this limits activation growth with
+        # depth.
         x = x + self.norm1(self._attend(x, index, offsets, mask))
         return x + self.norm2(self._mlp(x))
 
     def _attend(self, x: Tensor, index: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Shift, cut into windows, attend, and all of it back."""
+        """Shifted-window attention on the grid."""
         (h, w), (down, right) = x.shape[1:3], self.shift
         bottom, side = -h % self.window[0], -w % self.window[1]
         if down or right:
             x = x.roll((-down, -right), dims=(1, 2))
         if bottom or side:
-            # timm's way: zeros behind the last row and column *after* the shift, and nothing hides them from
-            # the attention. (transformers pads before the shift.)
+            # As in timm: zeros after the last row and column *after* the shift, not masked in the attention.
+            # (transformers pads before the shift.)
             x = F.pad(x, (0, 0, 0, side, 0, bottom))
         grid = (h + bottom, w + side)
         x = self.attn(partition(x, self.window), index, offsets, mask if down or right else None)
@@ -224,7 +225,7 @@ class Block(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one place of twice the width: (B, h, w, D) -> (B, h/2, w/2, 2 D)."""
+    """Merge 2 x 2 neighbours into one place of twice the width: (B, h, w, D) -> (B, h/2, w/2, 2 D)."""
 
     def __init__(self, version: int, width: int):
         super().__init__()
@@ -243,13 +244,13 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks on one grid; all but the first stage make it by merging patches of the last."""
+    """Blocks on one grid; all but the first stage merge the patches of the previous one."""
 
     def __init__(self, config: SwinConfig, number: int):
         super().__init__()
         grid, full = stage_grids(config)[number], stage_windows(config)[number]
         width, heads = config.embed_dim * 2**number, config.num_heads[number]
-        # Where the grid is not larger than the window, the grid is the window and there is nothing to shift.
+        # If the grid is not larger than the window, the grid is the window, without a shift.
         window = (min(grid[0], full), min(grid[1], full))
         shift = tuple(full // 2 if size > side else 0 for size, side in zip(grid, window, strict=True))
         self.downsample = PatchMerging(config.version, width // 2) if number else nn.Identity()
@@ -297,8 +298,8 @@ class Swin(nn.Module):
         Raises ValueError for images of another size.
         """
         if images.shape[2:] != self.config.img_size:
-            given, wanted = ("x".join(map(str, size)) for size in (images.shape[2:], self.config.img_size))
-            raise ValueError(f"images are {given}, this Swin takes {wanted} (height x width)")
+            actual, wanted = ("x".join(map(str, size)) for size in (images.shape[2:], self.config.img_size))
+            raise ValueError(f"images are {actual}, this Swin takes {wanted} (height x width)")
         x = self.patch_embed.proj(images).permute(0, 2, 3, 1)                    # (B, h, w, D)
         x = self.patch_embed.norm(x)
         for stage in self.layers:

@@ -1,8 +1,8 @@
 """Stable Diffusion's U-Net: latents, a timestep and a text's states in, the noise in the latents out.
 
 Home dialect: `model.diffusion_model.` of the published LDM checkpoints, without that prefix.
-Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022. Reverse Stable
-Diffusion takes the first half, up to and with the middle block, as its white-box backbone: `UNetEncoder`.
+Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022. The white-box backbone of
+Reverse Stable Diffusion is the first half, middle block included: `UNetEncoder`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from models.layers import Namespace, attention, run, timestep_embedding
 class UNetConfig:
     """Sizes, under LDM's names but for `attention_levels`: levels (0 = finest) with spatial transformers.
 
-    Exactly one of `num_heads` (so many everywhere) and `num_head_channels` (so wide everywhere) is given.
+    Exactly one of `num_heads` and `num_head_channels` is set; it holds for all levels.
     """
 
     in_channels: int
@@ -87,7 +87,7 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens (B, N, D) read the context (B, M, context_dim), or themselves where there is none."""
+    """Attention of tokens (B, N, D) to the context (B, M, context_dim), or to themselves without one."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
@@ -191,9 +191,9 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """One entry of `input_blocks`, `middle_block` or `output_blocks`: hands each layer what it reads.
+    """One entry of `input_blocks`, `middle_block` or `output_blocks`: passes each layer its inputs.
 
-    `size` is the grid that an Upsample in it makes: that of the next skip, so that odd sizes meet again.
+    `size` is the grid that an Upsample in it makes: that of the next skip, so that odd sizes match.
     """
 
     def forward(self, h: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
@@ -212,8 +212,8 @@ class Stage(nn.ModuleList):
 class UNetEncoder(nn.Module):
     """The first half of the U-Net: the paper's backbone.
 
-    `width` is the number of channels that `encode` gives, `skip_widths` those of the input blocks' outputs.
-    With `checkpointing` training keeps only the blocks' inputs and computes the rest again going back.
+    `width` is the number of channels of `encode`'s output, `skip_widths` those of the input blocks' outputs.
+    With `checkpointing` training stores only block inputs and recomputes activations in the backward pass.
     """
 
     def __init__(self, config: UNetConfig):

@@ -17,7 +17,7 @@ from models.layers import Namespace, attention
 class VAEConfig:
     """Sizes, under LDM's `ddconfig` names.
 
-    The U-Net reads latents times `scale_factor`; no method of the VAE applies it.
+    The U-Net reads latents times `scale_factor`; the VAE's methods do not apply it.
     """
 
     ch: int
@@ -40,7 +40,7 @@ _STABLE_DIFFUSION = VAEConfig(
 CONFIGS: dict[str, VAEConfig] = {
     "sd-1": _STABLE_DIFFUSION,
     "sd-2": _STABLE_DIFFUSION,
-    # Ours. The factor is one over the latents' deviation, known only after training: see the trained file.
+    # Ours. scale_factor is 1 / standard deviation of the latents; the trained config.json holds it.
     "sd-mini": VAEConfig(
         ch=16, ch_mult=(1, 2, 4, 8), num_res_blocks=1, in_channels=3, out_ch=3, z_channels=4, embed_dim=4,
         scale_factor=1.0, norm_groups=8,
@@ -97,7 +97,7 @@ def _middle(channels: int, groups: int) -> Namespace:
 
 
 class Encoder(nn.Module):
-    """Pictures (B, in_channels, H, W) -> (B, 2 z_channels, H/8, W/8), what `quant_conv` reads."""
+    """Pictures (B, in_channels, H, W) -> (B, 2 z_channels, H/8, W/8), the input of `quant_conv`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """The autoencoder. Pictures are (B, 3, H, W) in [-1, 1], H and W multiples of 8; latents (B, 4, h, w).
 
-    Other sizes are rounded down to a multiple of 8 on the way, by the strided convolutions.
+    The strided convolutions round other sizes down to a multiple of 8.
     """
 
     def __init__(self, config: VAEConfig):
@@ -176,7 +176,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, kernel_size=1, padding=0)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and log variance, each (B, 4, H/8, W/8); the log variance is cut to [-30, 20]."""
+        """Posterior mean and log variance, each (B, 4, H/8, W/8); log variance clamped to [-30, 20]."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, torch.clamp(logvar, -30.0, 20.0)
 
@@ -185,5 +185,5 @@ class VAE(nn.Module):
         return self.moments(images)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, h, w), without `config.scale_factor` -> pictures (B, 3, 8h, 8w), not cut."""
+        """Latents (B, 4, h, w), without `config.scale_factor` -> pictures (B, 3, 8h, 8w), not clamped."""
         return self.decoder(self.post_quant_conv(latents))

@@ -1,4 +1,4 @@
-"""The Vision Transformer: a picture's patches as words, read by a pre-norm transformer.
+"""The Vision Transformer: a pre-norm transformer over image patches.
 
 Home dialect: timm's VisionTransformer without its head (`blocks.0.attn.qkv`).
 Dosovitskiy et al., An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale, 2021.
@@ -18,10 +18,10 @@ class ViTConfig:
     """Sizes, under the names of timm's arguments; pixels are (height, width).
 
     hidden_features  the MLP's width (a ratio cannot express every width)
-    class_token      whether a learned token stands before the patches
-    global_pool      what the features are: "token" (the class token) or "avg" (the mean over the patches)
+    class_token      whether a learned token precedes the patches
+    global_pool      the features: "token" (the class token) or "avg" (the mean over the patches)
     fc_norm          whether the last norm comes after the pooling (`fc_norm`) and not before it (`norm`)
-    norm_eps         1e-6 in timm and the original, 1e-12 in what Hugging Face publishes
+    norm_eps         1e-6 in timm and the original, 1e-12 in Hugging Face's files
     """
 
     img_size: tuple[int, int]
@@ -82,9 +82,9 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images to the features that timm's classifier would read: no head, no dropout.
+    """Images to the features before timm's classifier: no head, no dropout.
 
-    With `checkpointing`, training computes each block twice and keeps only what passes between them.
+    With `checkpointing`, training stores only block inputs and recomputes activations in the backward pass.
     """
 
     def __init__(self, config: ViTConfig):
@@ -95,7 +95,7 @@ class ViT(nn.Module):
         (height, width), patch = config.img_size, config.patch_size
         tokens = int(config.class_token) + (height // patch[0]) * (width // patch[1])
         self.patch_embed = Namespace(
-            # Without padding: pixels behind the last whole patch are not looked at.
+            # Without padding: pixels beyond the last whole patch are ignored.
             proj=nn.Conv2d(config.in_chans, self.width, kernel_size=patch, stride=patch, padding=0)
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width)) if config.class_token else None
@@ -112,8 +112,8 @@ class ViT(nn.Module):
         """
         config = self.config
         if images.shape[-2:] != config.img_size:
-            given, wanted = ("x".join(map(str, size)) for size in (images.shape[-2:], config.img_size))
-            raise ValueError(f"images are {given}, this ViT takes {wanted} (height x width)")
+            actual, wanted = ("x".join(map(str, size)) for size in (images.shape[-2:], config.img_size))
+            raise ValueError(f"images are {actual}, this ViT takes {wanted} (height x width)")
         x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)          # (B, h·w, D)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D), N = 1 + h·w

@@ -1,4 +1,4 @@
-"""The tables of rows.py: their numbers from finished runs, and these as Markdown beside the paper's."""
+"""Numbers of the tables of rows.py, from finished runs, and their Markdown beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS += ("train_blocks", "captions")
 
 
 def row_cosines(plan: Plan, row: Row, seed: int, like: Member) -> tuple[np.ndarray, dict]:
-    """The cosine of each test pair (n,) by a row's method, and what the method chose on validation.
+    """(cosine of each test pair (n,), settings chosen on validation) by a row's method.
 
     Slow results are cached in the runs' folder, keyed by a hash of their inputs and the method's version.
     `like`: a member whose pairs all members must have.
@@ -99,7 +99,7 @@ def compute_table(table: Table, plan: Plan) -> dict:
 
 
 def run_settings(plan: Plan, run: RunName) -> dict:
-    """How a run was trained, and the seconds that it took with each seed."""
+    """Training settings of a run and its seconds by seed."""
     config = saved_fields(plan.run_folder(run, plan.seeds[0]))
     results = [json.loads((plan.run_folder(run, seed) / "result.json").read_text()) for seed in plan.seeds]
     settings = {name: config.get(name) for name in SETTINGS}

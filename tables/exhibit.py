@@ -1,4 +1,4 @@
-"""What tables and figures have in common: how they are described, stated and written."""
+"""Shared parts of tables and figures: provenance, Markdown, writing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A table or figure. `runs`: to be trained for it. `compute`: its numbers, as JSON holds them, and under
-    "files" the bytes of further files by name. `text`: the numbers and their provenance as Markdown.
+    """A table or figure. `runs`: its trainings. `compute`: its numbers for JSON, and under "files" the bytes
+    of further files by name. `text`: the numbers and their provenance as Markdown.
     `needs_probe`: only the embedded default data allow it."""
 
     runs: tuple[RunName, ...]
@@ -44,7 +44,7 @@ class Exhibit:
 
 
 def provenance(plan: Plan) -> dict:
-    """Where the numbers of a results file come from."""
+    """Provenance fields of every results file."""
     return {
         "command": plan.command,
         "date": datetime.date.today().isoformat(),
@@ -96,7 +96,7 @@ def page(title: str, *parts: str) -> str:
 
 
 def markdown(header: str, rows: Iterable[Sequence[object]]) -> str:
-    """A table; `header` holds the names of the columns as "a | b | c". Floats are written by `short`."""
+    """A Markdown table; `header` names the columns: "a | b | c". `short` formats floats."""
     lines = [f"| {header} |", "|---" * len(header.split(" | ")) + "|"]
     for row in rows:
         cells = (short(cell) if cell is None or isinstance(cell, float) else str(cell) for cell in row)

@@ -1,4 +1,4 @@
-"""Figures 9 and 11: their numbers from finished runs, and these as Markdown."""
+"""Numbers of figures 9 and 11, from finished runs, and their Markdown."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def undrawn_share(prompt: str, undrawn: Sequence[str]) -> float:
 
 
 def compute_figure_9(plan: Plan) -> dict:
-    """The mean difficulty of easy, medium and hard pairs; its correlation with the share of words that the
-    pictures do not show, if the data record them as mini scenes do; and a sheet of examples."""
+    """The mean cosine of easy, medium and hard pairs; the correlation of difficulty (minus the easiness) with
+    the share of undrawn words, if the data record it as mini scenes do; and a sheet of examples."""
     figure = {"sheet": f"{SHEET_RUN.name}, seed {plan.seeds[0]}", "runs": {}}
     for seed in plan.seeds:
         # Every backbone has the same pairs; the ViT's need the least work.
@@ -39,15 +39,15 @@ def compute_figure_9(plan: Plan) -> dict:
         undrawn = [pairs.meta[i].get("undrawn", ()) for i in rows]
         share = np.array([undrawn_share(pairs.prompts[i], u) for i, u in zip(rows, undrawn, strict=True)])
         for run in PHASE_1_RUNS:
-            score = reverse_sd.easiness(read_cosines(plan.run_folder(run, seed), prepared))
-            thirds = dict(zip(CHUNKS, reverse_sd.thirds(score), strict=True))
-            entry = {"seed": seed, "n": len(rows), "cosine": means_of(score, thirds)}
+            easiness = reverse_sd.easiness(read_cosines(plan.run_folder(run, seed), prepared))
+            thirds = dict(zip(CHUNKS, reverse_sd.thirds(easiness), strict=True))
+            entry = {"seed": seed, "n": len(rows), "cosine": means_of(easiness, thirds)}
             if recorded:
-                # The score is the cosine, which is high for easy pairs.
-                entry |= rank_correlation(-score, share) | {"undrawn": means_of(share, thirds)}
+                difficulty = -easiness
+                entry |= rank_correlation(difficulty, share) | {"undrawn": means_of(share, thirds)}
             figure["runs"].setdefault(run.name, []).append(entry)
             if run == SHEET_RUN and seed == plan.seeds[0]:
-                figure |= sheet_of(pairs, rows, score, thirds)
+                figure |= sheet_of(pairs, rows, easiness, thirds)
     return figure
 
 
@@ -55,18 +55,20 @@ def means_of(values: np.ndarray, thirds: dict[str, np.ndarray]) -> dict[str, flo
     return {name: float(values[third].mean()) for name, third in thirds.items()}
 
 
-def sheet_of(pairs: data.Pairs, rows: np.ndarray, score: np.ndarray, thirds: dict[str, np.ndarray]) -> dict:
+def sheet_of(
+    pairs: data.Pairs, rows: np.ndarray, easiness: np.ndarray, thirds: dict[str, np.ndarray]
+) -> dict:
     """Eight pairs of each third, drawn at random: as data and as a picture."""
     rng = np.random.default_rng(0)
     picked = {name: rng.choice(third, min(8, len(third)), replace=False) for name, third in thirds.items()}
 
     def example(i: int) -> dict:
         row = rows[i]
-        entry = {"image": pairs.names[row], "prompt": pairs.prompts[row], "cosine": float(score[i])}
+        entry = {"image": pairs.names[row], "prompt": pairs.prompts[row], "cosine": float(easiness[i])}
         return entry | {name: pairs.meta[row][name] for name in ("undrawn",) if name in pairs.meta[row]}
 
     examples = {name: [example(i) for i in chosen] for name, chosen in picked.items()}
-    sheet = difficulty_sheet(pairs, rows, score, list(picked.values()))
+    sheet = difficulty_sheet(pairs, rows, easiness, list(picked.values()))
     return {"examples": examples, "files": {"figure-9.png": sheet}}
 
 

@@ -68,9 +68,9 @@ def prompt_sets(plan: Plan, seed: int) -> dict[str, list[Request]]:
     if plan.drawbench is not None:
         sets["DrawBench"] = [Request(prompt) for prompt in read_drawbench(plan.drawbench)]
     elif mini:
-        sets["DrawBench"] = [Request(asked.prompt, asked.view) for asked in drawbench.prompts(seen)]
+        sets["DrawBench"] = [Request(p.prompt, p.view) for p in drawbench.prompts(seen)]
     else:
-        log.warning("DrawBench is left out: give its file by --drawbench")
+        log.warning("DrawBench is skipped; give its file with --drawbench")
     views = default_views() if mini else {}
     test = [row["prompt"] for row in rows["test"][: MINI_PROMPTS if mini else PROMPTS]]
     return sets | {"test prompts": [Request(prompt, views.get(prompt)) for prompt in test]}
@@ -84,7 +84,7 @@ def read_drawbench(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise data.DataError(f"{path}: cannot be read as DrawBench's CSV ({error})") from error
     if not (prompts := [cell for cell in cells if cell]):
-        raise data.DataError(f"{path}: no column Prompts, or nothing in it; give DrawBench's CSV")
+        raise data.DataError(f"{path}: column Prompts is missing or empty; give DrawBench's CSV")
     return prompts
 
 
@@ -128,16 +128,16 @@ def drawn_by_both(
 def predicted(plan: Plan, seed: int, pictures: np.ndarray) -> np.ndarray:
     """The embeddings (n, E) that the run of a seed predicts from pictures, unit rows."""
     run = reverse_sd.load_run(plan.run_folder(RUN, seed), plan.device)
-    read = reverse_sd.image_predictor(run, plan.device)
+    predict_images = reverse_sd.image_predictor(run, plan.device)
     parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
-    return np.concatenate([read([Image.fromarray(picture) for picture in part])[0] for part in parts])
+    return np.concatenate([predict_images([Image.fromarray(x) for x in part])[0] for part in parts])
 
 
 def words_shown(pictures: np.ndarray, requests: Sequence[Request]) -> np.ndarray:
     """The share of the things in each prompt that the probe finds in its picture, (n,)."""
     probe = naming.load_probe(naming.FOLDER)
     rows = naming.name_pictures(probe, np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
-    shown = [naming.realised(row, request.view) for row, request in zip(rows, requests, strict=True)]
+    shown = [naming.shown_labels(row, request.view) for row, request in zip(rows, requests, strict=True)]
     return np.array([np.mean(list(of.values())) for of in shown])
 
 

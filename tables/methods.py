@@ -1,8 +1,7 @@
-"""The methods by which a table's row predicts: one run, the ensemble of several, DAKL, k-NN, or a captioner.
+"""Predictions of a table's row: one run, the ensemble of several, DAKL, k-NN, or a captioner.
 
-A method takes the finished runs of one seed and returns the test predictions (n, E) and what it chose on
-validation. The predictions of a method with a `version` are cached (compute.py): raise it when the code that
-it calls gives other numbers.
+A method maps the finished runs of one seed to (test predictions (n, E), settings chosen on validation). The
+predictions of a method with a `version` are cached (compute.py): raise it when its numbers change.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Member:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise data.DataError(
-                f"{path}: cannot be read ({error}); write it again by python eval.py {self.folder}"
+                f"{path}: cannot be read ({error}); write it again with python eval.py {self.folder}"
             ) from error
 
     def predicted(self, split: str) -> np.ndarray:
@@ -102,8 +101,8 @@ def fit_ensemble_weights(predictions: Sequence[Tensor], targets: Tensor, iterati
     """Weights (m,) float64, at least 0 and of sum 1, that raise the mean cosine of the weighted mean.
 
     predictions: m tensors (n, E) of validation samples; targets (n, E). Exponentiated gradient from equal
-    weights; a step is taken only if it raises the cosine, so on these samples the result is never worse than
-    the plain mean. Paper: weights are the authors' code's, found by hand; section 4.9 has none.
+    weights; only steps that raise the cosine are kept, so on these samples the result is never worse than the
+    mean. Paper: section 4.9 has no weights; the authors' code has weights chosen by hand.
     """
     members = torch.stack([F.normalize(p.double(), dim=-1) for p in predictions])
     products = torch.einsum("mne,lne->nml", members, members)
@@ -118,8 +117,8 @@ def fit_ensemble_weights(predictions: Sequence[Tensor], targets: Tensor, iterati
     for _ in range(iterations):
         slope = torch.func.grad(cosine)(weights)
         trial = torch.softmax(weights.log() + step * slope, dim=0)
-        if (score := cosine(trial)) > best:
-            weights, best, step = trial, score, step * 2
+        if (value := cosine(trial)) > best:
+            weights, best, step = trial, value, step * 2
         else:
             step /= 4
     return weights
@@ -127,8 +126,8 @@ def fit_ensemble_weights(predictions: Sequence[Tensor], targets: Tensor, iterati
 
 @dataclass(frozen=True)
 class DaklMethod(Method):
-    """DAKL on the runs' mean. Its sources are `k` centroids of the training predictions, or all of these if
-    they are at most k; its targets are the validation and test predictions."""
+    """DAKL on the runs' mean. Its sources are `k` centroids of the training predictions, or all if there are
+    at most k; its targets are the validation and test predictions."""
 
     version: ClassVar = 1
     k: int | None = 10_000
@@ -184,7 +183,7 @@ class KnnMethod(Method):
 
 @dataclass(frozen=True)
 class CaptionerMethod(Method):
-    """The sentence embedding of the caption by a BLIP that is fine-tuned to write the prompt."""
+    """The sentence embedding of a caption by a BLIP that is fine-tuned to write the prompt."""
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
         prepared = prepare(plan.config(CLIP, seed), plan.device)

@@ -44,27 +44,27 @@ def only_default_prompts(name: str) -> bool:
 
 def view_of(probabilities: Tensor) -> scenes.View:
     """The view in a picture by the probe's probabilities (labels,): all labels above one half, at most two
-    things, and the likeliest subject in any case. The probe does not assign colours to things."""
+    things, and always the most probable subject. The probe does not assign colours to things."""
     p = dict(zip(naming.LABELS, probabilities.tolist(), strict=True))
 
-    def read(slot: str) -> list:
-        """Keys, the likeliest first, with None in place of those that are not found."""
+    def keys_of(slot: str) -> list:
+        """Keys, the most probable first; None for those at 1/2 or below."""
         keys = sorted(naming.TABLES[slot], key=lambda key: -p[slot, key])
         return [key if p[slot, key] > 0.5 else None for key in keys]
 
     first = max(naming.TABLES["subject"], key=lambda key: p["subject", key])
-    second = read("subject")[1]
-    things = [scenes.Thing(first, read("colour")[0], read("material")[0])]
+    second = keys_of("subject")[1]
+    things = [scenes.Thing(first, keys_of("colour")[0], keys_of("material")[0])]
     if second:
-        things.append(scenes.Thing(second, read("colour")[1], read("material")[1]))
+        things.append(scenes.Thing(second, keys_of("colour")[1], keys_of("material")[1]))
     return scenes.View(
         tuple(things),
-        count=1 if second else read("count")[0] or 1,
-        relation=read("relation")[0] if second else None,
-        position=None if second else read("position")[0],
-        place=read("place")[0],
-        light=read("light")[0],
-        style=read("style")[0],
+        count=1 if second else keys_of("count")[0] or 1,
+        relation=keys_of("relation")[0] if second else None,
+        position=None if second else keys_of("position")[0],
+        place=keys_of("place")[0],
+        light=keys_of("light")[0],
+        style=keys_of("style")[0],
     )
 
 
@@ -91,13 +91,13 @@ class ProbeMethod(Method):
         if not set(pairs.prompts) <= views.keys():
             raise data.DataError(f"--data {plan.data}: the probe can judge only the embedded default data")
         if self.kind == "encoded":
-            found = readings(pairs, splits["test"])
-            return encoded([view_of(row) for row in found], seed, plan.device), {}
+            views_seen = [view_of(row) for row in readings(pairs, splits["test"])]
+            return encoded(views_seen, seed, plan.device), {}
         if self.kind == "prompt":
-            found = naming.targets([views[prompt] for prompt in pairs.prompts], naming.said).float()
+            labels = naming.targets([views[prompt] for prompt in pairs.prompts], naming.named_labels).float()
         else:
-            found = readings(pairs, np.arange(len(pairs)))
-        x = {split: found[torch.from_numpy(rows)].numpy() for split, rows in splits.items()}
+            labels = readings(pairs, np.arange(len(pairs)))
+        x = {split: labels[torch.from_numpy(rows)].numpy() for split, rows in splits.items()}
         y = {split: members[0].targets(split) for split in splits}
         fits = {alpha: ridge_regression(x["train"], y["train"], alpha) for alpha in ALPHAS}
         scores = {a: cosines(x["val"] @ slope + at, y["val"]).mean() for a, (slope, at) in fits.items()}

@@ -1,5 +1,5 @@
-"""The rows of each table: their runs (runs.py), method (methods.py), the paper's number, and the rows that
-they are tested against. `ROW_TABLES` holds all: the paper's tables by number, ours by name."""
+"""The rows of each table: runs (runs.py), method (methods.py), the paper's number, rows to test against.
+`ROW_TABLES` holds the paper's tables by number and ours by name."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SOURCES_NOTE = (
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: its runs, the paper's number (None: the paper has no such row), the names of the rows
-    that it is tested against, and the method that predicts from the runs."""
+    """A row of a table: its runs, the paper's number (None: no such row in the paper), the names of the rows
+    to test against, and the method that predicts from the runs."""
 
     name: str
     runs: tuple[RunName, ...]
@@ -41,7 +41,7 @@ class Table:
         return tuple(run for row in self.rows for run in row.runs)
 
 
-def run(backbone: str, recipe: str) -> tuple[RunName]:
+def one_run(backbone: str, recipe: str) -> tuple[RunName]:
     return (RunName(backbone, recipe),)
 
 
@@ -63,9 +63,9 @@ def table_1() -> Table:
         if backbone == "unet":  # the white box against the black ones
             against += tuple(f"{other}, MLC, CL" for other in MODELS.values() if other != name)
         rows += [
-            Row(name, run(backbone, "plain"), plain),
-            Row(f"{name}, MLC", run(backbone, "mlc"), mlc, (name,)),
-            Row(f"{name}, MLC, CL", run(backbone, "mlc-cl"), cl, against),
+            Row(name, one_run(backbone, "plain"), plain),
+            Row(f"{name}, MLC", one_run(backbone, "mlc"), mlc, (name,)),
+            Row(f"{name}, MLC, CL", one_run(backbone, "mlc-cl"), cl, against),
         ]
     return Table(
         "Each backbone without and with the vocabulary head (MLC) and the curriculum (CL)",
@@ -78,7 +78,7 @@ def table_2() -> Table:
     paper = {"no vocabulary head": 0.6624, "head 1": 0.6620, "head 2": 0.6632, "head 3": 0.6671}
     recipes, none = ("plain", "head-1", "head-2", "mlc"), "Swin, no vocabulary head"
     rows = [
-        Row(f"Swin, {name}", run("swin", recipe), number, (none,) if recipe != "plain" else ())
+        Row(f"Swin, {name}", one_run("swin", recipe), number, (none,) if recipe != "plain" else ())
         for recipe, (name, number) in zip(recipes, paper.items(), strict=True)
     ]
     return Table("Position of the vocabulary head (figure 3), on Swin", tuple(rows))
@@ -89,10 +89,10 @@ def table_7() -> Table:
     return Table(
         "Our curriculum beside LeRaC and CBS, on ViT",
         (
-            Row(none, run("vit", "plain"), 0.6526),
-            Row("ViT, LeRaC", run("vit", "lerac"), 0.6525, (none,)),
-            Row("ViT, CBS", run("vit", "cbs"), 0.6254, (none,)),
-            Row("ViT, our curriculum", run("vit", "cl"), 0.6544, (none, "ViT, LeRaC", "ViT, CBS")),
+            Row(none, one_run("vit", "plain"), 0.6526),
+            Row("ViT, LeRaC", one_run("vit", "lerac"), 0.6525, (none,)),
+            Row("ViT, CBS", one_run("vit", "cbs"), 0.6254, (none,)),
+            Row("ViT, our curriculum", one_run("vit", "cl"), 0.6544, (none, "ViT, LeRaC", "ViT, CBS")),
         ),
         (
             "All four without a vocabulary head. Paper: it does not state this; but its .6526 is the plain "
@@ -114,8 +114,8 @@ def table_8() -> Table:
             Row(f"{names[1]}, median", cl, None, names[1:2], EnsembleMethod("median")),
             Row(f"{names[1]}, weights fitted on validation", cl, None, names[1:2], EnsembleMethod("fitted")),
             Row(f"{names[1]}, DAKL's linear limit", cl, None, names[1:3], linear),
-            Row("U-Net, MLC, CL", run("unet", "mlc-cl"), 0.6497, names[1:2]),
-            Row("U-Net, MLC, CL, DAKL's linear limit", run("unet", "mlc-cl"), None, names[2:3], linear),
+            Row("U-Net, MLC, CL", one_run("unet", "mlc-cl"), 0.6497, names[1:2]),
+            Row("U-Net, MLC, CL, DAKL's linear limit", one_run("unet", "mlc-cl"), None, names[2:3], linear),
         ),
         (
             "Paper: section 4.9 averages by the mean, the introduction by the median; the authors' code "
@@ -172,11 +172,11 @@ def table_11() -> Table:
     return Table(
         "Other models, all without our training",
         (
-            Row(clip, run("clip", "plain"), 0.6725),
-            *(Row(MODELS[b], run(b, "plain"), number, (clip,)) for b, number in others.items()),
-            Row(f"{clip} + k-NN", run("clip", "plain"), 0.6189, (clip,), KnnMethod()),
+            Row(clip, one_run("clip", "plain"), 0.6725),
+            *(Row(MODELS[b], one_run(b, "plain"), number, (clip,)) for b, number in others.items()),
+            Row(f"{clip} + k-NN", one_run("clip", "plain"), 0.6189, (clip,), KnnMethod()),
             Row("BLIP", (), 0.5129, (clip,), CaptionerMethod()),
-            Row(f"{clip} pretrained + k-NN", run("clip", "plain"), None, (clip,), KnnMethod(True)),
+            Row(f"{clip} pretrained + k-NN", one_run("clip", "plain"), None, (clip,), KnnMethod(True)),
         ),
         (
             "k-NN compares the prediction of the fine-tuned CLIP with the sentence embeddings of the "
@@ -191,9 +191,9 @@ def captions_table() -> Table:
     return Table(
         "The text that the U-Net reads by cross-attention",
         (
-            Row(empty, run("unet", "captions-empty")),
-            Row("U-Net, a BLIP's captions", run("unet", "mlc"), None, (empty,)),
-            Row("U-Net, the true prompt: an upper bound", run("unet", "captions-prompt"), None, (empty,)),
+            Row(empty, one_run("unet", "captions-empty")),
+            Row("U-Net, a BLIP's captions", one_run("unet", "mlc"), None, (empty,)),
+            Row("U-Net, the true prompt: an upper bound", one_run("unet", "captions-prompt"), None, (empty,)),
         ),
         (
             "All three with the vocabulary head of figure 3 (3). The paper's U-Net reads BLIP's captions.",
@@ -203,7 +203,7 @@ def captions_table() -> Table:
 
 
 def ceiling_table() -> Table:
-    unet, runs = "U-Net, MLC", run("unet", "mlc")
+    unet, runs = "U-Net, MLC", one_run("unet", "mlc")
     encoded, ridge = "the probe's reading, encoded", "the probe's reading, ridge regression"
     return Table(
         "The best achievable cosine, estimated by the probe",

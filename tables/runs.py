@@ -1,5 +1,5 @@
-"""The runs that tables and figures are made from: their names, settings and folders, and the training of the
-missing ones, several at once, each in a process of train.py."""
+"""The runs of tables and figures: names, settings and folders, and parallel training of the missing ones by
+processes of train.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PHASE_1 = {"mlc-cl": "mlc", "cl": "plain"}  # the recipe whose recorded cosines a curriculum uses
 
-# Options that concern only runs of one curriculum or backbone.
+# Options that apply only to runs of one curriculum or backbone.
 OPTIONS_OF = {
     "difficulty": ("chunks", "easy_share", "hard_share", "epoch_weights"),
     "lerac": ("lerac_epochs", "lerac_min_lr"),
@@ -58,7 +58,7 @@ OPTIONS_OF = {
 # The paper's number (section 4.2), for the miniatures too: with their default of six, the 36 trainings of
 # table 1 would take more than an hour on two cores.
 EPOCHS = 3
-DECIDED = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed"}  # by the rows
+SET_BY_ROWS = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ RECORDING = {RunName(backbone, "mlc") for backbone in MODELS} | {RunName("vit", 
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of one call of eval.py. `options`: fields of TrainConfig for every run that they concern;
+    """The settings of one call of eval.py. `options`: fields of TrainConfig for every run that they apply to;
     `drawbench`: the file of DrawBench's prompts, or None for those of mini/drawbench.py."""
 
     data: str
@@ -136,7 +136,7 @@ class Plan:
             same = old == value or (name == "data" and Path(old).resolve() == Path(value).resolve())
             if name not in RESUMABLE | {"phase_1"} and not same:
                 raise data.DataError(
-                    f"{folder}: was trained with {name} {old}, not {value}; give another --runs folder, or "
+                    f"{folder}: was trained with {name} {old}, not {value}; give another --runs folder or "
                     "the flags of the first call"
                 )
         return (folder / "result.json").exists()
@@ -197,14 +197,14 @@ def start(plan: Plan, run: RunName, seed: int, output: Path) -> subprocess.Popen
             stdout=file,
             stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": threads, "TQDM_MININTERVAL": "30"} | os.environ,
-            start_new_session=True,  # Ctrl-C reaches it only by `stop`, and once
+            start_new_session=True,  # only `stop` ends it on Ctrl-C, and once
         )
 
 
 def train_one(
     plan: Plan, run: RunName, seed: int, phase_1: Future | None, running: dict[Path, subprocess.Popen]
 ) -> str | None:
-    """Train a run after its phase 1, listing its process in `running`. Returns the reason if it failed."""
+    """The reason if training failed. Trains a run after its phase 1 and lists its process in `running`."""
     if phase_1 and phase_1.result():
         return f"needs {run.phase_1.folder(seed)}"
     folder = plan.run_folder(run, seed)
@@ -218,7 +218,7 @@ def train_one(
 
 
 def stop(pool: ThreadPoolExecutor, futures: Iterable[Future], running: dict[Path, subprocess.Popen]) -> None:
-    """Start no more trainings, end those that run, each after its step, and wait for them."""
+    """Cancel waiting trainings, end running ones after their step, and wait for them."""
     pool.shutdown(wait=False, cancel_futures=True)
     while any(future.running() for future in futures):
         for folder in list(running):
@@ -228,12 +228,12 @@ def stop(pool: ThreadPoolExecutor, futures: Iterable[Future], running: dict[Path
 
 
 def train_missing(plan: Plan, runs: Iterable[RunName]) -> set[tuple[RunName, int]]:
-    """Train each run with each seed unless it is finished, `plan.jobs` at once; returns those that failed.
+    """The runs that failed. Trains each run with each seed unless it is finished, `plan.jobs` at once.
 
     If a run fails, the others continue. Ctrl-C stops all, each after its step; a later call resumes them.
     """
     wanted = [(run, seed) for seed in plan.seeds for run in with_phase_1(runs)]
-    # Runs that need another's phase 1 come last, so that none waits for one that has not started.
+    # Runs that need another's phase 1 come last, so that no thread waits for a run that has not started.
     missing = sorted((job for job in wanted if not plan.finished(*job)), key=lambda job: bool(job[0].phase_1))
     if not missing:
         return set()
@@ -270,5 +270,5 @@ def train_missing(plan: Plan, runs: Iterable[RunName]) -> set[tuple[RunName, int
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

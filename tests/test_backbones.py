@@ -102,7 +102,7 @@ def test_weights_without_all_the_parts_stop_the_run_before_anything_long(
 
 def test_a_black_box_decides_its_own_image_size(few_scenes: Path, cache: Path, capsys):
     assert train.main(["--data", str(few_scenes), "--backbone", "vit", "--image-size", "32"]) == 2
-    assert "read images at the size of their weights" in capsys.readouterr().err
+    assert "the weights of a black box set the size" in capsys.readouterr().err
 
 
 def test_a_broken_image_is_left_out(few_scenes: Path, cache: Path, tmp_path: Path):
@@ -135,5 +135,5 @@ def test_a_random_start_is_always_the_same_and_not_the_pretrained_one():
 
 
 def test_a_random_start_trains_all_blocks():
-    with pytest.raises(data.DataError, match="--random-start: all blocks"):
+    with pytest.raises(data.DataError, match="--random-start: trains all blocks"):
         resolve(TrainConfig(backbone="vit", random_start=True, train_blocks=1))

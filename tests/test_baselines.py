@@ -198,7 +198,7 @@ def test_stopped_and_resumed_training_ends_alike(
         return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
 
     assert logged("stopped") == logged("whole")
-    with pytest.raises(data.DataError, match="other pairs or with other options"):
+    with pytest.raises(data.DataError, match="other pairs or options"):
         tune("stopped", dataclasses.replace(SHORT, lr=1e-3))
 
 

@@ -239,7 +239,7 @@ def test_weights_of_the_epochs_reach_the_difficulty(recorded: Path, few_scenes: 
     "flags, said",
     [
         (["--phase-1", "nowhere"], "only --curriculum difficulty"),
-        (["--curriculum", "difficulty", "--phase-1", "nowhere"], "nowhere: holds no recorded cosines"),
+        (["--curriculum", "difficulty", "--phase-1", "nowhere"], "nowhere: has no recorded cosines"),
         (["--curriculum", "difficulty", "--epoch-weights", "1,1,1"], "3 weights for 2 epochs"),
         (["--curriculum", "difficulty", "--epoch-weights", "1,x"], "must be numbers"),
         (["--chunks", "thresholds", "--easy-share", "0.8", "--hard-share", "0.3"], "--easy-share"),

@@ -239,7 +239,7 @@ def test_encoders_that_answer_wrongly(tmp_path):
         texts_cache(tmp_path, TEXTS, lambda texts: torch.full((len(texts), 2), float("nan")))
     with pytest.raises(DataError, match="more than float16"):
         texts_cache(tmp_path, TEXTS, lambda texts: torch.full((len(texts), 2), 1e6), dtype="float16")
-    with pytest.raises(DataError, match="nothing to put"):
+    with pytest.raises(DataError, match="no pairs to cache"):
         texts_cache(tmp_path, [], Lengths())
     assert texts_cache(tmp_path, TEXTS, lambda t: Lengths()(t).bfloat16())[0].shape == (6, 2)
 

@@ -303,7 +303,7 @@ def test_the_command_writes_pictures_that_hold_their_prompts(tmp_path: Path, cap
         (["--device", "nonsense"], "--device nonsense"),
         (["--guidance", "nan"], "--guidance nan"),
         (["--seed", str(2**63 - 1)], f"--seed {2**63 - 1}"),
-        (["--attention", "--n", "2"], "neither --grid nor --n"),
+        (["--attention", "--n", "2"], "remove --grid and --n"),
         (["--attention", "--swap", "no-such-run", "--swap-after", "50"], "--swap-after 50"),
     ],
 )

@@ -30,7 +30,7 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     few = {"STEPS": 2, "MINI_PROMPTS": 6, "VOTES": 5, "NOISE_PROMPTS": 3, "NOISE_SEEDS": 4}
     for name, value in few.items():
         monkeypatch.setattr(generation, name, value)
-    monkeypatch.setattr(drawbench, "LEARNT_FROM", 10)
+    monkeypatch.setattr(drawbench, "TRAINING_CANDIDATES", 10)
     monkeypatch.setattr(drawbench, "prompts", partial(drawbench.prompts, per_category=1))
 
 
@@ -108,7 +108,7 @@ def test_the_share_of_words_shown_is_that_of_the_probes_findings(probe: None):
     picture = np.asarray(scenes.render(scene))[None]
     request = generation.Request(scene.prompt, scene.said)
     row = naming.name_pictures(naming.load_probe(naming.FOLDER), picture.transpose(0, 3, 1, 2).copy())[0]
-    found = list(naming.realised(row, scene.said).values())
+    found = list(naming.shown_labels(row, scene.said).values())
     assert generation.words_shown(picture, [request])[0] == pytest.approx(sum(found) / len(found))
 
 
@@ -135,7 +135,7 @@ def test_drawbench_is_read_from_its_file(tmp_path: Path):
     path.write_text("\ufeffPrompts\nA red car.\n   \n", encoding="utf-8")
     assert generation.read_drawbench(path) == ["A red car."]
     path.write_text("prompt\nA red car.\n")
-    with pytest.raises(data.DataError, match="no column Prompts"):
+    with pytest.raises(data.DataError, match="column Prompts is missing"):
         generation.read_drawbench(path)
     with pytest.raises(data.DataError, match="cannot be read"):
         generation.read_drawbench(tmp_path / "missing.csv")
@@ -178,7 +178,7 @@ def test_the_little_drawbench_asks_for_what_it_says():
     assert [one.category for one in asked] == list(drawbench.CATEGORIES)
     assert again[0].prompt != asked[0].prompt and again[1:] == asked[1:]
     for one in asked:
-        for _, key in naming.said(one.view):
+        for _, key in naming.named_labels(one.view):
             tables = [table for table in naming.TABLES.values() if key in table]
             assert any(word in one.prompt for table in tables for _, word in scenes.words_of(table, key)), one
 

@@ -134,7 +134,7 @@ def test_stopped_and_resumed_training_ends_alike(tmp_path: Path, monkeypatch: py
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
     loop.train("part", model := small_model(), noisy(model), 20, QUICK, seed=1)
-    with pytest.raises(data.DataError, match="other options"):
+    with pytest.raises(data.DataError, match="other pairs or options"):
         loop.train("part", model := small_model(), noisy(model), 20, replace(QUICK, lr=1e-3), seed=1)
 
 
@@ -267,17 +267,18 @@ def test_labels_are_what_the_picture_shows():
     owl, car = scenes.Thing("owl"), scenes.Thing("car", "blue", "wood")
     view = scenes.View((owl, car), relation="left", place="snow")
     both = {("subject", "owl"), ("subject", "car"), ("colour", "blue"), ("material", "wood")}
-    assert set(naming.said(view)) == both | {("relation", "left"), ("place", "snow")}
-    assert set(naming.shown(view)) == set(naming.said(view)) | {("colour", "brown")}  # the owl's own
+    assert set(naming.named_labels(view)) == both | {("relation", "left"), ("place", "snow")}
+    own_colour = {("colour", "brown")}
+    assert set(naming.drawn_labels(view)) == set(naming.named_labels(view)) | own_colour
     row = naming.targets([view])[0]
-    assert {naming.LABELS[i] for i in row.nonzero().flatten().tolist()} == set(naming.shown(view))
-    assert naming.said(scenes.View((owl,), count=3)) == [("count", 3), ("subject", "owl")]
+    assert {naming.LABELS[i] for i in row.nonzero().flatten().tolist()} == set(naming.drawn_labels(view))
+    assert naming.named_labels(scenes.View((owl,), count=3)) == [("count", 3), ("subject", "owl")]
 
 
 def test_what_is_said_is_a_label_for_each_word():
     for i in range(60):
         scene = scenes.candidate(5, i)
-        for (slot, key), word in zip(naming.said(scene.said), scene.words, strict=True):
+        for (slot, key), word in zip(naming.named_labels(scene.said), scene.words, strict=True):
             words = [known for _, known in scenes.words_of(naming.TABLES[slot], key)]
             plurals = [scenes.PLURALS.get(known, known + "s") for known in words]
             assert word in words + plurals * (slot == "subject"), (word, words)
@@ -292,13 +293,13 @@ def test_realised_is_the_likeliest_of_its_kind_or_above_one_half():
     }  # fmt: skip
     for label, level in levels.items():
         p[naming.POSITION[label]] = level
-    found = naming.realised(p, view)
+    found = naming.shown_labels(p, view)
     assert found == {
         ("subject", "owl"): True, ("subject", "car"): False,  # two things, and it is the third likeliest
         ("colour", "red"): True, ("place", "snow"): True, ("light", "rain"): False,
     }  # fmt: skip
     p[naming.POSITION["place", "sea"]] = 0.35
-    assert not naming.realised(p, view)["place", "snow"]
+    assert not naming.shown_labels(p, view)["place", "snow"]
 
 
 def test_the_contrastive_loss_pairs_the_rows():
@@ -334,7 +335,7 @@ def test_the_two_towers_learn_to_pair(world: World):
 def test_new_scenes_are_truthful_and_have_not_been_seen(monkeypatch: pytest.MonkeyPatch):
     first = judge.new_scenes(3, 2)
     assert all(len(scene.said.things) == 2 and not scene.undrawn for scene in first)
-    monkeypatch.setattr(judge.drawbench, "learnt_from", lambda: frozenset({first[0].prompt}))
+    monkeypatch.setattr(judge.drawbench, "training_prompts", lambda: frozenset({first[0].prompt}))
     assert judge.new_scenes(2, 2) == first[1:]
 
 
@@ -346,7 +347,7 @@ def test_the_judge_counts_what_the_probe_finds(world: World):
     found = judge.shares(probe, images, chosen)
     rows = naming.name_pictures(probe, images)
     places = [
-        naming.realised(row, scene.said)["place", scene.said.place]
+        naming.shown_labels(row, scene.said)["place", scene.said.place]
         for row, scene in zip(rows, chosen, strict=True)
         if scene.said.place
     ]
@@ -401,7 +402,7 @@ def test_generated_pairs_are_read_and_say_how_they_were_made(
         levels = np.asarray(pairs.image(i)).astype(int) - pipeline.decode(drawn)[0].numpy()
         assert np.abs(levels).max() <= 1  # float32, in other batches
         row = naming.name_pictures(any_probe, np.asarray(pairs.image(i)).transpose(2, 0, 1)[None].copy())[0]
-        found = naming.realised(row, scene.said).values()
+        found = naming.shown_labels(row, scene.said).values()
         assert len(meta["undrawn"]) == len(found) - sum(found)
     before = {path.name: path.read_bytes() for path in images.iterdir()}
     (images / "part-000002.zip").unlink()
@@ -468,7 +469,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(
     monkeypatch.setattr("sys.argv", ["pretrain", "vit"])
     status = run_command(pretrain.main)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert status == 2 and "pretrain-vit: was trained on other pairs or with other options" in line
+    assert status == 2 and "pretrain-vit: was trained on other pairs or options" in line
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(capsys):

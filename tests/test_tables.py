@@ -483,13 +483,13 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--table", "3"], "give 1, 2, 5, 6, 7, 8, 9, 10, 11, captions, ceiling, noise or all"),
+        (["--table", "3"], "choose from 1, 2, 5, 6, 7, 8, 9, 10, 11, captions, ceiling, noise, all"),
         (["--table", "2,x"], "--table x"),
         (["--figure", "5"], "--figure 5"),
         (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),
         (["--table", "2", "--seeds", "1,1"], "--seeds 1,1"),
-        (["--table", "2", "--seed", "1"], "--seed: each row decides it"),
-        (["--table", "2", "--out", "x"], "--out: each row decides it"),
+        (["--table", "2", "--seed", "1"], "--seed: is set by each row"),
+        (["--table", "2", "--out", "x"], "--out: is set by each row"),
         (["--table", "2", "--weights", "large"], "--weights large"),
         (["--table", "2", "--jobs", "0"], "--jobs 0"),
         (["--table", "2", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -540,7 +540,7 @@ def test_table_7_goes_on_after_it_was_stopped(how, few_scenes: Path, tmp_path: P
     for _ in range(20):
         second = eval_py(few_scenes, tmp_path, *flags)
         stderr = second.communicate()[1]
-        if "another process works on this run" not in stderr:
+        if "another process uses this run" not in stderr:
             break
     assert second.returncode == 0, stderr
     result = json.loads(written.read_text())

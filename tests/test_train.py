@@ -289,7 +289,7 @@ def test_a_run_is_never_overwritten(uninterrupted: Path, few_scenes: Path, capsy
 def test_resuming_takes_no_other_configuration(uninterrupted: Path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", str(uninterrupted), "--lr", "1"])
-    assert stop.value.code == 2 and "--resume takes the run's own" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--resume uses the run's" in capsys.readouterr().err
 
 
 def test_resuming_on_other_pairs_is_refused(uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys):

@@ -1,6 +1,6 @@
-"""Rows computed once by an encoder and kept on disk: one folder a cache, resumable, read as memory maps.
+"""Cached encodings on disk: one folder per cache, resumable, memory-mapped.
 
-This package's encoders are handed in as records; no model is imported here.
+Callers pass encoders as records; no model is imported here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from data import DataError, Pairs, Preprocessing, atomic_write, exclusive, image
 
 log = logging.getLogger("cache")
 
-COMMIT_SECONDS = 2.0  # a killed run loses at most this much encoding, and one batch
+COMMIT_SECONDS = 2.0  # seconds between commits: a killed run loses at most this much encoding plus one batch
 MISSING, DONE, BROKEN = 0, 1, 2
 BLOCK = 256  # rows that share a checksum
 CAPTION_BYTES = 1024
@@ -40,12 +40,12 @@ CAPTION_BYTES = 1024
 
 @dataclass(frozen=True)
 class Encoder:
-    """How the rows of one cache are made.
+    """The encoder of one cache.
 
     name        of the cache's folder, before a hash
-    key         JSON of all that the rows depend on beside the pairs: weights, options
+    key         JSON of the weights and options that the rows depend on (the pairs are added)
     shape       of a row;  dtype  of the cache, NumPy's
-    batch_size  inputs that `encode` takes at a time, at most
+    batch_size  largest number of inputs per call of `encode`
     encode      a batch of inputs -> (b, *shape): strings, images (b, 3, h, w) float32, or row numbers
     """
 
@@ -58,10 +58,10 @@ class Encoder:
 
 
 def cached_texts(folder: Path, texts: Sequence[str], encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
-    """(rows (u, *shape), index (n,)): one row for each distinct text, and texts[i] has rows[index[i]].
+    """(rows (u, *shape), index (n,)): one row per distinct text; the row of texts[i] is rows[index[i]].
 
-    The rows are a read-only memory map. The texts are part of the cache's identity. Interrupted runs resume.
-    Raises DataError as `RowCache`.
+    The rows are a read-only memory map. The texts are part of the cache key. Interrupted runs resume.
+    Raises DataError as `RowCache` does.
     """
     position: dict[str, int] = {}
     index = np.asarray([position.setdefault(text, len(position)) for text in texts], np.int64)
@@ -75,10 +75,10 @@ def cached_texts(folder: Path, texts: Sequence[str], encoder: Encoder) -> tuple[
 
 
 def cached_rows(folder: Path, pairs: Pairs, encoder: Encoder) -> np.ndarray:
-    """Rows (n, *shape) of pairs, for what is made of other caches: `encode` takes row numbers.
+    """Rows (n, *shape) of pairs, computed from other caches: `encode` takes row numbers.
 
-    The archives' names, sizes and times of change and the members are part of the cache's identity. Raises
-    DataError as `RowCache`.
+    Names, sizes and modification times of archives and members are part of the cache key. Raises DataError as
+    `RowCache` does.
     """
     cache = RowCache(folder, encoder, encoder.key, image_identity(pairs), len(pairs))
     return cache.filled(lambda rows: rows)
@@ -87,17 +87,17 @@ def cached_rows(folder: Path, pairs: Pairs, encoder: Encoder) -> np.ndarray:
 def cached_images(
     folder: Path, pairs: Pairs, preprocessing: Preprocessing, encoder: Encoder, workers: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows (n, *shape), ok (n,) bool): each image encoded once; `workers` processes read them.
+    """(rows (n, *shape), ok (n,) bool) of the pairs' images; `workers` processes read them.
 
-    An image that cannot be read has zeros and ok False, and stands in skipped.json in the cache's folder. The
-    identity is that of `cached_rows`, and `preprocessing`. Raises DataError as `RowCache`.
+    Unreadable images get zero rows and ok False, and are listed in skipped.json. The key is that of
+    `cached_rows` with `preprocessing`. Raises DataError as `RowCache` does.
     """
     key = {"encoder": encoder.key, "preprocessing": asdict(preprocessing)}
     cache = RowCache(folder, encoder, key, image_identity(pairs), len(pairs))
     with cache.filling() as bar:
         images = ImageRows(pairs, preprocessing, cache.missing())
-        # A generator of its own: if the loader drew from torch's, the run that fills the cache would train
-        # differently from those that find it.
+        # A separate generator: drawing from torch's global one would change training in the run that fills
+        # the cache.
         loader = DataLoader(
             images, encoder.batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator()
         )
@@ -120,10 +120,10 @@ def cached_images(
 def cached_captions(
     folder: Path, pairs: Pairs, preprocessing: Preprocessing, encoder: Encoder, workers: int = 0
 ) -> list[str]:
-    """A caption of each image, written once; "" where the image cannot be read.
+    """A caption of each image; "" if the image cannot be read.
 
-    `encoder.encode` gives strings; its shape and dtype are not used: the cache holds each caption as UTF-8 in
-    CAPTION_BYTES bytes, filled up with zeros; a longer one is cut. Else as `cached_images`.
+    `encoder.encode` returns strings; its shape and dtype are not used: captions are stored as UTF-8 in
+    CAPTION_BYTES zero-padded bytes; longer ones are cut. Otherwise as `cached_images`.
     """
 
     def encode(images: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def cached_captions(
 
 
 class ImageRows(Dataset):
-    """Item k: (row, image tensor), or (row, what is wrong with the image)."""
+    """Item k: (row, image tensor), or (row, error message)."""
 
     def __init__(self, pairs: Pairs, preprocessing: Preprocessing, rows: np.ndarray) -> None:
         self.pairs, self.preprocessing, self.rows = pairs, preprocessing, rows
@@ -156,7 +156,7 @@ class ImageRows(Dataset):
 
 
 def image_identity(pairs: Pairs) -> str:
-    """A hash of the archives' names, sizes and times of change, and of the members' names."""
+    """A hash of the archives' names, sizes and modification times, and of the members' names."""
 
     def stamp(path: Path) -> str:
         try:
@@ -178,19 +178,19 @@ def image_identity(pairs: Pairs) -> str:
 
 
 class RowCache:
-    """One cache folder: key.json (what it depends on), rows.npy, done.npy (a byte a row), skipped.json, and,
-    once it is complete, sums.npy (a checksum for each block of rows).
+    """One cache folder: key.json (its dependencies), rows.npy, done.npy (one byte per row), skipped.json,
+    and, once it is complete, sums.npy (a checksum for each block of rows).
 
-    The folder's name ends in a hash of key.json. One process writes at a time; others wait for it. Rows reach
-    the disk before they are marked as done; rows of a block whose checksum does not fit are encoded again.
-    Raises DataError where the folder cannot be written, where the disk has not enough room (finished rows
-    stay), and where the encoder's rows have another shape or are not finite.
+    The folder's name ends in a hash of key.json. One process writes at a time; others wait for it. Rows are
+    flushed before they are marked as done; rows of a block with a wrong checksum are encoded again. Raises
+    DataError if the folder cannot be written, if the disk is full (finished rows stay), and if the encoder's
+    rows have another shape or are not finite.
     """
 
     def __init__(self, folder: Path, encoder: Encoder, key: Any, content: str, n: int) -> None:
         if not n:
             raise DataError(
-                f"there is nothing to put into the cache {encoder.name!r}; give at least one pair"
+                f"no pairs to cache in {encoder.name!r}; give at least one pair"
             )
         self.encoder, self.root = encoder, Path(folder)
         self.shape, self.dtype = (n, *encoder.shape), np.dtype(encoder.dtype)
@@ -211,7 +211,7 @@ class RowCache:
     # -- filling ------------------------------------------------
 
     def filled(self, inputs: Callable[[np.ndarray], Any]) -> np.ndarray:
-        """All rows; those that are missing are encoded from `inputs(row numbers)`."""
+        """All rows; missing ones are encoded from `inputs(row numbers)`."""
         with self.filling() as bar:
             missing, size = self.missing(), self.encoder.batch_size
             for start in range(0, len(missing), size):
@@ -222,7 +222,7 @@ class RowCache:
 
     @contextmanager
     def filling(self) -> Iterator[tqdm]:
-        """Around the encoding: the writer's lock, a progress bar, a commit whatever ended it."""
+        """Context manager: writer's lock, progress bar, commit on exit."""
         with contextlib.ExitStack() as stack:
             with self._disk():
                 maps = self._map("r")
@@ -249,11 +249,11 @@ class RowCache:
                     self._write_sums()
 
     def missing(self) -> np.ndarray:
-        """Numbers of the rows that have to be encoded."""
+        """Row numbers to encode."""
         return np.flatnonzero(self.state == MISSING)
 
     def put(self, rows: np.ndarray, values: Tensor) -> None:
-        """Keep an encoder's rows (b, *shape)."""
+        """Store an encoder's rows (b, *shape)."""
         name, shape, values = self.encoder.name, (len(rows), *self.shape[1:]), values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
         if values.shape != shape:
@@ -288,7 +288,7 @@ class RowCache:
     # -- files ------------------------------------------------
 
     def _map(self, mode: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """(rows, state) as the files hold them, None where one is missing, cut short or of another shape."""
+        """(rows, state) of the files; None if one is missing, truncated or of another shape."""
         try:
             rows, state = (
                 np.load(self.folder / file, mmap_mode=mode, allow_pickle=False)
@@ -300,7 +300,7 @@ class RowCache:
         return (rows, state) if fits else None
 
     def _open(self) -> tuple[np.ndarray, np.ndarray]:
-        """Writable (rows, state), made anew where they do not fit; damaged rows are marked as missing."""
+        """Writable (rows, state), recreated if they do not fit; damaged rows are marked as missing."""
         if (maps := self._map("r+")) is None:
             for file in ("done.npy", "rows.npy", "skipped.json", "sums.npy"):
                 (self.folder / file).unlink(missing_ok=True)
@@ -333,7 +333,7 @@ class RowCache:
         atomic_write(self.folder / "sums.npy", buffer.getvalue())
 
     def _reserve(self) -> None:
-        """Give the file its blocks now: on a full disk, writing to a hole in a mapped file is a SIGBUS."""
+        """Allocate the file's blocks: on a full disk, writing to a hole of a mapped file raises SIGBUS."""
         if not hasattr(os, "posix_fallocate"):
             return
         with open(self.folder / "rows.npy", "r+b") as file:
@@ -355,7 +355,7 @@ class RowCache:
                 raise self._no_space() from error
             raise DataError(
                 f"{self.folder}: the cache cannot be written ({error.strerror or error}); set "
-                "REVERSE_SD_CACHE to a folder that can"
+                "REVERSE_SD_CACHE to a writable folder"
             ) from error
 
     def _no_space(self) -> DataError:

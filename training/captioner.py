@@ -29,18 +29,18 @@ from weights.preprocessing import from_files
 from weights.sources import read
 
 BLIP_MINI = Path(__file__).resolve().parent.parent / "mini" / "blip-mini"
-UNLABELLED = -100  # a token that is not to be learnt
+UNLABELLED = -100  # label of tokens without loss
 GENERATE_AT_ONCE = 32  # images
 
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """Everything that decides a fine-tuned captioner and what it writes.
+    """Settings of a fine-tuned captioner.
 
-    Paper: says only that BLIP was fine-tuned. Epochs and batch are those of section 4.2; the learning rate,
-    AdamW, its weight decay of all parameters, label smoothing, prompt and beams those with which BLIP itself
-    was fine-tuned on COCO. Not its random crops and flips, since a prompt may say where things are, and not
-    its decoder's dropout, which the published files do not state.
+    Paper: states only that BLIP was fine-tuned. Epochs and batch are those of section 4.2; learning rate,
+    AdamW, weight decay of all parameters, label smoothing, prompt and beams those of BLIP's fine-tuning on
+    COCO, without its random crops and flips (prompts may name positions) and without decoder dropout (not in
+    the published files).
     """
 
     source: str = "blip-base"  # a name, a file or a folder, as for weights.load; "blip-mini"
@@ -50,7 +50,7 @@ class CaptionerConfig:
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     prompt: str = "a picture of "
-    max_tokens: int = 77  # of training and writing, "a picture of " included: what Stable Diffusion reads
+    max_tokens: int = 77  # in training and generation, prompt included: Stable Diffusion's limit
     num_beams: int = 3
     min_length: int = 5
     seed: int = 0
@@ -66,8 +66,8 @@ CAPTIONERS: dict[str, CaptionerConfig] = {
 
 
 def caption_tokens(model: BLIP, texts: Sequence[str], prompt: str, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Texts -> ids (B, N) of [DEC] prompt text [SEP], filled up, and labels (B, N): the ids of text and
-    [SEP], UNLABELLED elsewhere. A text that is too long is cut before its [SEP].
+    """Padded ids (B, N) of [DEC] prompt text [SEP], and labels (B, N): the ids of text and [SEP], UNLABELLED
+    elsewhere. A text that is too long is cut before its [SEP].
     """
     config, encode = model.config, model.tokenizer.encode_batch
     before = 1 + len(model.tokenizer.encode(prompt, add_special_tokens=False).ids)
@@ -94,7 +94,7 @@ def caption_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tens
 
 
 def new_captioner(seed: int) -> tuple[BLIP, data.Preprocessing]:
-    """blip-mini with random values, and its preprocessing."""
+    """An untrained blip-mini and its preprocessing."""
     config = CONFIGS["blip-mini"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -112,8 +112,8 @@ def open_captioner(source: str, device: str = "cpu") -> tuple[BLIP, data.Preproc
 
 
 def write_captioner(model: BLIP, folder: Path, beside: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a folder as published: weights of `dtype`, sizes, and what the folder `beside` says of words and
-    pictures."""
+    """Write a folder in the published format: weights of `dtype`, sizes, and copies of the tokenizer and
+    preprocessor files in `beside`."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = weights.from_home("blip", model.state_dict(), "hf")
     tensors = {name: tensor.cpu().to(dtype).contiguous() for name, tensor in tensors.items()}
@@ -140,7 +140,7 @@ class CaptionerTrainer(Trainer):
         device: str = "cpu",
     ):
         settings = dataclasses.asdict(config)
-        del settings["workers"], settings["checkpoint_every"]  # they do not decide the result
+        del settings["workers"], settings["checkpoint_every"]  # they do not affect the result
         prompts = [pairs.prompts[i] for i in splits["train"]]
         identity = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()
         optimizer = torch.optim.AdamW(
@@ -190,7 +190,7 @@ class CaptionerTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self, epoch: int) -> dict[str, float]:
-        """The mean loss on validation, which decides nothing."""
+        """The mean validation loss, logged only."""
         rows = self.splits["val"]
         batches = np.array_split(rows, math.ceil(len(rows) / self.config.batch_size))
         losses = [self.loss(batch)["loss"].item() for batch in self.tensors(batches)]
@@ -208,9 +208,8 @@ def finetune_captioner(
 ) -> None:
     """Train `model` in place to write the prompts of splits["train"], on one process; bf16 on CUDA.
 
-    `folder` holds last/, from which the same call continues where it was stopped, and log.jsonl. Raises
-    data.DataError where `folder` belongs to another configuration or other pairs, and for a loss that is not
-    finite.
+    `folder` holds last/, used to resume, and log.jsonl. Raises data.DataError if `folder` belongs to another
+    configuration or other pairs, and if the loss is not finite.
     """
     CaptionerTrainer(model, preprocessing, config, pairs, splits, folder, device).fit()
     model.eval()
@@ -223,7 +222,7 @@ def written_prompts(
     pairs: data.Pairs,
     device: str = "cpu",
 ) -> list[str]:
-    """What the captioner writes of each image; "" where it cannot be read. Made once, and resumable."""
+    """The captioner's text for each image; "" if unreadable. Cached and resumable."""
     max_length = min(config.max_tokens, model.config.text_max_position_embeddings)
     settings = {
         "prompt": config.prompt,
@@ -251,13 +250,13 @@ def blip_regressor(
     device: str = "cpu",
     predict: Sequence[str] = ("val", "test"),
 ) -> dict[str, np.ndarray]:
-    """BLIP as a regressor (table 11): fine-tuned on the training pairs, it writes a prompt for each image;
-    the prompt's sentence embedding is the prediction.
+    """Unit rows (n, 384) float32 of each split: BLIP as a regressor (table 11). It is fine-tuned on the
+    training pairs and writes a prompt for each image, whose sentence embedding is the prediction.
 
-    `splits` holds rows of `pairs`: "train", "val" and those to `predict`. -> unit rows (n, 384) float32 of
-    each split, in its order. `folder` then holds config.json, log.jsonl, blip/ (the captioner as a published
-    folder: also a source for `train.py --captions`), predictions/<split>.npy and predictions/prompts.json. A
-    stopped call goes on where it was. Raises data.DataError and weights.WeightsError, in one line.
+    `splits` holds rows of `pairs`: "train", "val" and those to `predict`. `folder` then holds config.json,
+    log.jsonl, blip/ (the captioner in the published format, usable by `train.py --captions`),
+    predictions/<split>.npy and predictions/prompts.json. A stopped call resumes. Raises data.DataError and
+    weights.WeightsError, in one line.
     """
     model, preprocessing, beside = open_captioner(config.source, device)
     finetune_captioner(model, preprocessing, config, pairs, splits, folder, device)

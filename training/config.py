@@ -1,4 +1,4 @@
-"""What decides a run's result: one dataclass, from which train.py's flags are made, each with its check."""
+"""Settings of a run: one dataclass that defines train.py's flags and their checks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import data
 from backbones import BACKBONES
 
-EMBEDDED = ("mini", "drawn")  # the names that --data takes in place of a folder
-# Flags that may change when a run is resumed: they do not decide its result.
+EMBEDDED = ("mini", "drawn")  # --data without a folder
+# Flags that --resume may change, because they do not affect the result.
 RESUMABLE = {"workers", "device", "compile", "checkpoint_every", "activation_checkpointing"}
 # Fields of older config.json files -> their names today.
 RENAMED = {
@@ -26,9 +26,9 @@ RENAMED = {
 GROUPS = {
     "data": "image-prompt pairs, their cleaning and splits",
     "model": "backbone, weights and heads",
-    "curriculum": "the order of samples, and the curricula that the paper compares with its own",
+    "curriculum": "order of samples: the paper's curriculum and the compared ones",
     "optimisation": "steps and rates",
-    "machine": "flags that do not decide the result; --resume may change most of them",
+    "machine": "settings that do not affect the result; --resume may change most of them",
 }
 
 
@@ -40,7 +40,7 @@ def option(group: str, default: Any, help: str, choices: tuple = (), **bounds: f
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run's result. None = chosen from `weights`, see `DEFAULTS`.
+    """Settings that determine a run's result. None = the default for `weights` in `DEFAULTS`.
 
     Raises data.DataError, in one line, for a value out of its range.
     """
@@ -49,48 +49,48 @@ class TrainConfig:
     # -- data
     data: str = option(
         "data", "mini",
-        "'mini', pictures that the miniature Stable Diffusion made; 'drawn', mini scenes drawn by program at "
-        "first use; or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt beside each image, or "
-        "images that hold their prompt",
+        "'mini', pictures that the miniature Stable Diffusion made; 'drawn', mini scenes drawn by program "
+        "at first use; or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt beside each image, "
+        "or images with an embedded prompt",
     )
     clean: str = option(
         "data", "auto",
-        "paper = as in section 4.1; duplicates = the same, but only equal prompts are duplicates; off; "
-        "auto = paper, or duplicates where prompts follow a template and the paper's rule would keep few",
+        "paper = section 4.1; duplicates = section 4.1 with equal prompts as the only duplicates; off = "
+        "none; auto = paper, or duplicates if paper keeps less than a tenth",
         ("auto", "paper", "duplicates", "off"),
     )
     val_size: int | None = option(
         "data", None,
-        "validation pairs (default: 30,000 or an eighth, whichever is less)",
+        "validation pairs (default: an eighth of the pairs, at most 30,000)",
         least=1,
         most=10**9,
     )
     test_size: int | None = option(
-        "data", None, "test pairs (default: 30,000 or an eighth, whichever is less)", least=1, most=10**9
+        "data", None, "test pairs (default: an eighth of the pairs, at most 30,000)", least=1, most=10**9
     )
     seed: int = option(
         "data", 0,
-        "random seed for the split, the heads' initial weights and the order of samples",
+        "random seed for split, head initialisation and sample order",
         least=0,
         most=2**63 - 1,
     )
     # -- model
     backbone: str = option(
         "model", "unet",
-        "image encoder: the diffusion model's own U-Net, or an independent one",
+        "image encoder: unet = white box (the diffusion model's encoder); vit, swin, clip = black boxes",
         tuple(BACKBONES),
     )
     weights: str | None = option(
         "model", None,
         "pretrained weights: a name of `python -m weights list`, a file or a folder "
-        "(default: the backbone's miniature, as sd-mini)",
+        "(default: the backbone's miniature, e.g. sd-mini)",
     )
     random_start: bool = option("model", False, "ablation: same architecture, random weights")
     captions: str | None = option(
         "model", None,
-        "text for the U-Net's cross-attention: empty = the empty text; prompt = the true one, an upper bound "
-        "that no method may use; a BLIP that captions the images (blip-base, a folder), as in the paper; or "
-        "a file of captions (.jsonl, .csv, .json, .txt) (default: blip-mini with sd-mini, else blip-base)",
+        "text for the U-Net's cross-attention: a BLIP that captions the images (as in the paper); empty = "
+        "the empty text; prompt = the true prompt (upper bound only); or a file of captions (.jsonl, .csv, "
+        ".json, .txt) (default: blip-mini with sd-mini, else blip-base)",
     )
     image_size: int | None = option(
         "model", None,
@@ -100,8 +100,8 @@ class TrainConfig:
     )
     train_blocks: int | None = option(
         "model", None,
-        "train only the last N blocks of the backbone; 0 = none: its features are computed once and cached, "
-        "and the heads train on them (default: all)",
+        "train only the last N blocks of the backbone; 0 = train only the heads, on cached features "
+        "(default: all)",
         least=0,
     )
     heads: int = option("model", 3, "placement of the vocabulary head in figure 3; 0 = none", (0, 1, 2, 3))
@@ -109,21 +109,21 @@ class TrainConfig:
     # -- curriculum
     curriculum: str = option(
         "curriculum", "none",
-        "difficulty: the paper's, which trains twice, the second time from easy to hard; lerac and cbs: its "
-        "competitors of table 7",
+        "difficulty = the paper's curriculum (two trainings, the second from easy to hard); lerac, cbs = "
+        "the compared methods of table 7",
         ("none", "difficulty", "lerac", "cbs"),
     )
     chunks: str = option(
         "curriculum", "thirds",
-        "how easy, medium and hard are separated: equal thirds, or two thresholds of the cosine",
+        "how samples are split into easy, medium and hard: equal thirds, or two cosine thresholds",
         ("thirds", "thresholds"),
     )
     # Paper: "a significant portion" and "a small subset".
     easy_share: float = option(
-        "curriculum", 0.5, "share of samples above the first of --chunks thresholds", above=0, most=1
+        "curriculum", 0.5, "with --chunks thresholds: share of samples that are easy", above=0, most=1
     )
     hard_share: float = option(
-        "curriculum", 0.1, "share of samples below the second of --chunks thresholds", least=0, below=1
+        "curriculum", 0.1, "with --chunks thresholds: share of samples that are hard", least=0, below=1
     )
     record_cosines: bool = option(
         "curriculum", False,
@@ -131,22 +131,22 @@ class TrainConfig:
     )
     phase_1: str | None = option(
         "curriculum", None,
-        "reuse the cosines recorded by this run and skip phase 1: a run on the same pairs and split, trained "
-        "with --record-cosines",
+        "skip phase 1 and reuse the cosines of this run (same pairs and split, trained with "
+        "--record-cosines)",
     )
     epoch_weights: str | None = option(
         "curriculum", None,
-        "weights of phase 1's epochs in the mean cosine, as 0,0,0,.2,.3,.5 in the authors' code (default: "
-        "equal weights, the paper's)",
+        "weights of phase 1's epochs in the mean cosine, e.g. 0,0,0,.2,.3,.5, the authors' code (default: "
+        "equal, the paper's)",
     )
     lerac_epochs: float = option("curriculum", 1.0, "epochs until LeRaC's learning rates meet", above=0)
     lerac_min_lr: float = option(
-        "curriculum", 1e-8, "LeRaC's first learning rate at the output; at the input it is --lr", above=0
+        "curriculum", 1e-8, "LeRaC: first learning rate of the output layer (input layer: --lr)", above=0
     )
     cbs_every: float | None = option(
         "curriculum", None,
-        "epochs after which CBS multiplies sigma by 0.9; 5 in its authors' code (default: a twentieth of the "
-        "run, so that a short one too ends without smoothing)",
+        "epochs after which CBS multiplies sigma by 0.9; 5 in its authors' code (default: a twentieth of "
+        "the run, so that smoothing also ends in short runs)",
         above=0,
     )
     # -- optimisation
@@ -158,17 +158,17 @@ class TrainConfig:
     )
     batch_size: int | None = option(
         "optimisation", None,
-        "samples of a step, all processes together (default: 32 for miniatures, else 64, the paper's)",
+        "samples per step over all processes (default: 32 for miniatures, else 64, the paper's)",
         least=1,
         most=10**6,
     )
     accumulate: int = option(
         "optimisation", 1,
-        "parts in which each process computes its share of a batch, to save memory",
+        "gradient accumulation: micro-batches per step and process",
         least=1,
     )
     optimizer: str = option(
-        "optimisation", "adam", "adam: the paper's; adamw: the authors' code's", ("adam", "adamw")
+        "optimisation", "adam", "adam (paper) or adamw (authors' code)", ("adam", "adamw")
     )
     lr: float | None = option(
         "optimisation", None,
@@ -179,14 +179,15 @@ class TrainConfig:
     )
     layer_decay: float = option(
         "optimisation", 1.0,
-        "learning rate of each block, as a multiple of that of the block above it; 1 = the same for all",
+        "factor between the learning rates of neighbouring blocks, falling towards the input; 1 = one rate "
+        "for all",
         above=0,
         most=1,
     )
     weight_decay: float = option(
-        "optimisation", 0.0, "of adamw, or the L2 penalty of adam", least=0, most=1e3
+        "optimisation", 0.0, "weight decay of adamw, or L2 penalty of adam", least=0, most=1e3
     )
-    clip_norm: float = option("optimisation", 1.0, "largest norm of the gradient; 0 = do not clip", least=0)
+    clip_norm: float = option("optimisation", 1.0, "gradient clipping norm; 0 = no clipping", least=0)
     mlc_weight: float = option("optimisation", 0.1, "lambda of equation (4)", least=0, most=1e6)
     # -- machine
     device: str = option("machine", "auto", "auto, cpu, cuda")
@@ -194,15 +195,17 @@ class TrainConfig:
         "machine", "auto", "auto = bf16 on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
     )
     compile: bool = option("machine", False, "torch.compile the regressor")
-    activation_checkpointing: bool = option("machine", False, "compute activations twice, to save memory")
+    activation_checkpointing: bool = option(
+        "machine", False, "recompute activations in the backward pass to save memory"
+    )
     workers: int = option("machine", 0, "processes that read images", least=0, most=1024)
     checkpoint_every: int = option("machine", 100, "optimizer steps between checkpoints", least=1)
     # fmt: on
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            if wrong := fault(f, getattr(self, f.name)):
-                raise data.DataError(f"{flag_of(f.name)} {getattr(self, f.name)}: {wrong}")
+            if rule := broken_rule(f, getattr(self, f.name)):
+                raise data.DataError(f"{flag_of(f.name)} {getattr(self, f.name)}: {rule}")
 
 
 def flag_of(name: str) -> str:
@@ -215,8 +218,8 @@ def type_of(name: str) -> type:
     return next(t for t in (typing.get_args(hint) or (hint,)) if t is not type(None))
 
 
-def fault(f: dataclasses.Field, value: Any) -> str | None:
-    """What is wrong with a field's value, or None; None passes where it is the default."""
+def broken_rule(f: dataclasses.Field, value: Any) -> str | None:
+    """The rule that a field's value breaks, or None. The value None is valid if it is the default."""
     kind, choices, bounds = type_of(f.name), f.metadata["choices"], f.metadata["bounds"]
     if value is None and f.default is None:
         return None
@@ -240,7 +243,7 @@ def fault(f: dataclasses.Field, value: Any) -> str | None:
 
 
 # Paper: three epochs of batches of 64 (section 4.2). 1e-4 with cosine decay is the authors' code's. With
-# 6,000 pairs both would leave the miniatures half trained; their learning rates were chosen on validation
+# 6,000 pairs these defaults leave the miniatures half trained; their learning rates were chosen on validation
 # from a grid of powers of two.
 PAPER_DEFAULTS = {"epochs": 3, "batch_size": 64, "lr": 1e-4, "image_size": 256, "captions": "blip-base"}
 MINI_DEFAULTS = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
@@ -248,35 +251,35 @@ DEFAULTS = {"sd-mini": MINI_DEFAULTS | {"lr": 2e-3, "image_size": 64, "captions"
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The configuration with every None that `weights` decides replaced by its default.
+    """The configuration with the defaults for its `weights` in place of None.
 
-    Raises data.DataError for flags that contradict each other.
+    Raises data.DataError for flags that conflict.
     """
     backbone = BACKBONES[config.backbone]
     source = config.weights or backbone.mini
     if config.image_size and not backbone.white_box:
         raise data.DataError(
-            "--image-size: black boxes read images at the size of their weights; leave it out"
+            "--image-size: the weights of a black box set the size; leave it out"
         )
     defaults = PAPER_DEFAULTS | DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
     if not backbone.white_box:
         del defaults["image_size"], defaults["captions"]
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, weights=source, **unset)
-    for wrong, message in contradictions(config):
-        if wrong:
+    for occurs, message in conflicts(config):
+        if occurs:
             raise data.DataError(message)
     return config
 
 
-def contradictions(c: TrainConfig) -> list[tuple[bool, str]]:
-    """(whether it holds, message) for each way in which flags of a resolved configuration contradict."""
+def conflicts(c: TrainConfig) -> list[tuple[bool, str]]:
+    """(whether it occurs, message) for each conflict between flags of a resolved configuration."""
     weights = epoch_weights(c)
     lerac, curriculum = c.curriculum == "lerac", f"--curriculum {c.curriculum}"
     return [
         (
             bool(c.phase_1) and c.curriculum != "difficulty",
-            "--phase-1: only --curriculum difficulty reads it",
+            "--phase-1: only --curriculum difficulty uses it",
         ),
         (
             bool(c.phase_1) and not os.path.isfile(os.path.join(c.phase_1 or "", "cosines.npy")),
@@ -293,16 +296,16 @@ def contradictions(c: TrainConfig) -> list[tuple[bool, str]]:
         ),
         (
             lerac and c.layer_decay != 1,
-            f"{curriculum}: sets the layers' rates itself; leave out --layer-decay",
+            f"{curriculum}: sets the rates of all layers; remove --layer-decay",
         ),
         (lerac and c.lerac_min_lr > c.lr, f"--lerac-min-lr: must be at most --lr, {c.lr:g}"),
         (
             lerac and c.lerac_epochs >= c.epochs,
-            f"--lerac-epochs: must be below --epochs, {c.epochs}, where the rate is 0",
+            f"--lerac-epochs: must be below --epochs, {c.epochs}, when the rate is 0",
         ),
         (
             c.random_start and c.train_blocks is not None,
-            "--random-start: all blocks have to be trained; leave out --train-blocks",
+            "--random-start: trains all blocks; remove --train-blocks",
         ),
         (
             bool(c.image_size) and c.image_size % 8 != 0,
@@ -311,7 +314,7 @@ def contradictions(c: TrainConfig) -> list[tuple[bool, str]]:
     ]
 
 
-NO_COSINES = "holds no recorded cosines; give a finished run of train.py --record-cosines"
+NO_COSINES = "has no recorded cosines; give a finished run trained with --record-cosines"
 
 
 def epoch_weights(config: TrainConfig) -> list[float] | None:
@@ -331,7 +334,7 @@ def epoch_weights(config: TrainConfig) -> list[float] | None:
 
 
 def parse_args(argv: list[str], description: str) -> tuple[dict[str, Any], Path | None, Path | None]:
-    """The flags on the command line, by field name; the folder of --out; the folder of --resume."""
+    """(flags by field name, folder of --out, folder of --resume) from the command line."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -340,12 +343,12 @@ def parse_args(argv: list[str], description: str) -> tuple[dict[str, Any], Path 
     groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
     for f in dataclasses.fields(TrainConfig):
         group, kind, help = groups[f.metadata["group"]], type_of(f.name), f.metadata["help"]
-        shown = "" if f.default is None else f" (default: {f.default})"
+        default = "" if f.default is None else f" (default: {f.default})"
         if kind is bool:
-            group.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=help + shown)
+            group.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=help + default)
         else:
             choices = f.metadata["choices"] or None
-            group.add_argument(flag_of(f.name), type=kind, choices=choices, help=help + shown)
+            group.add_argument(flag_of(f.name), type=kind, choices=choices, help=help + default)
     folder = parser.add_argument_group("folder")
     folder.add_argument(
         "--out", type=Path, help="the run's folder (default: runs/BACKBONE-DATA[-CURRICULUM]-seedN)"
@@ -355,6 +358,6 @@ def parse_args(argv: list[str], description: str) -> tuple[dict[str, Any], Path 
     out, resume = flags.pop("out", None), flags.pop("resume", None)
     if resume and (out or flags.keys() - RESUMABLE):
         parser.error(
-            f"--resume takes the run's own configuration; the only other flags are {sorted(RESUMABLE)}"
+            f"--resume uses the run's configuration; the only other flags are {sorted(RESUMABLE)}"
         )
     return flags, out, resume

@@ -1,4 +1,4 @@
-"""One run's evaluation: predictions of every split, the test cosine beside its baseline, pictures."""
+"""Evaluation of a run: predictions of every split, the test cosine beside its baseline, pictures."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def summary(folder: Path, result: dict) -> str:
         f"{folder}\n"
         f"  test cosine            {result['test_cosine']:.4f}   95 % interval {low:.4f} to {high:.4f}, "
         f"{result['n_test']:,} pairs\n"
-        f"  mean-embedding cosine  {result['mean_embedding_cosine']:.4f}   the same answer for every image\n"
-        f"  error left             {result['error_ratio']:.1%}   (1 - test cosine) / (1 - that)\n"
+        f"  mean-embedding cosine  {result['mean_embedding_cosine']:.4f}   one vector for every image\n"
+        f"  error left             {result['error_ratio']:.1%}   (1 - test cosine) / (1 - the line above)\n"
         f"  seconds                {result['seconds']:.0f}\n"
         f"  written                result.json, predictions/, examples.png"
     )

@@ -1,4 +1,4 @@
-"""A run's folder: made for a new run, its configuration, the cosines that phase 1 records."""
+"""A run's folder: creation, configuration, cosines of phase 1."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from training.loop import save_array
 def new_folder(config: TrainConfig, out: Path | None) -> Path:
     """The folder of a new run, created here: --out, or the first free runs/BACKBONE-DATA[-CURRICULUM]-seedN.
 
-    `mkdir` without `exist_ok` decides between two runs that start at once. Raises data.DataError for an --out
-    that holds a run already or is no folder, and where the folder cannot be created.
+    `mkdir` without `exist_ok` separates two runs that start at once. Raises data.DataError if --out holds a
+    run already or is not a folder, and if the folder cannot be created.
     """
     kind = "" if config.curriculum == "none" else f"-{config.curriculum}"
     name = f"{config.backbone}-{Path(config.data).resolve().name}{kind}-seed{config.seed}"
@@ -41,7 +41,7 @@ def new_folder(config: TrainConfig, out: Path | None) -> Path:
             else:
                 raise data.DataError(
                     f"{out}: is a file; give a folder" if not out.is_dir() else
-                    f"{out}: holds a run already; continue it by --resume {out}, or give another --out"
+                    f"{out}: holds a run already; continue it with --resume {out}, or give another --out"
                 ) from error
         except OSError as error:
             raise data.DataError(
@@ -50,7 +50,7 @@ def new_folder(config: TrainConfig, out: Path | None) -> Path:
 
 
 def saved_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in `folder`. Raises data.DataError for a folder that is no run."""
+    """The configuration of the run in `folder`. Raises data.DataError if the folder is not a run."""
     return TrainConfig(**saved_fields(folder))
 
 
@@ -61,14 +61,14 @@ def saved_fields(folder: Path) -> dict[str, Any]:
         saved = {RENAMED.get(name, name): value for name, value in saved.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise data.DataError(
-            f"{folder}: not a run of train.py ({error}); give the folder that it wrote"
+            f"{folder}: not a run of train.py ({error}); give a run's folder"
         ) from error
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     return {name: value for name, value in saved.items() if name in fields}
 
 
 def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary: Vocabulary) -> None:
-    """Write what describes a new run into its folder; config.json comes last."""
+    """Write a new run's description into its folder, config.json last."""
     folder.mkdir(parents=True, exist_ok=True)
     data.atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
     derived = {
@@ -80,7 +80,7 @@ def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary:
 
 
 def save_cosines(folder: Path, cosines: np.ndarray, easiness: np.ndarray, **about: Any) -> None:
-    """Write easiness.npy (n,), curriculum.json and, last, cosines.npy (epochs, n): then all are there."""
+    """Write easiness.npy (n,), curriculum.json and, to mark the set as complete, cosines.npy (epochs, n)."""
     save_array(folder / "easiness.npy", easiness)
     about = {"epochs": len(cosines)} | about
     data.atomic_write(folder / "curriculum.json", json.dumps(about, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What training and evaluation read: pairs, splits, targets and the backbone's inputs, cached."""
+"""Inputs of training and evaluation: pairs, splits, targets and the backbone's cached inputs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from training.config import TrainConfig
 log = logging.getLogger("train")
 
 MINI_PAIRS = Path(__file__).resolve().parent.parent / "mini" / "generated"  # by mini/generated.py
-# On a CPU a transformer takes 1.4 times as long for each sample at 256: its activations leave the cache.
+# On a CPU a batch of 256 takes 1.4 times as long per sample: activations exceed the cache.
 EVALUATION_BATCH = 64
 
 
 class Distinct(NamedTuple):
-    """One row for each distinct text (u, ...), and the row number of each pair (n,)."""
+    """The row of each distinct text (u, ...), and the row number of each pair (n,)."""
 
     rows: np.ndarray
     index: np.ndarray
@@ -41,7 +41,7 @@ class Distinct(NamedTuple):
 
 
 class Images:
-    """The picture of each pair as the backbone reads it, decoded at each access."""
+    """Each pair's picture as the backbone's input, decoded at each access."""
 
     def __init__(self, pairs: data.Pairs, preprocessing: data.Preprocessing):
         self.pairs, self.preprocessing = pairs, preprocessing
@@ -52,7 +52,7 @@ class Images:
 
 @dataclass
 class Prepared:
-    """What training and evaluation read, row by row over the cleaned pairs; `splits` holds rows."""
+    """Inputs and targets of the cleaned pairs, by row; `splits` maps split names to rows."""
 
     pairs: data.Pairs
     splits: dict[str, np.ndarray]
@@ -63,16 +63,16 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
-    """Pairs, cleaned and split, with all that is cached for them: targets and the backbone's inputs.
+    """Pairs, cleaned and split, with their cached targets and backbone inputs.
 
     The inputs are, for the U-Net, latents (n, 4, h, w) and caption states (n, 77, D), both float16; for the
-    black boxes the images; for a backbone of which no block trains its features (n, width) float32. Caches
-    lie under weights.cache_dir() and do not depend on the heads or the seed. Pairs whose image cannot be read
-    are left out of every split.
+    black boxes the images; for a frozen backbone its features (n, width) float32. Caches are under
+    weights.cache_dir() and do not depend on the heads or the seed. Pairs with an unreadable image are in no
+    split.
     """
     backbone = BACKBONES[config.backbone]
-    # Read first, so that weights which are missing stop the run before anything long. The encoders themselves
-    # are loaded only if their cache lacks rows.
+    # Read first: missing weights then stop the run before slow work. The encoders are loaded only if their
+    # cache lacks rows.
     for kind in (backbone.kind, *(("vae", "clip-text") if backbone.white_box else ())):
         weights.config(kind, config.weights)
     if backbone.white_box and (captioner := captioner_of(config.captions)):
@@ -97,7 +97,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
 
 
 def pairs_folder(name: str) -> Path:
-    """The folder of --data; "drawn" scenes are drawn into the cache unless they are there."""
+    """The folder of --data; drawn scenes are built into the cache if missing."""
     if name == "mini":
         return MINI_PAIRS
     if name != "drawn":
@@ -110,7 +110,7 @@ def pairs_folder(name: str) -> Path:
 
 
 def preprocessing_of(config: TrainConfig) -> data.Preprocessing:
-    """How the run's images are prepared: for a black box as its checkpoint was trained."""
+    """The run's image preprocessing; for a black box that of its checkpoint."""
     backbone = BACKBONES[config.backbone]
     if backbone.white_box:
         return data.Preprocessing.square(config.image_size)
@@ -118,15 +118,15 @@ def preprocessing_of(config: TrainConfig) -> data.Preprocessing:
 
 
 def cleaned(prompts: list[str], rule: str) -> np.ndarray:
-    """Rows of the prompts that are kept, by the `clean` of TrainConfig; logs what was dropped."""
+    """Rows kept by the cleaning rule; logs the number dropped by each rule."""
     if rule == "off":
         return np.flatnonzero([bool(prompt) for prompt in prompts])
     kept, report = data.clean(prompts, near_duplicates=rule != "duplicates")
     log.info("cleaning (section 4.1): %s", ", ".join(f"{n:,} {name}" for name, n in report.items()))
     if rule == "auto" and len(kept) < 0.1 * len(set(prompts)):
         log.warning(
-            "cleaning: these prompts follow a template: the paper's rule of 50 equal characters keeps %d of "
-            "%d; only equal prompts are dropped (--clean paper insists on the rule)",
+            "cleaning: these prompts follow a template: the paper's rule of 50 equal characters keeps %d "
+            "of %d; only equal prompts are dropped (--clean paper applies the rule anyway)",
             *(len(kept), len(prompts)),
         )
         return cleaned(prompts, "duplicates")
@@ -151,8 +151,7 @@ def prompt_targets(prompts: list[str], device: str) -> Distinct:
 def unet_inputs(
     config: TrainConfig, pairs: data.Pairs, preprocessing: data.Preprocessing, device: str
 ) -> tuple[tuple, np.ndarray]:
-    """Latents and caption states of all pairs, or the frozen U-Net's features; and which images are
-    readable."""
+    """Latents and caption states of all pairs, or the frozen U-Net's features; readable images as a mask."""
     cache, source = weights.cache_dir(), config.weights
     sd = SDReader(source, captioner_of(config.captions), device)
     vae, text = weights.config("vae", source), weights.config("clip-text", source)
@@ -168,7 +167,7 @@ def unet_inputs(
     states = Encoder("captions", {"model": text_key}, shape, np.float16, 32, sd.states)
     contexts = Distinct(*cached_texts(cache, captions, states))
     if "tokenizer" in sd.networks and (cut := sd.network("tokenizer").truncated):
-        log.warning("captions: %d were cut after 75 tokens, all that the text tower reads", cut)
+        log.warning("captions: %d were cut to 75 tokens, the text tower's limit", cut)
     if config.train_blocks != 0:
         return (latents, contexts), readable
 
@@ -195,10 +194,10 @@ def unet_inputs(
 def captions_of(config: TrainConfig, pairs: data.Pairs, sd: SDReader) -> list[str]:
     """The captions of all pairs, by the `captions` of TrainConfig."""
     if config.captions == "prompt":
-        log.warning("captions: the U-Net reads the true prompts: an upper bound, not a result")
+        log.warning("captions: true prompts; this is an upper bound, not a result")
         return pairs.prompts
     if config.captions == "empty":
-        log.info("captions: none, the U-Net's cross-attention reads the empty text")
+        log.info("captions: none; the cross-attention gets the empty text")
         return [""] * len(pairs)
     if sd.captioner is None:
         return data.read_captions(Path(config.captions), pairs)
@@ -211,7 +210,7 @@ def captions_of(config: TrainConfig, pairs: data.Pairs, sd: SDReader) -> list[st
 def image_inputs(
     config: TrainConfig, pairs: data.Pairs, preprocessing: data.Preprocessing, device: str
 ) -> tuple[tuple, np.ndarray]:
-    """The images of all pairs, or the frozen backbone's features; and which images are readable."""
+    """The images of all pairs, or the frozen backbone's features; readable images as a mask."""
     if config.train_blocks != 0:
         readable = Encoder("readable", {}, (1,), np.uint8, 256, lambda images: torch.zeros(len(images), 1))
         _, ok = cached_images(weights.cache_dir(), pairs, preprocessing, readable, config.workers)

@@ -1,7 +1,7 @@
-"""The one training loop, and the one format of its checkpoints.
+"""The training loop and its checkpoint format.
 
-train.py's regressor, the captioner and the miniatures are trained by `Trainer.fit`; each subclass gives its
-batches, its loss and its learning rate.
+`Trainer.fit` trains train.py's regressor, the captioner and the miniatures; a subclass provides batches, loss
+and learning rate.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that torchrun started; the only one without it."""
+    """Rank and number of torchrun's processes; 0 of 1 without torchrun."""
 
     rank: int = 0
     world: int = 1
@@ -57,7 +57,7 @@ class Process:
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Process]:
-    """Join torchrun's processes (gloo on CPUs, nccl on GPUs), and leave them in the end."""
+    """Context manager: torchrun's process group (gloo on CPUs, nccl on GPUs)."""
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return
@@ -78,7 +78,7 @@ def process_group(device: str) -> Iterator[Process]:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write safetensors beside `path`, bring them to the disk, and rename: the file is whole or absent."""
+    """Write safetensors atomically: temporary file, fsync, rename."""
     partial = path.with_name(path.name + ".partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
     with partial.open("rb") as file:
@@ -87,17 +87,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file whole or not at all."""
+    """Write a .npy file atomically."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     atomic_write(path, buffer.getvalue())
 
 
 class Checkpoint:
-    """last/: the tensors of one step in a file named after it, and state.json, which names that file.
+    """The last/ folder: one tensor file per saved step, and state.json, which names the valid one.
 
-    A process killed at any moment leaves either the former state.json with its tensors or the new one with
-    its own.
+    A process killed at any moment leaves a complete checkpoint, the old or the new one.
     """
 
     def __init__(self, folder: Path):
@@ -114,13 +113,13 @@ class Checkpoint:
                     other.unlink()
 
     def load(self) -> tuple[dict, dict[str, Tensor]] | None:
-        """The last complete checkpoint, or None where there is none yet."""
+        """The last complete checkpoint, or None."""
         if not (self.folder / "state.json").exists():
             return None
         try:
             state = json.loads((self.folder / "state.json").read_text())
             return state, load_file(self.folder / state["tensors"])
-        except Exception as error:  # safetensors, JSON and the disk each raise their own
+        except Exception as error:  # safetensors, JSON and the disk raise different exceptions
             raise DataError(
                 f"{self.folder}: the checkpoint cannot be read ({error}); remove it to start the run again"
             ) from error
@@ -135,7 +134,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of `optimizer_tensors` back."""
+    """Restore the optimizer from the tensors of `optimizer_tensors`."""
     slots = optimizer.state_dict()
     slots["state"] = {
         i: {slot: tensors[f"optimizer.{slot}.{name}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
@@ -152,7 +151,7 @@ def rng_tensors() -> dict[str, Tensor]:
 
 
 def load_rng(tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of `rng_tensors` back, as far as they are there."""
+    """Restore the generators from the tensors that are present."""
     if "rng.cpu" in tensors:
         torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
@@ -178,9 +177,9 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.nda
 class Trainer(ABC):
     """A model, its optimizer and the folder of its training; `fit` is the loop.
 
-    A subclass defines `batches`, `loss` and `rate`, and, where it needs them, `validate`, `state` and
-    `load_state`; it sets `total`, `steps_per_epoch` and `checkpoint_every`. `identity` is a hash of what a
-    checkpoint must have been trained on; `names` those of the optimizer's parameters, in its order.
+    A subclass defines `batches`, `loss` and `rate`, and, if needed, `validate`, `state` and `load_state`; it
+    sets `total`, `steps_per_epoch` and `checkpoint_every`. `identity` is a hash of data and options that a
+    checkpoint must match; `names` are those of the optimizer's parameters, in its order.
     """
 
     label = "train"  # of the progress bar
@@ -201,7 +200,7 @@ class Trainer(ABC):
         self.step, self.total, self.steps_per_epoch, self.checkpoint_every = 0, 0, 1, 100
         self.stopping = False
 
-    # -- what a subclass defines ------------------------------------------------
+    # -- defined by a subclass ------------------------------------------------
 
     @abstractmethod
     def batches(self, epoch: int, first: int) -> Iterable[tuple[int, Any]]:
@@ -216,17 +215,17 @@ class Trainer(ABC):
         """The schedule's learning rate at `self.step`; a group's is this times its `scale`."""
 
     def validate(self, epoch: int) -> dict[str, float]:
-        """What is logged at the end of an epoch."""
+        """Values to log at the end of an epoch."""
         return {}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What resuming needs: JSON, and tensors."""
+        """State for resuming: (JSON, tensors)."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer, self.names) | rng_tensors()
         return {"step": self.step, "total": self.total, "data": self.identity}, tensors
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        # Copied into the parameters that the optimizer holds, not put in their place.
+        # Copied in place, because the optimizer holds the parameters.
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         self.model.load_state_dict(own)
         load_optimizer(self.optimizer, self.names, tensors)
@@ -236,7 +235,7 @@ class Trainer(ABC):
     # -- the loop ------------------------------------------------
 
     def fit(self) -> None:
-        """Train to the last step. Ctrl-C saves first; kill -9 loses what came after the last checkpoint."""
+        """Train to the last step. Ctrl-C saves first; kill -9 loses the steps after the last checkpoint."""
         self.restore()
         self.model.train()
         with self.recorder() as record, self.progress() as bar, self.stop_between_steps():
@@ -254,18 +253,18 @@ class Trainer(ABC):
                     record(epoch=epoch, **terms, lr=lr, images_per_second=samples / (now - started))
                     started = now
                     bar.update()
-                    bar.set_postfix(self.shown(terms), refresh=False)
+                    bar.set_postfix(self.bar_text(terms), refresh=False)
 
                     end_of_epoch = self.step % self.steps_per_epoch == 0
                     if end_of_epoch and (measured := self.validate(epoch)):
                         record(epoch=epoch, **measured)
                     if end_of_epoch or self.stopping or self.step % self.checkpoint_every == 0:
                         self.save()
-                    if self.stopping:  # only now, since half a step cannot be resumed
+                    if self.stopping:  # only here: an unfinished step cannot be resumed
                         raise KeyboardInterrupt
 
     def train_step(self, batch: Any) -> dict[str, float]:
-        """One step of the optimizer; returns the loss's terms."""
+        """The loss's terms; takes one step of the optimizer."""
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.forward_backward(batch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -284,27 +283,27 @@ class Trainer(ABC):
         return {name: term.item() for name, term in terms.items()}
 
     def group_rate(self, lr: float, scale: float) -> float:
-        """The learning rate of a group of parameters where the schedule's is `lr`."""
+        """The learning rate of a parameter group; the schedule's is `lr`."""
         return lr * scale
 
-    def shown(self, terms: dict[str, float]) -> dict[str, str]:
-        """What stands beside the progress bar."""
+    def bar_text(self, terms: dict[str, float]) -> dict[str, str]:
+        """Text beside the progress bar."""
         return {name: f"{value:.3f}" for name, value in terms.items()}
 
-    # -- its surroundings ------------------------------------------------
+    # -- saving, resuming, logging ------------------------------------------------
 
     def save(self) -> None:
         if self.process.first:
             self.checkpoint.save(*self.state())
 
     def restore(self) -> None:
-        """Go back to the last checkpoint, if there is one, and drop what was logged after it."""
-        if (found := self.checkpoint.load()) is not None:
-            state, tensors = found
+        """Restore the last checkpoint, if any, and truncate the log to its step."""
+        if (checkpoint := self.checkpoint.load()) is not None:
+            state, tensors = checkpoint
             if state.get("data", state.get("identity")) != self.identity:
                 raise DataError(
-                    f"{self.folder}: was trained on other pairs or with other options; put them back, or "
-                    "start a new run"
+                    f"{self.folder}: was trained on other pairs or options; use the same again, or start a "
+                    "new run"
                 )
             self.load_state(state, tensors)
             log.info("resumed at step %d of %d", self.step, self.total)
@@ -316,7 +315,7 @@ class Trainer(ABC):
 
     @contextlib.contextmanager
     def recorder(self) -> Iterator[Any]:
-        """A function that appends a line to log.jsonl, in the first process alone."""
+        """Context manager: a function that appends a line to log.jsonl, in the first process only."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.jsonl" if self.process.first else os.devnull, "a") as file:
 
@@ -332,7 +331,7 @@ class Trainer(ABC):
 
     @contextlib.contextmanager
     def stop_between_steps(self) -> Iterator[None]:
-        """Let the first Ctrl-C or SIGTERM wait for the step under way."""
+        """Context manager: the first Ctrl-C or SIGTERM takes effect after the current step."""
 
         def request_stop(*_: object) -> None:
             if self.stopping:

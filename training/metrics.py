@@ -1,5 +1,5 @@
-"""Figures of merit, on NumPy arrays alone: cosine and bootstrap interval, the average precision of words,
-Student's paired test of two methods and Spearman's rank correlation of two scores."""
+"""Metrics on NumPy arrays: cosine and bootstrap interval, the average precision of words, Student's paired
+test of two methods and Spearman's rank correlation of two scores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def student_p(t: float, df: int) -> float:
     With t = sqrt(df) tan(x) the density is cos(x)^(df - 1); its area beyond |t| by the midpoint rule.
     """
     start = math.atan(abs(t) / math.sqrt(df))
-    stop = min(math.pi / 2, start + 40 / math.sqrt(df))  # the rest is nothing
+    stop = min(math.pi / 2, start + 40 / math.sqrt(df))  # the remaining area is negligible
     x = start + (stop - start) * (np.arange(20_000) + 0.5) / 20_000
     area = np.exp((df - 1) * np.log(np.cos(x))).mean() * (stop - start)
     whole = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(df / 2) - math.lgamma((df + 1) / 2))
@@ -56,8 +56,8 @@ def paired_test(ours: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> dict
     """Student's paired test that two methods' cosines have the same mean, over the test pairs of all seeds.
 
     One array (n,) a seed, of the same pairs in both. Returns the mean difference, its 95 % bootstrap
-    interval, t, p, the number of pairs and the mean difference of each seed. What chance does in training
-    is no part of p: look at the seeds.
+    interval, t, p, the number of pairs and the mean difference of each seed. p does not cover chance in
+    training; see the per-seed differences.
     """
     by_seed = [a - b for a, b in zip(ours, other, strict=True)]
     difference = np.concatenate(by_seed)
@@ -88,7 +88,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray, resamples: int = 1000) -> dict:
-    """Spearman's correlation of (n,) and (n,) with its 95 % bootstrap interval; None where it has none."""
+    """Spearman's correlation of (n,) and (n,) with its 95 % bootstrap interval; None if undefined."""
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(resamples):

@@ -65,7 +65,7 @@ def examples_picture(
 def difficulty_sheet(
     pairs: data.Pairs, rows: np.ndarray, easiness: np.ndarray, picked: Sequence[np.ndarray]
 ) -> bytes:
-    """A band each for easy, medium and hard: pictures, phase 1's cosine, prompts, [undrawn words]."""
+    """Sheet of easy, medium and hard pairs: pictures, phase 1's cosine, prompts, [undrawn words]."""
     side, caption, gap, band = 128, 88, 8, 24
     columns = max(map(len, picked))
     size = (columns * (side + gap) + gap, len(picked) * (band + side + caption + gap))
@@ -89,7 +89,7 @@ def difficulty_sheet(
 
 
 def wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    """Break a text into lines of at most `width` pixels."""
+    """The text's lines of at most `width` pixels."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
