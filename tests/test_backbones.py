@@ -132,6 +132,8 @@ def test_a_random_start_is_always_the_same_and_not_the_pretrained_one():
     shipped = weights.load("clip-vision", "clip-mini").state_dict()
     assert all(torch.equal(pretrained[name], shipped[name]) for name in shipped)
     assert not any(torch.equal(random[name], shipped[name]) for name in shipped if shipped[name].dim() > 1)
+    positions = next(value for name, value in random.items() if name.endswith("position_embedding.weight"))
+    assert float(positions.std()) * positions.shape[1] ** 0.5 == pytest.approx(1, abs=0.05)
 
 
 def test_a_random_start_trains_all_blocks():

@@ -89,6 +89,18 @@ def test_chosen_neighbours_are_the_best_of_the_grid(monkeypatch: pytest.MonkeyPa
     assert best["cosine"] == pytest.approx(max(scores.values()), abs=1e-6)
 
 
+def test_all_rows_may_be_neighbours_and_all_queries_count(monkeypatch: pytest.MonkeyPatch):
+    """1,025 queries are more than are worked on at once; the mean of all 8 rows is every query's answer."""
+    monkeypatch.setattr(baselines, "NEIGHBOURS", (1, 8, 9))
+    reference, targets = np.eye(8, dtype=np.float32), np.eye(8, dtype=np.float32)
+    query, truth = rows(1025, 8, 0), np.full((1025, 8), 8**-0.5)
+    query[1024] *= -1
+    best = baselines.choose_neighbours(query, truth, reference, targets)
+    found = knn_regression(query, reference, targets, 8, best["temperature"])
+    assert (best["k"], best["temperature"]) == (8, max(baselines.TEMPERATURES))
+    assert best["cosine"] == pytest.approx(float((found * truth).sum(1).mean()), abs=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # BLIP
 # ----------------------------------------------------------------------------------------------------------
@@ -166,6 +178,41 @@ def test_it_learns_and_predicts_and_the_folder_it_writes_is_a_captioner(
     images = torch.stack([data.image_tensor(pairs.image(i), how) for i in SPLITS["test"]])
     assert again.generate(images, max_length=24) == written["test"]
     assert any(written["test"])
+
+
+def test_the_captioner_is_trained_as_by_a_plain_loop(pairs: data.Pairs, tmp_path: Path):
+    torch.set_num_threads(1)
+    config = dataclasses.replace(SHORT, weight_decay=5.0, label_smoothing=0.2, max_tokens=10, seed=2)
+    splits = {"train": np.arange(20), "val": np.arange(60, 72)}
+    trained, how = captioner.new_captioner(0)
+    captioner.finetune_captioner(trained, how, config, pairs, splits, tmp_path)
+
+    model, _ = captioner.new_captioner(0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=5.0)
+
+    def loss(some: np.ndarray) -> torch.Tensor:
+        images = torch.stack([data.image_tensor(pairs.image(i), how) for i in some])
+        texts = [pairs.prompts[i] for i in some]
+        ids, labels = captioner.caption_tokens(model, texts, "a picture of ", 10)
+        logits = model(images, ids)[:, :-1].transpose(1, 2)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:], label_smoothing=0.2)  # not -100
+
+    expected, validated, rates = [], [], [3e-3 * (1 + np.cos(np.pi * i / 6)) / 2 for i in range(6)]
+    for epoch in (0, 1):
+        model.train()
+        order = np.random.default_rng([2, epoch]).permutation(20)
+        for batch in (order[:8], order[8:16], order[16:]):
+            optimizer.param_groups[0]["lr"] = rates[len(expected)]
+            optimizer.zero_grad()
+            expected.append(loss(batch))
+            expected[-1].backward()
+            optimizer.step()
+        with torch.no_grad():
+            validated.append(np.mean([loss(part).item() for part in np.split(splits["val"], 2)]))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [e["lr"] for e in log if "lr" in e] == pytest.approx(rates)
+    assert [e["loss"] for e in log if "loss" in e] == pytest.approx([x.item() for x in expected], rel=1e-4)
+    assert [e["val_loss"] for e in log if "val_loss" in e] == pytest.approx(validated, rel=1e-4)
 
 
 def test_stopped_and_resumed_training_ends_alike(

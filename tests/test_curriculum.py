@@ -18,10 +18,10 @@ import reverse_sd
 import train
 import weights
 from mini import scenes
-from training.config import TrainConfig
+from training.config import TrainConfig, resolve
 from training.folder import saved_fields
 from training.inputs import prepare
-from training.loop import learning_rate
+from training.loop import Process, learning_rate
 
 
 def stop_at(patch: pytest.MonkeyPatch, step: int, phase: str) -> None:
@@ -77,6 +77,9 @@ def test_easy_is_a_high_cosine_whichever_way_the_samples_are_split():
     assert [len(chunk) for chunk in reverse_sd.thirds(score)] == [21, 20, 20]
     easy, medium, hard = reverse_sd.by_thresholds(score, 0.5, 0.0)
     assert (score[easy] >= 0.5).all() and (score[hard] < 0).all()
+    at_the_bounds = reverse_sd.by_thresholds(np.array([0.1, 0.2, 0.3, 0.4, 0.5]), 0.3, 0.2)
+    assert [chunk.tolist() for chunk in at_the_bounds] == [[2, 3, 4], [1], [0]]
+    assert [chunk.tolist() for chunk in reverse_sd.thirds(np.ones(7))] == [[0, 1, 2], [3, 4], [5, 6]]
 
 
 def test_thresholds_leave_a_significant_portion_easy_and_a_small_subset_hard():
@@ -232,6 +235,17 @@ def test_weights_of_the_epochs_reach_the_difficulty(recorded: Path, few_scenes: 
     np.testing.assert_allclose(np.load(run / "easiness.npy"), last, atol=1e-7)
 
 
+def test_shares_reach_the_stages_and_phase_2_records_nothing(few_scenes: Path, cache: Path, tmp_path: Path):
+    flags = ["--curriculum", "difficulty", "--record-cosines", "--train-blocks", "0", "--batch-size", "13"]
+    flags += ["--chunks", "thresholds", "--easy-share", "0.7", "--hard-share", "0.2"]
+    run = train_here(few_scenes, tmp_path / "run", *flags)
+    for name in ("cosines.npy", "easiness.npy"):
+        np.testing.assert_array_equal(np.load(run / name), np.load(run / "phase-1" / name))
+    stages = json.loads((run / "curriculum.json").read_text())["stages"]
+    assert [stage["samples"] for stage in stages] == [42, 48, 60]
+    assert stages[-1]["last_step"] + 1 == len(losses(run)) == 10  # 60 is no multiple of 13
+
+
 # -- bad input ----------------------------------------
 
 
@@ -246,7 +260,8 @@ def test_weights_of_the_epochs_reach_the_difficulty(recorded: Path, few_scenes: 
         (["--curriculum", "cbs", "--train-blocks", "0"], "leave out --train-blocks 0"),
         (["--curriculum", "lerac", "--layer-decay", "0.5"], "--layer-decay"),
         (["--curriculum", "lerac", "--lerac-min-lr", "1"], "--lerac-min-lr"),
-        (["--curriculum", "lerac", "--lerac-epochs", "3"], "--lerac-epochs"),
+        (["--curriculum", "lerac", "--lerac-epochs", "2"], "--lerac-epochs: must be below --epochs, 2"),
+        (["--random-start", "--train-blocks", "0"], "--random-start: all blocks have to be trained"),
         (["--curriculum", "cbs", "--cbs-every", "0"], "--cbs-every"),
     ],
 )
@@ -356,6 +371,37 @@ def test_cbs_smooths_swins_merging_over_the_grid():
     sharp, smooth = reduction.forward(x), reduction(x)
     expected = (sharp[0, 0:3, 1:4, 5] * baselines.gaussian(1.0)).sum()
     assert float(smooth[0, 1, 2, 5]) == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("every, steps", [(None, 0.5), (0.4, 2)])
+def test_cbs_is_set_in_epochs_or_as_a_twentieth_of_the_run(
+    every: float | None, steps: float, few_scenes: Path, cache: Path, tmp_path: Path
+):
+    trainer = trainer_of(few_scenes, tmp_path, curriculum="cbs", cbs_every=every)
+    for trainer.step in range(10):
+        assert trainer.rate() == pytest.approx(1e-3 * (1 + math.cos(math.pi * trainer.step / 10)) / 2)
+        assert trainer.smoothing.sigma == pytest.approx(0.9 ** (trainer.step // steps))
+
+
+@pytest.mark.parametrize("epochs, meet", [(1.0, 5), (0.5, 2), (0.01, 1)])
+def test_lerac_s_rates_meet_after_its_epochs(
+    epochs: float, meet: int, few_scenes: Path, cache: Path, tmp_path: Path
+):
+    trainer = trainer_of(few_scenes, tmp_path, curriculum="lerac", lerac_epochs=epochs, lerac_min_lr=1e-7)
+    lowest = min(group["scale"] for group in trainer.optimizer.param_groups)
+    common = [1e-3 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    for trainer.step in range(10):
+        t = trainer.step / meet
+        expected = 1e-7 ** (1 - t) * common[meet] ** t if t < 1 else common[trainer.step]
+        assert trainer.group_rate(trainer.rate(), lowest) == pytest.approx(expected)
+
+
+def trainer_of(few_scenes: Path, folder: Path, **fields: object) -> train.RegressorTrainer:
+    """A ViT's trainer for ten steps, five an epoch."""
+    sizes = {"val_size": 12, "test_size": 12, "epochs": 2, "batch_size": 12, "lr": 1e-3, "device": "cpu"}
+    config = resolve(TrainConfig(data=str(few_scenes), backbone="vit", **sizes, **fields))
+    prepared = prepare(config)
+    return train.RegressorTrainer(config, folder, Process(), prepared, reverse_sd.Vocabulary(["red"]))
 
 
 def test_cbs_needs_a_convolution():

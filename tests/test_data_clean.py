@@ -87,6 +87,13 @@ def test_fifty_is_the_border():
     assert clean(["s" * 49, "s" * 49 + "more" * 9])[0].tolist() == [0, 1]
 
 
+def test_equal_prompts_alone_can_be_dropped():
+    prompts = ["x" * 60 + " one", "x" * 60 + " two", "x" * 60 + " one", "null", "nulls"]
+    kept, report = clean(prompts, near_duplicates=False)
+    assert kept.tolist() == [0, 1, 4]
+    assert report == {"read": 5, "empty": 1, "non_english": 0, "duplicate": 1, "kept": 3}
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_against_the_plain_oracle(seed):
     generator = np.random.default_rng(seed)
@@ -128,7 +135,7 @@ def test_split_is_disjoint_covering_seeded_and_fixed():
 FIXED_VAL = [1, 10, 18, 22, 34]
 
 
-@pytest.mark.parametrize("n,expected", [(8, 1), (100, 12), (300_000, 30_000)])
+@pytest.mark.parametrize("n,expected", [(3, 1), (8, 1), (100, 12), (300_000, 30_000)])
 def test_split_defaults(n, expected):
     rows = split([str(k) for k in range(n)], 3)
     assert (len(rows["val"]), len(rows["test"])) == (expected, expected) and len(

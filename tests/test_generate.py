@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import train_here
@@ -325,6 +326,8 @@ def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert generate.main([*asked, "--grid", "0,1,3"]) == 0
     assert generate.main([*asked, "--swap", str(run), "--grid", "runs"]) == 0
     assert Image.open(tmp_path / "grid.png").width == 3 * 196  # two runs of one name are two columns
+    assert generate.main([*asked, "--swap-after", "2"]) == 0
+    assert "Swap: unet after 2" in Image.open(tmp_path / "000-seed0.png").info["parameters"]
     assert generate.main([*asked, "--attention"]) == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"000-seed0.png", "grid.png", "attention-000.png"}
@@ -335,3 +338,77 @@ def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert changed and not any(name.startswith(("output_blocks", "out.")) for name in changed)
     with pytest.raises(weights.WeightsError, match="started from sd-mini"):
         generate.swapped_by_run(pipeline.unet, run, "sd-1")
+
+
+def test_each_option_reaches_the_picture(tmp_path: Path):
+    """The default size is square, so that one that is not would catch a swap of the sides."""
+    out = tmp_path / "new" / "deep"  # is made
+    asked = "--size 72 64 --steps 2 --guidance 3 --seed 4 --predicts-v --dtype bfloat16 --negative".split()
+    assert generate.main([*PROMPTS, *asked, "thick fog", "--out", str(out)]) == 0
+    pipeline = generate.load_pipeline("sd-mini", dtype=torch.bfloat16, predicts_v=True)
+    drawn = pipeline.draw(PROMPTS, [4, 4], (72, 64), 8, negative="thick fog", steps=2, guidance=3.0)
+    for i in range(2):
+        with Image.open(out / f"00{i}-seed4.png") as image:
+            assert image.size == (64, 72)
+            assert np.array_equal(np.asarray(image), drawn[i].numpy())
+            said = image.info["parameters"]
+        assert "Size: 64x72," in said and "CFG scale: 3," in said and "Negative prompt: thick fog\n" in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--size 8 8", "--steps 1", "--steps 999", "--seed 0", f"--seed {2**63 - 2}", "--n 1 --batch-size 1",
+     "--steps 9 --swap one --swap-after 9", "--swap one --swap-after 0", "--swap one --steps 9 --grid 0,9",
+     "--swap one --swap two --grid runs", "--attention --steps 9 --swap one --swap-after 8"],
+)  # fmt: skip
+def test_values_at_the_bounds_are_taken(flags: str):
+    args = vars(generate.parse(["a cat", *flags.split()]))
+    name, value = flags.split()[:2]
+    assert str(args[name.strip("-")]) in (value, "[8, 8]", "['one']", "['one', 'two']", "True")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--size 0 8", "--size 8 0", "--size 8 12", "--size 12 8", "--steps 0", "--seed -1", "--n 0",
+     "--batch-size 0", "--steps 9 --swap one --swap-after 10", "--swap one --swap-after -1",
+     "--swap one --steps 9 --grid 0,10", "--swap one --grid -1,1", "--swap one --grid 1,x",
+     "--swap one --swap two", "--swap one --swap two --grid 1,2",
+     "--attention --steps 9 --swap one --swap-after 9"],
+)  # fmt: skip
+def test_values_beyond_the_bounds_are_refused(flags: str, capsys):
+    with pytest.raises(SystemExit) as ended:
+        generate.parse(["a cat", *flags.split()])
+    assert ended.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("n, shown", [(74, 74), (75, 75), (76, 75), (80, 75)])
+def test_words_that_the_text_tower_does_not_read_have_no_map(n: int, shown: int):
+    maps = [torch.rand(1, 4, 4, 77)]
+    found = generate.word_maps(maps, 1, " ".join(["a"] * n), weights.load_tokenizer("sd-mini"))
+    assert len(found) == shown and all(bool(seen.isfinite().all()) for _, seen in found)
+    last = maps[0][0, ..., shown]  # position 0 is the start mark
+    torch.testing.assert_close(found[-1][1], (last - last.min()) / (last.max() - last.min()))
+
+
+def test_a_grid_holds_each_picture_whole_under_its_title():
+    colours = [["red", "lime"], ["blue", "gray"]]
+    rows = [[Image.new("RGB", (64, 64), colour) for colour in row] for row in colours]
+    page = generate.grid_picture(rows, ["left", "right"], ["one", "two"])
+    assert page.size == (2 * 196, 16 + 2 * (192 + 16 + 4))  # small pictures three times as large
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            x, y = j * 196, 16 + i * 212 + 16
+            assert page.crop((x, y, x + 192, y + 192)).getcolors() == [(192 * 192, image.getpixel((0, 0)))]
+    assert generate.enlarged(Image.new("RGB", (200, 256))).size == (200, 256)
+
+
+def test_a_heat_map_is_the_picture_where_a_word_is_seen_and_dark_elsewhere():
+    image = Image.new("RGB", (8, 8), (60, 120, 240))
+    seen = torch.zeros(8, 8)
+    seen[:, 4:] = 1
+    heat = generate.heat(image, seen)
+    assert heat.getpixel((0, 0)) == (10, 20, 40) and heat.getpixel((7, 7)) == (60, 120, 240)
+
+
+def test_the_published_text_tower_reads_77_tokens():
+    assert clip.CONFIGS["sd-1"].max_position_embeddings == CLIPTextConfig().max_position_embeddings

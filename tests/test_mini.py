@@ -5,7 +5,9 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,11 +157,47 @@ def test_the_averaged_weights_are_the_result(tmp_path: Path, monkeypatch: pytest
         average += (value - average) * (1 - min(0.999, step / (step + 9)))
     assert model[0].item() == pytest.approx(average, rel=1e-5)
 
+    monkeypatch.setattr(loop, "AVERAGE_DECAY", 0.2)  # reached at the third step
+    model, seen = nn.ParameterList([torch.zeros(())]), []
+    loop.train("warm", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0)
+    last = load_file(tmp_path / "pretrain-warm" / "last" / "step-00000030.safetensors")["model.0"]
+    average = 0.0
+    for step, value in enumerate([*seen[1:], float(last)], start=1):
+        average += (value - average) * (1 - min(0.2, step / (step + 9)))
+    assert model[0].item() == pytest.approx(average, rel=1e-5)
+
+
+def test_a_step_decays_weights_and_clips_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    recipe = Recipe(steps=1, batch_size=1, lr=0.1, weight_decay=0.5)
+    model = nn.ParameterList([torch.ones(())])
+    loop.train("still", model, lambda rows, generator: {"loss": 0 * model[0]}, 20, recipe, seed=0)
+    kept = load_file(tmp_path / "pretrain-still" / "last" / "step-00000001.safetensors")
+    assert kept["model.0"].item() == pytest.approx(1 - 0.1 * 0.5)
+    loop.train("steep", model, lambda rows, generator: {"loss": -50 * model[0]}, 20, recipe, seed=0)
+    kept = load_file(tmp_path / "pretrain-steep" / "last" / "step-00000001.safetensors")
+    assert kept["optimizer.exp_avg.0"].item() == pytest.approx(-0.1)  # 1 - beta_1 of a gradient of norm 1
+
+
+@pytest.mark.parametrize("calls", [100, 3])
+def test_the_minutes_are_those_of_all_sittings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int):
+    """A minute goes by between two looks at the clock: at the start, and at each checkpoint."""
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=count(0, 60).__next__))
+    if calls == 3:
+        model = small_model()
+        with pytest.raises(KeyboardInterrupt):
+            loop.train("part", model, noisy(model, calls), 20, QUICK, seed=1)
+    model = small_model()
+    assert loop.train("part", model, noisy(model), 20, QUICK, seed=1) == 3
+
 
 def test_the_rate_rises_and_falls():
-    rates = [Recipe(steps=100, batch_size=1, lr=2.0, warmup=10).rate(step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and max(rates) == pytest.approx(2.0, rel=0.03)
-    assert rates[55] < rates[50] and rates[99] < 0.001
+    for warmup in (10, 0):
+        rates = [Recipe(steps=100, batch_size=1, lr=2.0, warmup=warmup).rate(step) for step in range(100)]
+        rising = [min(1, (step + 1) / 10) if warmup else 1 for step in range(100)]
+        assert rates == pytest.approx([x * (1 + np.cos(np.pi * i / 100)) for i, x in enumerate(rising)])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,10 @@ def test_vocabulary_counts_a_word_once_a_prompt_and_breaks_ties_by_alphabet():
     assert vocabulary.words == ["dog", "apple", "cat"]
 
 
+def test_likely_words_are_the_most_probable_in_per_cent():
+    assert Vocabulary(["cat", "red", "star"]).likely(np.array([0.125, 0.5, 0.756]), 2) == "star 76%, red 50%"
+
+
 def test_heads_without_vocabulary():
     prediction = Heads(8, 5, 0)(torch.randn(2, 8))
     assert prediction.embedding.shape == (2, 384) and prediction.logits is None

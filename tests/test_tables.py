@@ -145,6 +145,8 @@ def test_table_2_is_what_its_runs_say_and_a_second_call_trains_nothing(make, cap
     assert text in capsys.readouterr().out
     assert f"| Swin, head 3 | {short(result['rows'][4]['cosine'])} |" in text and "| .6671 |" in text
     assert "--seeds 0,1" in text and f"torch {torch.__version__}" in text
+    compared = f"| Swin, head 3 − {result['rows'][1]['name']} | {short(test['difference'], True)} |"
+    assert sum(line.startswith(compared) for line in text.splitlines()) == 1
 
     Here.started = []
     make("--table", "2", "--seeds", "0,1", *QUICK)
@@ -258,6 +260,8 @@ def test_a_reading_becomes_a_view():
     p = naming.targets([alone])[0].float()
     p[naming.POSITION["relation", "left"]] = 0.9  # makes no sense of one thing
     assert probe.view_of(p) == scenes.View((scenes.Thing("cat", naming.SHAPES["cat"].colour),), count=3)
+    p[naming.POSITION["place", "snow"]] = 0.5  # is not above one half
+    assert probe.view_of(p).place is None
 
 
 def test_ridge_by_hand():
@@ -423,6 +427,9 @@ def test_the_paired_test():
     ) and found["n"] == 90
     same = paired_test(other, other)
     assert same["difference"] == 0 and same["p"] == pytest.approx(1)
+    for a, b in ((2.0, 1.0), (1.0, 2.0)):  # no deviation at all: t has no number, and chance no part
+        always = paired_test([np.full(10, a)], [np.full(10, b)])
+        assert (always["difference"], always["t"], always["p"]) == (a - b, None, 0)
 
 
 def test_spearman_with_ties():
@@ -430,6 +437,9 @@ def test_spearman_with_ties():
     a, b = rng.integers(0, 5, 200), rng.normal(size=200)
     assert ranks(a) == pytest.approx(scipy.stats.rankdata(a))
     assert spearman(a, a + b) == pytest.approx(scipy.stats.spearmanr(a, a + b).statistic)
+    found = rank_correlation(a, a + b)
+    z, half = math.atanh(found["spearman"]), 1.96 * math.sqrt(1.06 / 197)  # Fisher's
+    assert found["spearman_95"] == pytest.approx([math.tanh(z - half), math.tanh(z + half)], abs=0.05)
     assert math.isnan(spearman(np.zeros(9), b[:9]))
     assert rank_correlation(np.zeros(9), b[:9]) == {"spearman": None, "spearman_95": None}
 

@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, SMALL, assert_same_end, environment, losses, train_here
+import torch.nn.functional as F
+from conftest import ROOT, SHARED, SMALL, assert_same_end, entries, environment, losses, train_here
 from safetensors.torch import save_file
+from sklearn.metrics import average_precision_score
 
 import data
 import eval
@@ -23,8 +27,10 @@ import train
 import weights
 from mini import scenes
 from models import blip
-from training.config import EMBEDDED, TrainConfig, resolve
-from training.inputs import pairs_folder, prepare
+from training import loop
+from training.config import EMBEDDED, RESUMABLE, TrainConfig, epoch_weights, parse_args, resolve
+from training.folder import new_folder, saved_config
+from training.inputs import cleaned, pairs_folder, prepare
 from training.loop import Checkpoint, epoch_batches, learning_rate, save_tensors
 from training.metrics import average_precision, bootstrap_interval
 
@@ -91,6 +97,34 @@ def test_reverse_sd_reads_an_image(uninterrupted: Path, few_scenes: Path, tmp_pa
     assert "words" in lines[4] and "cosine with the given prompt" in lines[5]
 
 
+def test_the_newest_run_reads_an_image_and_its_caption(
+    uninterrupted: Path, few_scenes: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name, age in (("a", 0), ("b", 60)):
+        copy = Path(shutil.copytree(uninterrupted, tmp_path / "runs" / name))
+        rows = json.loads((copy / "predictions" / "rows.json").read_text())
+        for row in rows["train"]:
+            row["prompt"] += f" in run {name}"
+        (copy / "predictions" / "rows.json").write_text(json.dumps(rows))
+        os.utime(copy / "result.json", (time.time() - age,) * 2)
+    image = data.read_pairs(few_scenes).image(0)
+    image.save("mine.png")
+    predictor = reverse_sd.image_predictor(reverse_sd.load_run(uninterrupted), "cpu")
+    targets = np.load(uninterrupted / "predictions" / "train-targets.npy")
+
+    def expected(captions: list[str] | None) -> list[str]:
+        nearest = reverse_sd.nearest(predictor([image], captions)[0][0], targets, 5)
+        return [f"{cosine:.3f}  {rows['train'][i]['prompt'][:-1]}a" for i, cosine in nearest]
+
+    caption = "a gold dragon in a storm"
+    for flags, captions in (([], None), (["--caption", caption], [caption])):
+        assert reverse_sd.main(["mine.png", *flags]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [line.strip() for line in printed[1:6]] == expected(captions)
+    assert expected([caption]) != expected(None)
+
+
 def test_reading_an_image_without_any_run_says_to_train_one(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert reverse_sd.main(["image.png"]) == 2
@@ -110,6 +144,78 @@ def test_an_image_read_alone_is_predicted_as_in_the_evaluation(uninterrupted: Pa
 def test_training_learns(few_scenes: Path, cache: Path, tmp_path: Path):
     run = train_here(few_scenes, tmp_path / "run", "--epochs", "8")
     assert np.mean(losses(run)[-3:]) < 0.75 * losses(run)[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optimizer adamw --weight-decay 2 --clip-norm 0 --seed 3 --words 20 --lr 0.02",
+        "--optimizer adam --weight-decay 0.1 --clip-norm 0.01 --seed 1 --lr 0.01 --mlc-weight 0.7",
+    ],
+)
+def test_a_run_is_that_of_a_plain_loop(
+    flags: str, few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch
+):
+    """Heads on frozen features, trained here by torch alone: losses, log and result."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=count().__next__))  # a second a step
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=count(0, 1000).__next__))
+    frozen = ["--train-blocks", "0", "--val-size", "13", "--precision", "float32"]
+    run = train_here(few_scenes, tmp_path / "run", *frozen, *flags.split())
+    config = saved_config(run)
+    prepared = prepare(config)
+    vocabulary = reverse_sd.Vocabulary(json.loads((run / "vocabulary.json").read_text()))
+    assert len(vocabulary) == config.words if "--words" in flags else 20 < len(vocabulary) < config.words
+
+    def read(split: str) -> tuple[torch.Tensor, ...]:
+        rows = prepared.splits[split]
+        words = vocabulary.targets([prepared.pairs.prompts[i] for i in rows])
+        return torch.from_numpy(prepared.inputs[0][rows]), torch.from_numpy(prepared.targets[rows]), words
+
+    x, y, t = read("train")
+    torch.manual_seed(config.seed)
+    heads = reverse_sd.Heads(x.shape[1], len(vocabulary), 3)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    optimizer = kind(heads.parameters(), weight_decay=config.weight_decay)
+    expected, rates = [], config.lr * (1 + np.cos(np.pi * np.arange(10) / 10)) / 2
+    for epoch in (0, 1):
+        order = np.random.default_rng([config.seed, epoch]).permutation(59)
+        for batch in (order[start : start + 12] for start in range(0, 59, 12)):
+            p = heads(x[batch])
+            loss = 1 - F.cosine_similarity(p.embedding, y[batch]).mean()
+            loss = loss + config.mlc_weight * F.binary_cross_entropy_with_logits(p.logits, t[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            if config.clip_norm:
+                torch.nn.utils.clip_grad_norm_(heads.parameters(), config.clip_norm)
+            optimizer.param_groups[0]["lr"] = rates[len(expected)]
+            optimizer.step()
+            expected.append(loss.item())
+    np.testing.assert_allclose(losses(run), expected, rtol=1e-4)
+
+    steps = [entry for entry in entries(run) if "loss" in entry]
+    assert [entry["lr"] for entry in steps] == pytest.approx(rates)
+    assert [entry["images_per_second"] for entry in steps] == [12, 12, 12, 12, 11] * 2
+    assert [entry["epoch"] for entry in entries(run)] == [0] * 6 + [1] * 6  # five steps and a validation
+    result = json.loads((run / "result.json").read_text())
+    assert [result[f"n_{split}"] for split in ("train", "val", "test")] == [59, 13, 12]
+    left = (1 - result["test_cosine"]) / (1 - result["mean_embedding_cosine"])
+    assert result["error_ratio"] == pytest.approx(left)
+    assert 1000 <= result["seconds"] < 2000
+    x, _, t = read("test")
+    with torch.no_grad():
+        logits = reverse_sd.load_run(run).regressor(x).logits
+    occur = t.any(dim=0)
+    theirs = average_precision_score(t[:, occur], logits[:, occur], average="macro")
+    assert result["vocabulary_map"] == pytest.approx(theirs, abs=1e-6)
+
+
+def test_precision_is_what_is_asked_for(few_scenes: Path, cache: Path, tmp_path: Path):
+    frozen = ["--train-blocks", "0", "--device", "cpu", "--precision"]
+    auto, single, half = (
+        losses(train_here(few_scenes, tmp_path / name, *frozen, name)) for name in ("auto", "float32", "bf16")
+    )
+    assert auto == single != half
+    np.testing.assert_allclose(half, single, rtol=0.02)
 
 
 # -- one gradient whatever the parts and processes ----------------------------------------
@@ -173,6 +279,50 @@ def test_ctrl_c_and_resume_end_bit_for_bit_alike(
     assert len(losses(run)) == stop_after + 1  # the step under way was finished
     assert train.main(["--resume", str(run)]) == 0
     assert_same_end(run, uninterrupted)
+
+
+@pytest.mark.parametrize("second, best", [(0.4, 0.5), (0.5, 0.5), (0.75, 0.75)])
+def test_the_best_epoch_stays_the_best_across_a_resume(
+    few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch, second: float, best: float
+):
+    """Validation gives .5, then `second`; of equal epochs the first is kept."""
+    values, step = iter([0.5, second]), train.RegressorTrainer.train_step
+    of_all = lambda self, samples: np.full(len(samples), next(values))  # noqa: E731
+    monkeypatch.setattr(train.RegressorTrainer, "cosines_of", of_all)
+
+    def interrupted(self, *args):
+        if self.step == 4:  # the last of the first epoch
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RegressorTrainer, "train_step", interrupted)
+        flags = ["--data", str(few_scenes), "--out", str(run), *SMALL, "--train-blocks", "0"]
+        assert train.main(flags) == 130
+    before = (run / "model.safetensors").read_bytes()
+    assert train.main(["--resume", str(run)]) == 0
+    assert ((run / "model.safetensors").read_bytes() == before) == (second <= 0.5)
+    assert json.loads((run / "last" / "state.json").read_text())["best"] == best
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(
+    few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch
+):
+    step, handler = train.RegressorTrainer.train_step, signal.getsignal(signal.SIGINT)
+
+    def interrupted(self, *args):
+        for _ in range(2 * (self.step == 3)):
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.RegressorTrainer, "train_step", interrupted)
+    run = tmp_path / "run"
+    flags = ["--data", str(few_scenes), "--out", str(run), *SMALL, "--train-blocks", "0"]
+    assert train.main(flags) == 130
+    assert len(losses(run)) == 3
+    assert json.loads((run / "last" / "state.json").read_text())["step"] == 2  # --checkpoint-every 2
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize("dying", ["tensors", "renaming", "state", "cleaning"])
@@ -286,10 +436,27 @@ def test_a_run_is_never_overwritten(uninterrupted: Path, few_scenes: Path, capsy
     assert "--resume" in line
 
 
-def test_resuming_takes_no_other_configuration(uninterrupted: Path, capsys):
+@pytest.mark.parametrize("flags", [["--lr", "1"], ["--precision", "bf16"], ["--out", "elsewhere"]])
+def test_resuming_takes_no_other_configuration(uninterrupted: Path, capsys, flags: list[str]):
     with pytest.raises(SystemExit) as stop:
-        train.main(["--resume", str(uninterrupted), "--lr", "1"])
+        train.main(["--resume", str(uninterrupted), *flags])
     assert stop.value.code == 2 and "--resume uses the run's" in capsys.readouterr().err
+
+
+def test_resuming_takes_what_does_not_decide_the_result(uninterrupted: Path, capsys):
+    argv = "--resume here --workers 1 --device cpu --compile --checkpoint-every 7 --activation-checkpointing"
+    flags, out, resume = parse_args(argv.split(), "")
+    assert flags.keys() == RESUMABLE and out is None and resume == Path("here")
+    assert "--device nonsense" in error_line(capsys, "--resume", str(uninterrupted), "--device", "nonsense")
+
+
+def test_a_new_run_has_the_first_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(data="some/pairs", seed=4)
+    cbs = dataclasses.replace(config, backbone="vit", curriculum="cbs")
+    names = [new_folder(c, None).name for c in (config, config, config, cbs)]
+    assert names == ["unet-pairs-seed4", *(f"unet-pairs-seed4-{n}" for n in (2, 3)), "vit-pairs-cbs-seed4"]
+    assert new_folder(config, tmp_path / "new" / "deep").is_dir()
 
 
 def test_resuming_on_other_pairs_is_refused(uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys):
@@ -443,7 +610,93 @@ def test_defaults_are_the_papers_row_but_for_the_miniature():
     assert (paper.epochs, paper.batch_size, paper.lr, paper.optimizer) == (3, 64, 1e-4, "adam")
     assert (paper.heads, paper.words, paper.mlc_weight, paper.image_size) == (3, 1000, 0.1, 256)
     assert paper.captions == "blip-base"
-    assert resolve(TrainConfig()).image_size == 64
+    assert (paper.weight_decay, paper.clip_norm, paper.layer_decay, paper.accumulate) == (0, 1, 1, 1)
+    mini, vit = resolve(TrainConfig()), resolve(TrainConfig(backbone="vit"))
+    assert (mini.epochs, mini.batch_size, mini.lr, mini.image_size) == (6, 32, 2e-3, 64)
+    assert (vit.epochs, vit.batch_size, vit.lr, vit.image_size, vit.captions) == (6, 32, 1e-3, None, None)
+    assert mini.captions == "blip-mini"
+
+
+# The least and the most that each flag takes, and what lies just beyond; `tiny` stands for "above 0".
+TINY, HUGE = 1e-300, 10**6
+ENDS: dict[str, tuple[list, list]] = {
+    **dict.fromkeys(("val_size", "test_size"), ([1, 10**9], [0, 10**9 + 1])),
+    **dict.fromkeys(("words", "epochs", "batch_size"), ([1, HUGE], [0, HUGE + 1])),
+    **dict.fromkeys(("accumulate", "checkpoint_every"), ([1], [0])),
+    **dict.fromkeys(("lerac_epochs", "lerac_min_lr", "cbs_every"), ([TINY], [0.0, np.inf, np.nan])),
+    **dict.fromkeys(("easy_share", "layer_decay"), ([TINY, 1.0], [0.0, 1.0001])),
+    "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "image_size": ([8, 4096], [7, 4097]),
+    "train_blocks": ([0], [-1]),
+    "heads": ([0, 3], [-1, 4]),
+    "hard_share": ([0.0, 0.9999], [-TINY, 1.0]),
+    "lr": ([TINY, 1e3], [0.0, 1000.0001]),
+    "weight_decay": ([0.0, 1e3], [-TINY, 1000.0001]),
+    "clip_norm": ([0.0], [-TINY, np.inf]),
+    "mlc_weight": ([0.0, 1e6], [-TINY, 1000000.1]),
+    "workers": ([0, 1024], [-1, 1025]),
+}
+
+
+def test_each_flag_takes_values_up_to_its_bounds_and_none_beyond():
+    for name, (good, bad) in ENDS.items():
+        for value in good:
+            assert getattr(TrainConfig(**{name: value}), name) == value
+        for value in bad:
+            with pytest.raises(data.DataError, match=f"--{name.replace('_', '-')} "):
+                TrainConfig(**{name: value})
+    numbers = {f.name for f in dataclasses.fields(TrainConfig) if f.type.split(" ")[0] in ("int", "float")}
+    assert ENDS.keys() == numbers
+
+
+def test_flags_that_just_agree():
+    for flags in (
+        {"easy_share": 0.9, "hard_share": 0.1},
+        {"curriculum": "lerac", "lr": 1e-3, "lerac_min_lr": 1e-3},
+        {"curriculum": "lerac", "epochs": 2, "lerac_epochs": 1.99},
+        {"curriculum": "difficulty", "epochs": 2, "epoch_weights": "0,1"},
+        {"image_size": 72},
+    ):
+        assert flags.items() <= vars(resolve(TrainConfig(**flags))).items()
+
+
+@pytest.mark.parametrize("given", ["1,-0.5", "-1,2", "0,0", "inf,1", "nan,1", ""])
+def test_weights_of_the_epochs_are_at_least_0_and_not_all_0(given: str):
+    with pytest.raises(data.DataError, match="must be numbers of at least 0"):
+        epoch_weights(TrainConfig(epoch_weights=given))
+
+
+@pytest.mark.parametrize("size", [32, 72])
+def test_image_size_is_that_of_the_latents(few_scenes: Path, cache: Path, size: int):
+    config = resolve(TrainConfig(data=str(few_scenes), image_size=size, captions="empty"))
+    prepared = prepare(config)
+    vae = weights.load("vae", "sd-mini")
+    image = data.image_tensor(prepared.pairs.image(0), data.Preprocessing.square(size))
+    with torch.no_grad():
+        expected = vae.encode(image[None])[0] * vae.config.scale_factor
+    assert expected.shape == (4, size // 8, size // 8)
+    np.testing.assert_allclose(prepared.inputs[0][0], expected.numpy(), atol=5e-3, rtol=5e-3)
+
+
+# -- cleaning ----------------------------------------
+
+LIKE = [f"a photograph in the style of a truly great old painter, number {i}" for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    "prompts, rule, kept",
+    [
+        (LIKE, "paper", [0]),
+        (LIKE, "auto", list(range(100))),
+        (LIKE + LIKE, "duplicates", list(range(100))),
+        (["a cat", *LIKE[:19]], "auto", [0, 1]),  # 2 of 20 are a tenth, which is not few
+        (["a cat", *LIKE[:20]], "auto", list(range(21))),
+        (["a cat", *LIKE[:19]] * 5, "auto", [0, 1]),  # a tenth of the different prompts
+        (["a cat", "", "a cat", "café"], "off", [0, 2, 3]),
+    ],
+)
+def test_which_prompts_are_kept(prompts: list[str], rule: str, kept: list[int]):
+    assert cleaned(prompts, rule).tolist() == kept
 
 
 def test_the_learning_rate_falls_along_a_cosine_to_nothing():
@@ -475,6 +728,8 @@ def test_average_precision_of_a_perfect_and_of_a_known_ranking():
     assert average_precision(truth.astype(float), truth) == 1
     scores = np.array([[3.0, 3.0], [2.0, 1.0], [1.0, 2.0]])  # word 0: ranks 1 and 3; word 1: rank 3
     assert average_precision(scores, truth) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 3) / 2)
+    truth = np.array([[1, 0], [0, 0], [0, 1]], bool)  # equal scores are ranked in their order
+    assert average_precision(np.zeros((3, 2)), truth) == pytest.approx((1 + 1 / 3) / 2)
 
 
 # -- real pairs ----------------------------------------
