@@ -355,7 +355,8 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     path = pairs_folder(config.data)
     pairs = data.read_pairs(path)
     pairs = pairs.subset(cleaned(pairs.prompts, config.clean))
-    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size)
+    pictures = data.same_pictures(pairs)
+    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size, pictures)
     shape, key = (EMBEDDING_WIDTH,), {"model": weights.fingerprint("minilm")}
     targets = Shared(
         *data.cached_texts(

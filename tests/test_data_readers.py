@@ -173,12 +173,20 @@ def test_blurred_images_are_dropped_where_pyarrow_can_read_the_metadata(tmp_path
     assert len(read_pairs(tmp_path)) == 2
     assert "pip install pyarrow" in caplog.text
 
-    table = types.SimpleNamespace(
-        to_pydict=lambda: {"image_name": ["b.png", "a.png"], "image_nsfw": [2.0, 0.3]}
-    )
+    class Column(list):
+        def take(self, rows):
+            return Column(self[k] for k in rows)
+
+        def to_pylist(self):
+            return list(self)
+
+    columns = {"image_name": Column(["b.png", "a.png"]), "image_nsfw": Column([2.0, 0.3])}
+    batch = types.SimpleNamespace(column=columns.__getitem__)
     module = types.ModuleType("pyarrow")
     module.ArrowException = type("ArrowException", (Exception,), {})
-    module.parquet = types.SimpleNamespace(read_table=lambda path, columns: table)
+    module.parquet = types.SimpleNamespace(
+        ParquetFile=lambda path: types.SimpleNamespace(iter_batches=lambda columns: [batch])
+    )
     monkeypatch.setitem(sys.modules, "pyarrow", module)
     for source in (tmp_path, tmp_path / "images", tmp_path / "images/part-000001.zip"):
         pairs = read_pairs(source)
