@@ -451,9 +451,9 @@ def _run_form(workflow: dict) -> dict:
         if isinstance(values, dict):
             inputs |= {name: text for name, text in values.items() if name not in inputs}
         elif isinstance(values, list):
-            kind = _words(str(node.get("type")))
-            texts = [text for text in values if isinstance(text, str) and (" " in text or TEXT & set(kind))]
-            inputs |= {"text": texts[0]} if len(texts) == 1 and "text" not in inputs else {}
+            texts = [text for text in values if isinstance(text, str)]
+            if len(texts) == 1 and TEXT & set(_words(str(node.get("type")))):
+                inputs.setdefault("text", texts[0])
         graph[str(node.get("id"))] = {"class_type": node.get("type"), "inputs": inputs}
     return graph
 
@@ -468,24 +468,25 @@ def graph_prompt(nodes: dict[str, Node]) -> Candidate:
     if len(nodes) > MAX_NODES:
         raise NoPrompt(f"its ComfyUI graph has more than {MAX_NODES:,} nodes")
     texts = _Texts(nodes)
-    prompts: dict[str, str] = {}
+    prompts: dict[str, dict] = {}
     for saver in _savers(nodes):
         paints = not _picture_links(nodes[saver]) and texts.at(saver)  # a graph without its last nodes
         painters = [saver] if paints else _painters(nodes, texts, saver) or [saver]
         for key in painters:
             first = _first_painter(nodes, texts, key)
-            prompts.setdefault(texts.at(first), first)
+            settings = _graph_settings(nodes, first) or _graph_settings(nodes, key)
+            prompts.setdefault(texts.at(first), settings)
     prompts.pop("", None)
     if not prompts:
         raise NoPrompt("in its ComfyUI graph no text leads to the picture")
     if len(prompts) > 1:
         raise NoPrompt("its ComfyUI graph has several pictures with different prompts")
-    (prompt, painter), = prompts.items()
-    return Candidate(prompt, _graph_settings(nodes, painter), GRAPH)
+    (prompt, settings), = prompts.items()
+    return Candidate(prompt, settings, GRAPH)
 
 
 def _words(name: str) -> list[str]:
-    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+|[0-9]+", name)]
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)]
 
 
 def _savers(nodes: dict[str, Node]) -> list[str]:
@@ -590,10 +591,18 @@ def _text_inputs(node: Node) -> dict[str, Any]:
                 chosen[name] = value  # what a node shows of a linked text is beside it as `text_0`
         elif isinstance(value, str) and TEXT & words and not OPTION & words:
             chosen[name] = value
-    number = next((str(value) for name, value in node.values.items() if SELECTOR & set(_words(name))
-                   and isinstance(value, int) and not isinstance(value, bool)), None)
-    if number is not None:  # a switch hands on one of its inputs
-        chosen = {name: value for name, value in chosen.items() if _words(name)[-1:] == [number]} or chosen
+    return _switched(node, chosen)
+
+
+def _switched(node: Node, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Of the inputs of a switch, which has a number or a truth value for it, the one that it hands on."""
+    numbers = {str(value) for name, value in node.values.items()
+               if type(value) is int and SELECTOR & set(_words(name))}
+    truths = {str(value).lower() for value in node.values.values() if type(value) is bool}
+    for wanted in (numbers, truths):
+        ends = {name: _words(name)[-1:] for name in chosen}
+        if len(wanted) == 1 and (one := [name for name, end in ends.items() if end == list(wanted)]):
+            return {name: chosen[name] for name in one}
     return chosen
 
 
