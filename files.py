@@ -184,4 +184,4 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict | str]]:
         if len(fields) > len(keys):
             yield reader.line_num, "has more fields than the first line; put texts with commas in quotes"
         elif fields:
-            yield reader.line_num, dict.fromkeys(keys) | dict(zip(keys, fields, strict=False))
+            yield reader.line_num, dict.fromkeys(keys) | dict(zip(keys[:len(fields)], fields, strict=True))

@@ -158,7 +158,7 @@ def test_comments_and_xmp(tmp_path):
             META,
         ),
         (
-            f"Prompt: {WANT}\nSeed: 11\nSteps: 20\nGuidance Scale: 7\nSampler: Euler a\nNegative Prompt: ugly",
+            f"Prompt: {WANT}\nSeed: 11\nSteps: 20\nGuidance Scale: 7\nSampler: Euler a\nNegative Prompt: no",
             WANT,
             META,
         ),
