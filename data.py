@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 import torchvision
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -45,6 +45,7 @@ from files import (
     is_junk,
     is_safe,
     numbered,
+    parquet_names,
     read_text,
     records,
     require_file,
@@ -270,7 +271,8 @@ def _read_parts(parts: list[Path], root: Path, builder: PairsBuilder) -> None:
         try:
             if part.suffix == ".json":
                 require_file(part, MAX_JSON)
-                members, listing, content = sorted(os.listdir(part.parent)), part.name, part.read_bytes()
+                members = sorted(name for name in os.listdir(part.parent) if not is_junk(name))
+                listing, content = part.name, part.read_bytes()
             else:
                 members, listing, content = _zip_listing(part)
         except ZIP_ERRORS as error:
@@ -327,24 +329,10 @@ def _read_part(part: Path, members: list[str], listing: str, content: bytes, blu
 
 def _blurred_names(root: Path) -> set[str]:
     """The images to which DiffusionDB's metadata gives image_nsfw 2.0: its maker replaced them by a blur."""
-    blurred: set[str] = set()
-    for folder in (root, *root.parents[:2]):
-        for table in (folder / "metadata.parquet", folder / "metadata-large.parquet"):
-            if not table.is_file():
-                continue
-            try:
-                from pyarrow import ArrowException, parquet
-            except ImportError:
-                logger.warning("%s names the blurred images; `pip install pyarrow` to drop them", table)
-                return blurred
-            try:
-                # in batches: the 14 million rows of the large one would take 4 GB as Python's objects
-                for batch in parquet.ParquetFile(table).iter_batches(columns=["image_name", "image_nsfw"]):
-                    scores = np.asarray(batch.column("image_nsfw"), np.float64)
-                    blurred.update(batch.column("image_name").take(np.flatnonzero(scores == 2.0)).to_pylist())
-            except (ArrowException, OSError, KeyError) as error:
-                raise DataError(f"{table}: cannot be read ({error}); fetch it again or remove it") from error
-    return blurred
+    tables = (folder / name for folder in (root, *root.parents[:2])
+              for name in ("metadata.parquet", "metadata-large.parquet"))
+    return set().union(*(parquet_names(table, "image_name", "image_nsfw", 2.0)
+                         for table in tables if table.is_file()))
 
 
 # manifests --------------------------------------------------------------------------------------------------
@@ -585,11 +573,6 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535  # JPEG's own; each row has memory of its own, so that a thin picture takes far more
 MAX_BYTES = 1 << 29
 FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "GIF", "TIFF")  # for an EPS named x.png Pillow starts Ghostscript
-TURNS = {  # how to turn a picture upright, by EXIF's orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @contextmanager
@@ -633,15 +616,7 @@ def load_image(source: str | Path | bytes, where: str | None = None) -> Image.Im
     """
     with _opened(source, where or ("image" if isinstance(source, bytes) else str(source))) as (image, _):
         image.load()
-        return _rgb(_upright(image))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # Pillow's parser raises nearly any kind on damaged fields
-        return image
-    return image if turn is None else image.transpose(turn)
+        return _rgb(embedded.upright(image))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

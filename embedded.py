@@ -53,7 +53,12 @@ PLACEHOLDERS = frozenset(("unknown", "none", "null", "undefined", "nan", "n/a", 
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CODES = (b"ASCII\0\0\0", b"UNICODE\0", b"JIS\0\0\0\0\0", bytes(8))  # EXIF 2.3, table 9
-CONTROLS = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f]")
+TURNS = {  # how to turn a picture upright, by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+CONTROLS = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ue000-\uf8ff]")  # and what is private
 
 
 def texts_of(image: Image.Image, file: BinaryIO) -> dict[str, str]:
@@ -86,13 +91,13 @@ def decoded(raw: bytes) -> str:
     """The text of bytes of unknown encoding: an EXIF comment with or without its code, a BOM or neither.
 
     Writers disagree with their own code and byte order, so every reading is made, and the one wins that has
-    the most ASCII characters and the fewest characters that no text has.
+    the most ASCII characters, the fewest others, and next to none that no text has.
     """
     code = raw[:8].upper() if raw[:8].upper() in CODES else b""
     raw = raw[len(code):]
     if raw.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
         return raw.decode("utf-8-sig" if raw[0] == 0xEF else "utf-16", "replace").rstrip("\0")
-    encodings = ["utf-8", "latin-1", "utf-16-be", "utf-16-le"]
+    encodings = ["utf-8", "cp1252", "utf-16-be", "utf-16-le"]
     if code == b"UNICODE\0":
         encodings = encodings[2:] + encodings[:2]
     elif code.startswith(b"JIS"):
@@ -101,8 +106,8 @@ def decoded(raw: bytes) -> str:
     for encoding in encodings:
         even = raw[:len(raw) // 2 * 2] if encoding.startswith("utf-16") else raw
         text = even.decode(encoding, "replace").rstrip("\0")
-        ascii_characters = len(text.encode("ascii", "ignore"))
-        score = ascii_characters - 2 * len(CONTROLS.findall(text)) - 3 * text.count("\ufffd")
+        others = len(text) - len(text.encode("ascii", "ignore"))
+        score = len(text) - 1.5 * others - 2 * len(CONTROLS.findall(text)) - 3 * text.count("\ufffd")
         if score > most:
             best, most = text, score
     return best
@@ -127,12 +132,16 @@ def png_pixels(file: BinaryIO, header: bool = False) -> io.BytesIO:
     kept = [PNG]
     for kind, begin, end in png_chunks(file):
         needed = kind[:1].isupper()
-        if not needed and kind not in (b"tRNS", b"eXIf"):
+        if not needed and (kind not in (b"tRNS", b"eXIf", b"tEXt", b"zTXt") or end - begin > MAX_TEXT):
             continue
         file.seek(begin)
         first = header and kind == b"IDAT"
         chunk = file.read(8 if first else end - begin)
-        if needed or zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]):
+        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        if kind in (b"tEXt", b"zTXt"):  # ImageMagick's place for EXIF, which may turn the picture
+            key, text = _text_of_chunk(kind, chunk[8:-4])
+            whole = whole and key == "Raw profile type exif" and 0 < len(text) < 1 << 20
+        if needed or whole:
             kept.append(chunk)
         if first:
             break
@@ -141,20 +150,33 @@ def png_pixels(file: BinaryIO, header: bool = False) -> io.BytesIO:
 
 def _png_texts(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     for kind, begin, end in png_chunks(file):
-        if kind not in (b"tEXt", b"zTXt", b"iTXt") or end - begin > MAX_TEXT:
-            continue
-        file.seek(begin + 8)
-        key, _, content = file.read(end - begin - 12).partition(b"\0")
-        packed = kind == b"zTXt"
-        if kind == b"iTXt":  # packed or not, method, language, translated key
-            packed, content = content[:1] == b"\1", content[2:].split(b"\0", 2)[-1]
-        elif packed:
-            content = content[1:]
-        try:
-            content = zlib.decompressobj().decompress(content, MAX_TEXT + 1) if packed else content
-        except zlib.error:
-            continue
-        yield key.decode("latin-1"), content
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and end - begin <= MAX_TEXT:
+            file.seek(begin + 8)
+            yield _text_of_chunk(kind, file.read(end - begin - 12))
+
+
+def _text_of_chunk(kind: bytes, content: bytes) -> tuple[str, bytes]:
+    """(key, text as bytes); no text where it cannot be unpacked."""
+    key, _, content = content.partition(b"\0")
+    packed = kind == b"zTXt"
+    if kind == b"iTXt":  # packed or not, method, language, translated key
+        packed, content = content[:1] == b"\1", content[2:].split(b"\0", 2)[-1]
+    elif packed:
+        content = content[1:]
+    try:
+        content = zlib.decompressobj().decompress(content, MAX_TEXT + 1) if packed else content
+    except zlib.error:
+        content = b""
+    return key.decode("latin-1"), content
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as EXIF's orientation says, if that can be read."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's parser raises nearly any kind on damaged fields
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _exif_texts(image: Image.Image) -> list[tuple[str, bytes]]:
@@ -236,7 +258,7 @@ def _from_text(key: str, text: str) -> list[Candidate]:
     elif candidate := _from_infotext(text):
         candidates = [candidate]
     else:
-        plain = key in PLAIN_KEYS and text.strip() and not text.lstrip().startswith(("{", "["))
+        plain = key in PLAIN_KEYS and re.search(r"[^\W_]", text) and not text.lstrip().startswith("{")
         candidates = [Candidate(text.strip(), {}, PLAIN)] if plain else []
     if key in ("Dream", "sd-metadata"):  # InvokeAI 2 steers away from what stands [in brackets]
         candidates = [c._replace(prompt=re.sub(r" ?\[[^\[\]]*\]", "", c.prompt).strip()) for c in candidates]
@@ -293,13 +315,14 @@ def _prompt_of(row: dict) -> str | None:
     """The text under a prompt's key; None where there is none or it is JSON itself."""
     keys = {_key(name): value for name, value in row.items()}
     short = ("c",) if "uc" in keys else ()  # Draw Things'
+    texts = []
     for value in (keys[key] for key in (*PROMPT_KEYS, *short) if key in keys):
         if isinstance(value, list):  # InvokeAI 2: [{"prompt", "weight"}, ...]
             parts = [part.get("prompt") if isinstance(part, dict) else part for part in value]
             value = ", ".join(part for part in parts if isinstance(part, str)) or None
         if isinstance(value, str) and _json(value) is None:
-            return value
-    return None
+            texts.append(value)
+    return next(filter(None, texts), texts[0] if texts else None)
 
 
 def _settings(row: dict) -> dict:

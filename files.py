@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import lzma
 import os
 import re
@@ -15,6 +16,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, TextIO
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
 
 MAX_JSON = 1 << 26  # bytes of one JSON file; as Python's objects it may take thirty times as much
 MAX_LINE = 1 << 24  # characters of a line of a table
@@ -185,3 +190,23 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict | str]]:
             yield reader.line_num, "has more fields than the first line; put texts with commas in quotes"
         elif fields:
             yield reader.line_num, dict.fromkeys(keys) | dict(zip(keys[:len(fields)], fields, strict=True))
+
+
+def parquet_names(table: Path, name: str, column: str, value: float) -> set[str]:
+    """The `name`s of the rows whose `column` is `value`; none, and a warning, without pyarrow.
+
+    In batches: as Python's objects DiffusionDB's 14 million rows would take 4 GB.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        logger.warning("%s is not read: `pip install pyarrow` to drop rows of %s %s", table, column, value)
+        return set()
+    names: set[str] = set()
+    try:
+        for batch in parquet.ParquetFile(table).iter_batches(columns=[name, column]):
+            rows = np.flatnonzero(np.asarray(batch.column(column), np.float64) == value)
+            names.update(batch.column(name).take(rows).to_pylist())
+    except (ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{table}: cannot be read ({error}); fetch it again or remove it") from error
+    return names

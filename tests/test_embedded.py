@@ -95,6 +95,8 @@ def test_letters_beyond_ascii(text, encoding):
     for code in (b"", b"UNICODE\0", b"ASCII\0\0\0", bytes(8)):
         assert decoded(code + text.encode(encoding)) == text
     assert decoded(b"caf\xe9 au lait") == "café au lait"
+    assert decoded(b"\x93a barn\x94") == "“a barn”"
+    assert decoded("夕暮れの赤い納屋".encode()[:-1]) == "夕暮れの赤い納\ufffd"
     assert decoded(b"JIS\0\0\0\0\0" + "赤い納屋".encode("iso2022_jp")) == "赤い納屋"
     assert decoded(b"JIS\0\0\0\0\0" + "赤い納屋 8k".encode("shift_jis")) == "赤い納屋 8k"
 
@@ -755,3 +757,23 @@ def test_pixels_survive_damaged_exif(tmp_path, form):
         path = with_exif(tmp_path / "a", form, damaged)
         assert load_image(path).size == (16, 16)
         assert embedded_prompt(path) in (None, (WANT, META))
+
+
+@pytest.mark.parametrize("kind", ["eXIf", "tEXt", "zTXt"])
+def test_a_png_is_turned_wherever_its_exif_is(tmp_path, kind):
+    exif = tiff(0x112, struct.pack("<H", 6), 3, own=False)
+    exif = exif[:14] + struct.pack("<II", 1, 6) + exif[22:]
+    raw = ("\nexif\n      40\n" + (b"Exif\0\0" + exif).hex() + "\n").encode()
+    body = {
+        "eXIf": exif,
+        "tEXt": b"Raw profile type exif\0" + raw,
+        "zTXt": b"Raw profile type exif\0\0" + zlib.compress(raw),
+    }[kind]
+    path = png(tmp_path / "a.png", chunk(kind.encode(), body))
+    image = Image.new("RGB", (16, 16), "red")
+    image.putpixel((0, 0), (0, 0, 255))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    raw = buffer.getvalue()
+    path.write_bytes(raw[:33] + chunk(kind.encode(), body) + raw[33:])
+    assert load_image(path).getpixel((15, 0)) == (0, 0, 255)

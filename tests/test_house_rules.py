@@ -31,7 +31,7 @@ ALLOWED = {
         "weights",
     },
     "reverse_sd.py": {"torch", "numpy", "models"},
-    "files.py": set(),
+    "files.py": {"numpy"},
     "embedded.py": {"PIL"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files"},
     "mini/pretrain.py": TRAINING | {"tokenizers", "baselines"},
