@@ -445,7 +445,14 @@ def embedded_prompt(path: str | Path) -> tuple[str, dict] | None:
 def _prompt_inside(path: Path) -> tuple[str, dict]:
     with _opened(path, str(path), header=True) as (image, file):
         texts = embedded.texts_of(image, file)
-    return embedded.find_prompt(texts)
+    try:
+        return embedded.find_prompt(texts)
+    except NoPrompt:
+        with _opened(path, str(path)) as (image, _):
+            text = embedded.hidden_text(image)
+        if text is None:
+            raise
+        return embedded.find_prompt({"parameters": text})
 
 
 # ============================================================================================================

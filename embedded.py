@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import ExifTags, Image
 
 MAX_TEXT = 1 << 23  # bytes of one text
@@ -192,6 +193,34 @@ def _exif_texts(image: Image.Image) -> list[tuple[str, bytes]]:
     except Exception:  # Pillow's parser raises nearly any kind on damaged fields
         return texts
     return texts
+
+
+def hidden_text(image: Image.Image) -> str | None:
+    """The text in the lowest bits of the pixels, where NovelAI and others leave one that outlives metadata.
+
+    Column by column, of alpha or else of red, green and blue: 15 letters that name the kind, the number of
+    bits (32 bits, big endian), and the text as UTF-8, or packed by gzip.
+    """
+    if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "WEBP"):
+        return None
+    pixels = np.asarray(image).swapaxes(0, 1)
+    for name, channels in ((b"png", pixels[..., 3:]), (b"rgb", pixels[..., :3])):
+        head = _lowest_bits(channels, 0, 19 * 8)
+        kind, length = head[:15], int.from_bytes(head[15:])
+        if kind in (b"stealth_" + name + b"info", b"stealth_" + name + b"comp") and length <= 8 * MAX_TEXT:
+            body = _lowest_bits(channels, 19 * 8, length)
+            try:
+                packed = kind.endswith(b"comp")
+                body = zlib.decompressobj(31).decompress(body, MAX_TEXT) if packed else body
+            except zlib.error:
+                return None
+            return decoded(body)
+    return None
+
+
+def _lowest_bits(columns: np.ndarray, begin: int, count: int) -> bytes:
+    needed = -(-(begin + count) // max(columns[0].size, 1))  # columns
+    return np.packbits(columns[:needed].reshape(-1)[begin:begin + count] & 1).tobytes()
 
 
 # ============================================================================================================

@@ -1,5 +1,6 @@
 """Prompts inside images: every place and encoding, every kind of source, and graphs walked from their end."""
 
+import gzip
 import html
 import io
 import json
@@ -7,6 +8,7 @@ import struct
 import time
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -137,6 +139,28 @@ def test_comments_and_xmp(tmp_path):
     Image.new("RGB", (16, 16)).save(path, "JPEG", xmp=xmp.encode())
     assert embedded_prompt(path) == (WANT, META)
     assert embedded_prompt(text_png(tmp_path / "a.png", **{"XML:com.adobe.xmp": xmp})) == (WANT, META)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["pnginfo", "pngcomp", "rgbinfo", "rgbcomp"])
+def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
+    texts = {
+        INFOTEXT: META,
+        json.dumps({"Description": WANT, "Comment": json.dumps({"steps": 28, "uc": "ugly"})}): {"st": 28},
+    }
+    for text, settings in texts.items():
+        body = gzip.compress(text.encode()) if kind.endswith("comp") else text.encode()
+        head = b"stealth_" + kind.encode() + struct.pack(">I", 8 * len(body))
+        bits = np.unpackbits(np.frombuffer(head + body, np.uint8))
+        channels = slice(3, 4) if kind.startswith("png") else slice(0, 3)
+        pixels = np.full((40, 60, 4), 254, np.uint8).swapaxes(0, 1).copy()
+        flat = pixels[..., channels].reshape(-1)
+        flat[: len(bits)] |= bits
+        pixels[..., channels] = flat.reshape(pixels[..., channels].shape)
+        image = Image.fromarray(pixels.swapaxes(0, 1).copy())
+        path = tmp_path / f"a.{form.lower()}"
+        (image if kind.startswith("png") else image.convert("RGB")).save(path, form, lossless=True)
+        assert embedded_prompt(path) == (WANT, settings)
 
 
 # the kinds of texts -----------------------------------------------------------------------------------------

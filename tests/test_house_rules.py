@@ -32,7 +32,7 @@ ALLOWED = {
     },
     "reverse_sd.py": {"torch", "numpy", "models"},
     "files.py": {"numpy"},
-    "embedded.py": {"PIL"},
+    "embedded.py": {"PIL", "numpy"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files"},
     "mini/pretrain.py": TRAINING | {"tokenizers", "baselines"},
     "mini/diffusion.py": TRAINING | {"generate"},
