@@ -382,6 +382,8 @@ def _from_infotext(text: str) -> Candidate | None:
 
     The last line of settings counts, as the prompt may have one that looks alike.
     """
+    if "\n" not in text and re.search(r"\\n(?:Negative prompt|Steps): ", text):
+        text = text.replace("\\n", "\n")  # its new lines were escaped once too often
     if listed := _from_list(text):
         return listed
     start, settings, inside = len(text), {}, False
@@ -494,12 +496,12 @@ def _run_form(workflow: dict) -> dict:
             if isinstance(link, list) and len(link) > 4 and isinstance(link[2], int)}
     graph = {}
     for node in workflow["nodes"]:
-        if not isinstance(node, dict) or node.get("mode") in (2, 4):  # muted or bypassed
+        if not isinstance(node, dict) or node.get("mode") == 2:  # muted
             continue
         sockets = node.get("inputs") if isinstance(node.get("inputs"), list) else []
         sockets = [s for s in sockets if isinstance(s, dict) and isinstance(s.get("link"), int)]
         inputs = {str(s.get("name")): ends[s["link"]] for s in sockets if s["link"] in ends}
-        values = node.get("widgets_values")
+        values = None if node.get("mode") == 4 else node.get("widgets_values")  # bypassed: links alone count
         if isinstance(values, dict):
             inputs |= {name: text for name, text in values.items() if name not in inputs}
         elif isinstance(values, list):

@@ -171,6 +171,7 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
     [
         (INFOTEXT, WANT, META),
         (INFOTEXT.replace("\n", " "), WANT, META),
+        (INFOTEXT.replace("\n", "\\n"), WANT, META),
         (INFOTEXT.replace("\n", ", "), WANT, META),
         (f"{WANT}\n{SETTINGS}", WANT, META),
         (f"{WANT} {SETTINGS}", WANT, META),
