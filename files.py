@@ -204,7 +204,8 @@ def parquet_names(table: Path, name: str, column: str, value: float) -> set[str]
         return set()
     names: set[str] = set()
     try:
-        for batch in parquet.ParquetFile(table).iter_batches(columns=[name, column]):
+        file = parquet.ParquetFile(table, buffer_size=1 << 20, pre_buffer=False)
+        for batch in file.iter_batches(columns=[name, column], use_threads=False):
             rows = np.flatnonzero(np.asarray(batch.column(column), np.float64) == value)
             names.update(batch.column(name).take(rows).to_pylist())
     except (ArrowException, OSError, KeyError) as error:

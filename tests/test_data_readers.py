@@ -188,7 +188,7 @@ def test_blurred_images_are_dropped_where_pyarrow_can_read_the_metadata(tmp_path
     module = types.ModuleType("pyarrow")
     module.ArrowException = type("ArrowException", (Exception,), {})
     module.parquet = types.SimpleNamespace(
-        ParquetFile=lambda path: types.SimpleNamespace(iter_batches=lambda columns: [batch])
+        ParquetFile=lambda path, **options: types.SimpleNamespace(iter_batches=lambda **options: [batch])
     )
     monkeypatch.setitem(sys.modules, "pyarrow", module)
     for source in (tmp_path, tmp_path / "images", tmp_path / "images/part-000001.zip"):
