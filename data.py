@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import logging
@@ -12,32 +11,42 @@ import re
 import sys
 import threading
 import zipfile
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: there processes that share a folder do not wait for each other
-    fcntl = None
+import embedded
+from embedded import MAX_PROMPT, NoPrompt, sidecar_prompt
+from files import (
+    MAX_JSON,
+    MAX_LINE,
+    ZIP_ERRORS,
+    DataError,
+    files_below,
+    is_junk,
+    is_safe,
+    json_object,
+    numbered,
+    parquet_names,
+    read_text,
+    records,
+    require_file,
+    same_bytes,
+    unzip,
+)
 
 logger = logging.getLogger(__name__)
-
-
-class DataError(ValueError):
-    """Something is wrong with the user's data or disk; one line says which file, what, and what to do."""
 
 
 # ============================================================================================================
@@ -45,7 +54,6 @@ class DataError(ValueError):
 # ============================================================================================================
 
 OPEN_ARCHIVES = 32  # zips held open at once by one process
-ZIP_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, ValueError)
 
 
 class Pairs:
@@ -96,13 +104,12 @@ class Pairs:
 
     def where(self, i: int) -> str:
         """How errors name image i: `archive.zip!member`, or the file's path."""
-        archive = self.archives[self.archive[i]]
-        return f"{archive}!{self.names[i]}" if archive.suffix == ".zip" else str(archive / self.names[i])
+        return _place(self.archives[self.archive[i]], self.names[i])
 
     def image(self, i: int) -> Image.Image:
         """Image i as `load_image` gives it. Raises DataError with the image's `where`."""
         k = int(self.archive[i])
-        if self.archives[k].suffix != ".zip":
+        if self.archives[k].suffix.lower() != ".zip":
             return load_image(self.archives[k] / self.names[i])
         if self._pid != os.getpid():
             self._reopen()  # a forked child shares its parent's file offsets: never read through them
@@ -113,20 +120,19 @@ class Pairs:
                     if len(self._open) > OPEN_ARCHIVES:
                         self._open.popitem(last=False)[1].close()
                 self._open.move_to_end(k)
-                content = _unzip(self._open[k], self.names[i])
+                content = unzip(self._open[k], self.names[i], MAX_BYTES)
         except ZIP_ERRORS as error:
             raise DataError(f"{self.where(i)}: cannot be read ({error}); fetch the zip again") from error
         return load_image(content, self.where(i))
 
 
-def _unzip(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).file_size > MAX_BYTES:
-        raise ValueError(f"unpacks to more than {MAX_BYTES >> 20} MB")
-    return archive.read(name)
+def _place(archive: Path, name: str) -> str:
+    """How errors name an image: `archive.zip!member`, or the file's path."""
+    return f"{archive}!{name}" if archive.suffix.lower() == ".zip" else str(archive / name)
 
 
-class _Found:
-    """What a reader has gathered so far."""
+class PairsBuilder:
+    """The pairs that a reader has gathered so far, and what it has passed over."""
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
@@ -137,10 +143,23 @@ class _Found:
         self.skipped: list[str] = []
         self.reasons: Counter[str] = Counter()
 
-    def add(self, archive: Path, name: str, prompt: Any, meta: dict) -> None:
+    def add(self, archive: Path, name: str, text: Any, meta: dict) -> None:
+        """One pair, or one for each of a list of texts; "" stands for a missing one (None, NaN)."""
+        texts = text if isinstance(text, list) and text else [text]
+        for text in texts:
+            if text is None or text != text:
+                text = ""
+            if not isinstance(text, str):
+                self.skip(_place(archive, name), "its text is no string", type(text).__name__)
+            elif len(text) > MAX_PROMPT:
+                self.skip(_place(archive, name), f"its prompt is longer than {MAX_PROMPT:,} characters")
+            else:
+                self._append(archive, name, LONE_SURROGATE.sub("\ufffd", text.strip()), meta)
+
+    def _append(self, archive: Path, name: str, prompt: str, meta: dict) -> None:
         if not self.archives or self.archives[-1] != archive:
             self.archives.append(archive)
-        self.prompts.append(prompt.strip() if isinstance(prompt, str) else "")
+        self.prompts.append(prompt)
         self.names.append(name)
         self.meta.append(meta)
         self.archive.append(len(self.archives) - 1)
@@ -164,11 +183,17 @@ class _Found:
 # Readers
 # ============================================================================================================
 
-IMAGE_SUFFIXES = frozenset((".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"))
+IMAGE_SUFFIXES = frozenset((".png", ".apng", ".webp", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif",
+                            ".tif", ".tiff"))
+OTHER_SUFFIXES = frozenset((".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".ico", ".ppm",
+                            ".exr", ".hdr", ".dng", ".mp4", ".webm", ".mov"))  # pictures, too, but not read
+TABLE_SUFFIXES = (".jsonl", ".csv", ".json", ".json1", ".ndjson", ".tsv", ".parquet", ".arrow", ".xlsx")
+TEXT_SUFFIXES = (".txt", ".caption")  # of texts beside images; the first wins
 IMAGE_KEYS = ("file_name", "image", "path", "filename", "name")
 TEXT_KEYS = ("text", "prompt", "caption", "p")
 COLUMNS = f"the image ({', '.join(IMAGE_KEYS)}) and the prompt ({', '.join(TEXT_KEYS)})"
 OUTSIDE = "the name leaves the archive"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON allows them; no tokenizer does
 
 
 def read_pairs(path: str | Path) -> Pairs:
@@ -179,310 +204,247 @@ def read_pairs(path: str | Path) -> Pairs:
        "sa"}}, of which any key may be missing. Images stay in the zip. Images that DiffusionDB blurred are
        dropped if its metadata.parquet (or metadata-large.parquet) lies beside and pyarrow is installed.
     2. a manifest: JSONL or CSV, itself or in a folder, with the image's path relative to the manifest under
-       file_name, image, path, filename or name and its prompt under text, prompt, caption or p; Hugging
-       Face's metadata.jsonl is one. As it is the user's own list it may name files anywhere.
-    3. a folder, searched to the bottom, of images with a `.txt` of the same name beside them, or else with
-       the text that Stable Diffusion front ends leave in the file (see `embedded_prompt`).
+       file_name, image, path, filename or name and its prompt, or a list of prompts, under text, prompt,
+       caption or p; Hugging Face's metadata.jsonl is one. As it is the user's own list it may name files
+       anywhere.
+    3. a folder, searched to the bottom and through links, of images with a text beside them (`a.txt`,
+       `a.png.txt` or `a.caption` for a.png), or else with the text that Stable Diffusion front ends leave in
+       the file (see `embedded_prompt`).
 
-    What cannot be used is passed over, listed in `.skipped` and counted in one warning.
-    Raises DataError when there is nothing at `path`, no known kind, or nothing usable.
+    Images that cannot be used, and tables that are not understood, are passed over, listed in `.skipped` and
+    counted in one warning. Raises DataError when there is nothing at `path`, no known kind, or nothing
+    usable.
     """
-    path, found = Path(path), _Found()
-    if path.is_file():
-        if path.suffix == ".zip":
-            _read_parts([path], path, found)
-        elif path.suffix not in (".jsonl", ".csv"):
-            raise DataError(f"{path}: neither a part's .zip nor a .jsonl or .csv manifest; give one of them")
-        elif not _is_manifest(path):
-            raise DataError(f"{path}: its first line does not name {COLUMNS}; name them so")
-        else:
-            _read_manifest(path, found)
-        return found.pairs(path)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; give a folder of images with prompts")
-
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    parts = [f for f in files if f.name.startswith("part-") and f.suffix == ".zip"]
-    zipped = {f.with_suffix("") for f in parts}  # somebody may have unpacked a zip and kept it
-    parts += [f for f in files if re.fullmatch(r"part-\d+\.json", f.name)
-              and f.parent not in zipped and f.with_suffix("") not in zipped]
-    manifests = [f for f in files if f.name in ("metadata.jsonl", "metadata.csv") and _is_manifest(f)]
-    if not manifests and not parts:
-        tables = [f for f in files if f.parent == path and f.suffix in (".jsonl", ".csv")]
-        manifests = [f for f in tables if _is_manifest(f)]
-        if len(manifests) > 1:
-            names = ", ".join(f.name for f in manifests)
-            raise DataError(f"{path}: several manifests ({names}); give the path of the one to read")
-    if parts:
-        _read_parts(parts, path, found)
-    elif manifests:
-        for manifest in manifests:
-            _read_manifest(manifest, found)
+    path, builder = Path(path), PairsBuilder()
+    if path.is_dir():
+        _read_folder(path, builder)
+        return builder.pairs(path)
+    require_file(path)
+    if path.suffix.lower() == ".zip":
+        _read_parts([path], path, builder)
+    elif path.suffix.lower() not in (".jsonl", ".csv"):
+        raise DataError(f"{path}: neither a part's .zip nor a .jsonl or .csv manifest; give one of them")
+    elif not _is_manifest(path):
+        raise DataError(f"{path}: its first line does not name {COLUMNS}; name them so")
     else:
-        _read_images(files, path, found)
-    if not found.prompts and not found.skipped:
+        _read_manifest(path, builder)
+    return builder.pairs(path)
+
+
+def _read_folder(path: Path, builder: PairsBuilder) -> None:
+    files = files_below(path, lambda folder, why: builder.skip(folder, "the folder cannot be listed", why))
+    if parts := _parts_among(files):
+        _read_parts(parts, path, builder)
+    elif manifests := _manifests_among(files, path, builder):
+        for manifest in manifests:
+            _read_manifest(manifest, builder)
+    else:
+        _read_images(files, path, builder)
+    if not builder.prompts and not builder.skipped:
         kinds = Counter(f.suffix or f.name for f in files).most_common(5)
         raise DataError(f"{path}: no image-prompt pairs. Looked for part-*.zip, part-*.json, a .jsonl or "
                         f".csv with {COLUMNS}, and images with a .txt beside or a prompt inside; found "
                         + (", ".join(f"{n} {kind}" for kind, n in kinds) or "no file"))
-    return found.pairs(path)
 
 
-def _read_parts(parts: list[Path], root: Path, found: _Found) -> None:
+# DiffusionDB ------------------------------------------------------------------------------------------------
+
+
+def _parts_among(files: list[Path]) -> list[Path]:
+    zips = [f for f in files if f.name.startswith("part-") and f.suffix == ".zip"]
+    zipped = {f.with_suffix("") for f in zips}  # somebody may have unpacked a zip and kept it
+    return zips + [f for f in files if re.fullmatch(r"part-\d+\.json", f.name)
+                   and f.parent not in zipped and f.with_suffix("") not in zipped]
+
+
+def _read_parts(parts: list[Path], root: Path, builder: PairsBuilder) -> None:
     blurred = _blurred_names(root)
     for part in tqdm(parts, desc="reading parts", unit="part", disable=len(parts) < 50):
         try:
             if part.suffix == ".json":
-                members, listing, content = sorted(os.listdir(part.parent)), part.name, part.read_bytes()
+                require_file(part, MAX_JSON)
+                members = sorted(name for name in os.listdir(part.parent) if not is_junk(name))
+                listing, content = part.name, part.read_bytes()
             else:
-                with zipfile.ZipFile(part) as archive:
-                    members = archive.namelist()
-                    listings = [m for m in members if m.endswith(".json") and "__MACOSX" not in m]
-                    named = [m for m in listings if PurePosixPath(m).stem == part.stem]
-                    if len(named or listings) != 1:
-                        found.skip(part, "no JSON with its prompts", f"{len(listings)} with other names")
-                        continue
-                    listing = (named or listings)[0]
-                    content = _unzip(archive, listing)
+                members, listing, content = _zip_listing(part)
         except ZIP_ERRORS as error:
-            found.skip(part, "cannot be read, fetch it again", error)
+            builder.skip(part, "cannot be read, fetch it again", error)
             continue
-        home = part if part.suffix == ".zip" else part.parent
-        _read_part(home, members, listing, content, blurred, found)
+        home = part.parent if part.suffix == ".json" else part
+        if listing is None:
+            builder.skip(part, "no JSON with its prompts", content)
+        else:
+            _read_part(home, members, listing, content, blurred, builder)
+
+
+def _zip_listing(part: Path) -> tuple[list[str], str | None, Any]:
+    """(names in the zip, name of the JSON with its prompts, its bytes); (names, None, why) without one."""
+    require_file(part)
+    with zipfile.ZipFile(part) as archive:
+        members = [m for m in archive.namelist() if not is_junk(m)]
+        listings = [m for m in members if m.endswith(".json")]
+        named = [m for m in listings if PurePosixPath(m).stem == part.stem] or listings
+        if len(named) != 1:
+            return members, None, f"{len(listings)} with other names"
+        return members, named[0], unzip(archive, named[0], MAX_JSON)
 
 
 def _read_part(part: Path, members: list[str], listing: str, content: bytes, blurred: set[str],
-               found: _Found) -> None:
+               builder: PairsBuilder) -> None:
     """One part, zipped or not: `content` is the JSON `listing` that lies among `members`."""
-    spot = f"{part}!" if part.suffix == ".zip" else f"{part}{os.sep}"
     try:
         entries = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        found.skip(spot + listing, "the JSON does not parse", error)
+        builder.skip(_place(part, listing), "the JSON does not parse", error)
         return
     if not isinstance(entries, dict):
-        found.skip(spot + listing, "the JSON is not an object {image: {...}}")
+        builder.skip(_place(part, listing), "the JSON is not an object {image: {...}}")
         return
     folder = listing[:-len(PurePosixPath(listing).name)]
     there, listed = set(members), {folder + name for name in entries}
     for name, entry in entries.items():
-        if not _is_safe(name):
-            found.skip(spot + name, OUTSIDE)
+        if not is_safe(name):
+            builder.skip(_place(part, name), OUTSIDE)
         elif folder + name not in there:
-            found.skip(spot + folder + name, "in the JSON but not there")
+            builder.skip(_place(part, folder + name), "in the JSON but not there")
         elif not isinstance(entry, dict | str):
-            found.skip(spot + folder + name, "its JSON entry is no object")
+            builder.skip(_place(part, folder + name), "its JSON entry is no object")
         elif name in blurred:
-            found.skip(spot + folder + name, "blurred by DiffusionDB, image_nsfw 2.0")
+            builder.skip(_place(part, folder + name), "blurred by DiffusionDB, image_nsfw 2.0")
         else:
             entry = {"p": entry} if isinstance(entry, str) else entry
-            found.add(part, folder + name, entry.pop("p", None), entry)
+            builder.add(part, folder + name, entry.pop("p", None), entry)
     for member in members:
-        suffix = PurePosixPath(member).suffix.lower()
-        if member not in listed and suffix in IMAGE_SUFFIXES and "__MACOSX" not in member:
-            found.skip(spot + member, "not in the JSON" if _is_safe(member) else OUTSIDE)
-
-
-def _is_safe(name: str) -> bool:
-    parts = name.replace("\\", "/").split("/")
-    return bool(parts[0]) and ".." not in parts and not re.match("[A-Za-z]:", name)
+        if member not in listed and PurePosixPath(member).suffix.lower() in IMAGE_SUFFIXES:
+            builder.skip(_place(part, member), "not in the JSON" if is_safe(member) else OUTSIDE)
 
 
 def _blurred_names(root: Path) -> set[str]:
     """The images to which DiffusionDB's metadata gives image_nsfw 2.0: its maker replaced them by a blur."""
-    blurred: set[str] = set()
-    for folder in (root, *root.parents[:2]):
-        for table in (folder / "metadata.parquet", folder / "metadata-large.parquet"):
-            if not table.is_file():
-                continue
-            try:
-                from pyarrow import ArrowException, parquet
-            except ImportError:
-                logger.warning("%s says which images are blurred; `pip install pyarrow` to drop them", table)
-                return blurred
-            try:
-                columns = parquet.read_table(table, columns=["image_name", "image_nsfw"]).to_pydict()
-            except (ArrowException, OSError, KeyError) as error:
-                raise DataError(f"{table}: cannot be read ({error}); fetch it again or remove it") from error
-            scores = zip(columns["image_name"], columns["image_nsfw"], strict=True)
-            blurred.update(name for name, score in scores if score == 2.0)
-    return blurred
+    tables = (folder / name for folder in (root, *root.parents[:2])
+              for name in ("metadata.parquet", "metadata-large.parquet"))
+    return set().union(*(parquet_names(table, "image_name", "image_nsfw", 2.0)
+                         for table in tables if table.is_file()))
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict | None]]:
-    """(line number, object with lower-case keys, None where it does not parse) of a JSONL or CSV file."""
-    limit = csv.field_size_limit(1 << 27)  # prompts of 10,000 words pass csv's own limit
+# manifests --------------------------------------------------------------------------------------------------
+
+
+def _manifests_among(files: list[Path], root: Path, builder: PairsBuilder) -> list[Path]:
+    """Hugging Face's metadata files anywhere, or else the one table in the root that is a manifest. Other
+    tables are passed over by name where there is none: the user may have meant one of them."""
+    tables = [f for f in files if f.suffix.lower() in (".jsonl", ".csv")]
+    for group in ([f for f in tables if f.stem == "metadata"], [f for f in tables if f.parent == root]):
+        wrong = {f: why for f in group if (why := _why_no_manifest(f))}
+        if manifests := [f for f in group if f not in wrong]:
+            break
+    if len(manifests) > 1 and any(f.stem != "metadata" for f in manifests):
+        names = ", ".join(f.name for f in manifests)
+        raise DataError(f"{root}: several manifests ({names}); give the path of the one to read")
+    if manifests:
+        return manifests
+    images = {f.with_suffix("") for f in files if f.suffix.lower() in IMAGE_SUFFIXES}
+    for table in files:
+        if table.suffix.lower() in TABLE_SUFFIXES and table.with_suffix("") not in images:
+            why = wrong.get(table) or (_why_no_manifest(table) if table in tables else "")
+            builder.skip(table, f"no manifest, which is a .jsonl or .csv with {COLUMNS}", why or None)
+    return []
+
+
+def _is_manifest(path: Path) -> bool:
+    first = _first_record(path)
+    return any(key in first for key in IMAGE_KEYS) and any(key in first for key in TEXT_KEYS)
+
+
+def _first_record(path: Path) -> dict:
+    return next((row for _, row in records(path) if isinstance(row, dict)), {})
+
+
+def _why_no_manifest(path: Path) -> str:
+    """What a table has instead of a manifest's columns; "" for a manifest."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                for row in (reader := csv.DictReader(file)):
-                    yield reader.line_num, {(key or "").strip().lower(): value for key, value in row.items()}
-                return
-            for k, line in enumerate(file, 1):
-                if line.strip():
-                    row = _json_object(line)
-                    yield k, None if row is None else {key.lower(): value for key, value in row.items()}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 {path.suffix}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _json_object(text: str) -> dict | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        columns = ", ".join(_first_record(path))[:100] or "no columns"
+        return "" if _is_manifest(path) else f"it has {columns}"
+    except DataError as error:
+        return str(error)
 
 
 def _value(row: dict, keys: Sequence[str]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def _is_manifest(path: Path) -> bool:
-    first = next((row for _, row in _records(path) if row is not None), {})
-    return any(key in first for key in IMAGE_KEYS) and any(key in first for key in TEXT_KEYS)
-
-
-def _read_manifest(path: Path, found: _Found) -> None:
-    for k, row in _records(path):
-        name = _value(row or {}, IMAGE_KEYS)
+def _read_manifest(path: Path, builder: PairsBuilder) -> None:
+    for k, row in records(path):
+        name = _value(row, IMAGE_KEYS) if isinstance(row, dict) else None
         if not isinstance(name, str) or not name:
-            found.skip(f"{path}, line {k}", "does not parse" if row is None else "names no image")
-        elif "\0" in name or not os.path.isfile(path.parent / name):
-            found.skip(path.parent / name, "in the manifest but not there")
+            builder.skip(f"{path}, line {k}", row if isinstance(row, str) else "names no image")
+            continue
+        if "\\" in name and not os.path.isfile(path.parent / name):  # written on Windows
+            name = name.replace("\\", "/")
+        if not os.path.isfile(path.parent / name):
+            builder.skip(path.parent / name, "in the manifest but not there")
         else:
             meta = {key: value for key, value in row.items() if key not in IMAGE_KEYS + TEXT_KEYS}
-            found.add(path.parent, name, _value(row, TEXT_KEYS), meta)
+            builder.add(path.parent, name, _texts(_value(row, TEXT_KEYS)), meta)
 
 
-def _read_images(files: list[Path], root: Path, found: _Found) -> None:
-    texts = {f for f in files if f.suffix == ".txt"}
+def _texts(value: Any) -> Any:
+    """The list that a text is as JSON, as CSV has to write it; anything else as it is."""
+    if not (isinstance(value, str) and value.startswith("[")):
+        return value
+    texts = (json_object(f'{{"texts": {value}}}') or {}).get("texts")
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else value
+
+
+# images with their prompts beside or inside -----------------------------------------------------------------
+
+
+def _read_images(files: list[Path], root: Path, builder: PairsBuilder) -> None:
+    beside: dict[Path, Path] = {}  # the text of `a` (for all of a.png, a.jpg) and of `a.png`
+    for suffix in reversed(TEXT_SUFFIXES):
+        beside |= {f.with_suffix(""): f for f in files if f.suffix.lower() == suffix}
     images = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
+    for file in files:
+        suffix, stem = file.suffix.lower(), file.with_suffix("")
+        has_text = stem in beside and suffix not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+        if suffix not in IMAGE_SUFFIXES and (has_text or suffix in OTHER_SUFFIXES):
+            builder.skip(file, "in a format that is not read; save it as PNG, JPEG or WebP")
     for file in tqdm(images, desc="reading prompts", unit="image", disable=len(images) < 5000):
-        beside = file.with_suffix(".txt")
+        text = beside.get(file) or beside.get(file.with_suffix(""))
         try:
-            inside = (beside.read_text("utf-8-sig"), {}) if beside in texts else embedded_prompt(file)
-        except (DataError, OSError, UnicodeDecodeError) as error:
-            found.skip(beside if beside in texts else file, "cannot be read", error)
-            continue
-        if inside is None:
-            found.skip(file, "no .txt beside it and no prompt inside")
+            prompt, meta = sidecar_prompt(read_text(text, MAX_LINE)) if text else _prompt_inside(file)
+        except NoPrompt as error:
+            builder.skip(file, f"no text beside it and {error.reason}", error.detail)
+        except DataError as error:
+            builder.skip(text or file, "cannot be read", error)
         else:
-            found.add(root, file.relative_to(root).as_posix(), *inside)
-
-
-# prompts inside images --------------------------------------------------------------------------------------
+            builder.add(root, file.relative_to(root).as_posix(), prompt, meta)
 
 
 def embedded_prompt(path: str | Path) -> tuple[str, dict] | None:
-    """(prompt, {se, st, c, sa if known}) from the text a front end left in an image, None if there is none.
+    """(prompt, {se, st, c, sa if known}) from the text a front end left in an image, None if none is certain.
 
-    Understood: AUTOMATIC1111 and Forge (`parameters`, or EXIF UserComment in JPEG and WebP), ComfyUI
-    (`prompt`, a graph), InvokeAI (`invokeai_metadata`, `sd-metadata`, `Dream`), NovelAI (`Description` and
-    `Comment`), and JSON under `parameters` (Fooocus, SwarmUI). Raises DataError for a file that is no
-    image.
+    Read are AUTOMATIC1111's infotext, ComfyUI's graph, JSON of settings (InvokeAI, NovelAI, Fooocus, SwarmUI
+    and others) and InvokeAI's command line, in PNG's texts, EXIF, XMP and comments. Raises DataError for a
+    file that is no image.
     """
-    with _opened(path, str(path)) as image:
-        texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
-        if "parameters" not in texts and image.format in ("JPEG", "WEBP"):
-            comment = image.getexif().get_ifd(0x8769).get(0x9286)  # UserComment in EXIF's own directory
-            if isinstance(comment, bytes):
-                coding = "utf-16-be" if comment.startswith(b"UNICODE\0") else "utf-8"
-                texts["parameters"] = comment[8:].decode(coding, "replace")
-    for key, parse in (("parameters", _from_parameters), ("prompt", _from_comfy), ("Dream", _from_dream),
-                       ("invokeai_metadata", _from_json), ("sd-metadata", _from_json),
-                       ("Comment", _from_json)):
-        prompt, meta = (parse(texts[key]) if texts.get(key, "").strip() else None) or (None, {})
-        if key == "Comment" and meta:  # NovelAI: settings are here, the prompt may be in Description alone
-            prompt = prompt or texts.get("Description")
-        if prompt is not None:
-            return prompt.strip(), meta
-    return None
-
-
-def _settings(row: dict) -> dict:
-    names = {"se": ("seed", "noise_seed"), "st": ("steps",), "c": ("cfg_scale", "cfg", "cfgscale", "scale"),
-             "sa": ("sampler", "sampler_name", "scheduler")}
-    values = {key: _value(row, keys) for key, keys in names.items()}
-    return {key: value for key, value in values.items() if isinstance(value, int | float | str)}
-
-
-def _matched(patterns: dict[str, str], text: str) -> dict:
-    """What follows each pattern in `text`; a value not of its key's type is a front end's own, left out."""
-    meta: dict[str, Any] = {}
-    for key, pattern in patterns.items():
-        value, kind = re.search(pattern, text), {"c": float, "sa": str}.get(key, int)
-        try:
-            meta |= {key: kind(value[1].strip())} if value else {}
-        except ValueError:
-            continue
-    return meta
-
-
-def _from_parameters(text: str) -> tuple[str | None, dict]:
-    if text.lstrip().startswith("{") and (answer := _from_json(text)):
-        return answer
-    cut = re.search(r"^(Negative prompt:|Steps: *\d)", text, re.MULTILINE)
-    line = re.search(r"^Steps: *\d.*$", text, re.MULTILINE)
-    names = {"se": "Seed", "c": "CFG scale", "st": "Steps", "sa": "Sampler"}
-    meta = _matched({key: rf"\b{name}: *([^,]+)" for key, name in names.items()}, line[0] if line else "")
-    return text[:cut.start()] if cut else text, meta
-
-
-def _from_json(text: str) -> tuple[str | None, dict] | None:
-    row = _json_object(text)
-    if row is None:
+    try:
+        return _prompt_inside(Path(path))
+    except NoPrompt:
         return None
-    for key in ("image", "sui_image_params"):  # InvokeAI 2 and SwarmUI nest what others keep flat
-        row = row[key] if isinstance(row.get(key), dict) else row
-    prompt = _value(row, ("positive_prompt", "prompt"))
-    if isinstance(prompt, list):  # InvokeAI 2: [{"prompt", "weight"}, ...]
-        prompt = ", ".join(str(p["prompt"]) for p in prompt if isinstance(p, dict) and "prompt" in p)
-    return prompt if isinstance(prompt, str) else None, _settings(row)
 
 
-def _from_dream(text: str) -> tuple[str, dict]:
-    quoted = re.match(r'\s*"(.*)"(?=\s+-|\s*$)', text, re.DOTALL)
-    prompt = quoted[1] if quoted else re.split(r"\s-[A-Za-z]\s*[\d.k]", text, maxsplit=1)[0]
-    flags = {"st": "s", "se": "S", "c": "C", "sa": "A"}
-    meta = _matched({key: rf"\s-{flag}\s*([\w.]+)" for key, flag in flags.items()}, text[len(prompt):])
-    return re.sub(r"\s*\[[^\]]*\]", "", prompt), meta  # [in brackets] is what InvokeAI steers away from
-
-
-def _from_comfy(text: str) -> tuple[str, dict] | None:
-    graph = _json_object(text)
-    if graph is None:  # Easy Diffusion keeps the prompt itself under the same key
-        return None if text.lstrip().startswith(("{", "[")) else (text, {})
-    nodes = {key: node["inputs"] for key, node in graph.items()
-             if isinstance(node, dict) and isinstance(node.get("inputs"), dict)}
-    for wanted in ("positive", "guider"):
-        for inputs in nodes.values():
-            sampler = wanted in inputs and {"steps", "seed", "noise_seed", "sampler"} & inputs.keys()
-            if sampler and (prompt := _comfy_text(nodes, inputs[wanted], set())):
-                return prompt, _settings(inputs)
-    return None
-
-
-COMFY_TEXTS = ("text", "text_g", "text_l", "clip_l", "t5xxl", "prompt", "string", "value")
-COMFY_LINKS = ("conditioning", "conditioning_1", "conditioning_2", "conditioning_to", "conditioning_from")
-
-
-def _comfy_text(nodes: dict[str, dict], link: Any, seen: set[str]) -> str:
-    """The text at the end of `link`: what the linked node's text inputs, else its conditionings, lead to."""
-    if isinstance(link, str):
-        return link.strip()
-    if not (isinstance(link, list) and len(link) == 2) or str(link[0]) in seen:
-        return ""
-    inputs = nodes.get(str(link[0]), {})
-    seen.add(str(link[0]))
-    side = "negative" if link[1] == 1 and "negative" in inputs else "positive"  # ControlNet hands on both
-    for keys in (COMFY_TEXTS, (*COMFY_LINKS, side)):
-        texts = [_comfy_text(nodes, inputs[key], seen) for key in keys if key in inputs]
-        if any(texts):
-            return ", ".join(dict.fromkeys(text for text in texts if text))
-    return ""
+def _prompt_inside(path: Path) -> tuple[str, dict]:
+    with _opened(path, str(path), header=True) as (image, file):
+        texts = embedded.texts_of(image, file)
+    try:
+        return embedded.find_prompt(texts)
+    except NoPrompt:
+        with _opened(path, str(path)) as (image, _):
+            text = embedded.hidden_text(image)
+        if text is None:
+            raise
+        return embedded.find_prompt({"parameters": text})
 
 
 # ============================================================================================================
@@ -536,29 +498,29 @@ def clean(prompts: Iterable[Any], near_duplicates: bool = True) -> tuple[np.ndar
 # ============================================================================================================
 
 
-def split(prompts: Sequence[str], seed: int, val: int | None = None,
-          test: int | None = None) -> dict[str, np.ndarray]:
+def split(prompts: Sequence[str], seed: int, val: int | None = None, test: int | None = None,
+          pictures: Sequence[int] | None = None) -> dict[str, np.ndarray]:
     """Rows of "train", "val" and "test": sorted int64 indices, disjoint, covering, equal on every platform.
 
     val, test: rows wanted; None = 30,000 as in the paper (670K / 30K / 30K), or an eighth of all if that is
-    less. Rows whose prompts are equal but for case and spacing stay together, so where prompts repeat the
-    counts may differ a little. Raises DataError where there are too few distinct prompts.
+    less. Rows whose prompts are equal but for case and spacing stay together, and so do rows of one picture
+    (`pictures`, from `same_pictures`), so where either repeats the counts may differ a little. Raises
+    DataError where there are too few distinct prompts or pictures, or for numbers that cannot be.
     """
     n = len(prompts)
-    groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        groups.setdefault(" ".join(prompt.casefold().split()), []).append(i)
+    if any(not isinstance(x, int | np.integer) for x in (seed, val or 0, test or 0)) or seed < 0:
+        raise DataError(f"seed {seed}, {val} for validation, {test} for test: give whole numbers from 0 on")
+    groups = _groups([" ".join((prompt or "").casefold().split()) for prompt in prompts], pictures)
     default = max(1, min(30_000, n // 8))
     wanted = {"test": default if test is None else test, "val": default if val is None else val}
     if len(groups) < 3 or min(wanted.values()) < 1 or sum(wanted.values()) >= n:
-        raise DataError(f"{n} pairs with {len(groups)} distinct prompts cannot give {wanted['val']} for "
-                        f"validation, {wanted['test']} for test and more for training; give more pairs or "
-                        "ask for fewer")
+        raise DataError(f"{n} pairs with {len(groups)} distinct prompts and pictures cannot give "
+                        f"{wanted['val']} for validation, {wanted['test']} for test and more for training; "
+                        "give more pairs or ask for fewer")
     chosen: dict[str, list[list[int]]] = {"test": [], "val": [], "train": []}
     room = dict(wanted)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(groups))
-    members = list(groups.values())
-    for group in (members[g] for g in order.tolist()):
+    for group in (groups[g] for g in order.tolist()):
         name = next((name for name in wanted if len(group) <= room[name]), "train")
         chosen[name].append(group)
         if name != "train":
@@ -572,26 +534,68 @@ def split(prompts: Sequence[str], seed: int, val: int | None = None,
             for name in ("train", "val", "test")}
 
 
+def _groups(*columns: Sequence[Any] | None) -> list[list[int]]:
+    """The rows that equal values in any column join, in the order of their first rows."""
+    root = list(range(len(columns[0] or ())))
+
+    def root_of(i: int) -> int:
+        while root[i] != i:
+            root[i] = i = root[root[i]]
+        return i
+
+    for column in columns:
+        first: dict[Any, int] = {}
+        for i, value in enumerate(column or ()):
+            a, b = root_of(first.setdefault(value, i)), root_of(i)
+            root[max(a, b)] = min(a, b)
+    groups: dict[int, list[int]] = {}
+    for i in range(len(root)):
+        groups.setdefault(root_of(i), []).append(i)
+    return list(groups.values())
+
+
+def same_pictures(pairs: Pairs) -> list[int]:
+    """A number for each row, equal where the picture is: the same file, or another of the same bytes.
+
+    Where that leaves fewer than three pictures, files are told apart by name: they are blanks.
+    """
+    files = [(pairs.archives[k], name) for k, name in zip(pairs.archive.tolist(), pairs.names, strict=True)]
+    numbers = same_bytes(files)
+    return numbers if len(set(numbers)) > 2 else numbered(files)
+
+
 # ============================================================================================================
 # Images
 # ============================================================================================================
 
 MAX_PIXELS = 100_000_000
+MAX_SIDE = 65_535  # JPEG's own; each row has memory of its own, so that a thin picture takes far more
 MAX_BYTES = 1 << 29
 FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "GIF", "TIFF")  # for an EPS named x.png Pillow starts Ghostscript
 
 
 @contextmanager
-def _opened(source: str | Path | bytes, where: str) -> Iterator[Image.Image]:
-    """The image, opened and not yet decoded; whatever goes wrong inside the block becomes a DataError."""
+def _opened(source: str | Path | bytes, where: str,
+            header: bool = False) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """The image, opened and not yet decoded, and its file; whatever goes wrong becomes a DataError.
+
+    header: the pixels are not wanted.
+    """
     try:
-        if not (len(source) if isinstance(source, bytes) else os.stat(source).st_size):
-            raise DataError(f"{where}: the file is empty (0 bytes); fetch it again or remove it")
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-            yield image
+        if not isinstance(source, bytes):
+            require_file(Path(source), MAX_BYTES)
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            start = file.read(len(embedded.PNG))
+            if not start:
+                raise DataError(f"{where}: the file is empty (0 bytes); fetch it again or remove it")
+            file.seek(0)
+            pixels = embedded.png_pixels(file, header) if start == embedded.PNG else file
+            with Image.open(pixels, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+                if max(image.size) > MAX_SIDE:
+                    raise DataError(f"{where}: a side of {max(image.size):,} pixels; cut it or remove it")
+                yield image, file
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -605,12 +609,13 @@ def _opened(source: str | Path | bytes, where: str) -> Iterator[Image.Image]:
 def load_image(source: str | Path | bytes, where: str | None = None) -> Image.Image:
     """An image file, or its bytes, as an upright RGB image, transparent parts on white, 16 bits scaled to 8.
 
-    Raises DataError, naming `where` (the path by default), for a missing, empty, damaged, truncated or
-    unknown file and, before anything is decoded, for more than 100 megapixels.
+    Damaged or large texts and colour profiles do not matter. Raises DataError, naming `where` (the path by
+    default), for a missing, empty, damaged, truncated or unknown file, for anything but a regular file and,
+    before anything is decoded, for more than 100 megapixels or a side of more than 65,535.
     """
-    with _opened(source, where or ("image" if isinstance(source, bytes) else str(source))) as image:
+    with _opened(source, where or ("image" if isinstance(source, bytes) else str(source))) as (image, _):
         image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        return _rgb(embedded.upright(image))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -745,80 +750,46 @@ def read_captions(path: str | Path, pairs: Pairs) -> list[str]:
     path = Path(path)
     if path.suffix not in (".txt", ".json", ".jsonl", ".csv"):
         raise DataError(f"{path}: captions come as .jsonl, .csv, .json or .txt; save them so")
-    given: dict[str, Any] = {}
-    if path.suffix in (".txt", ".json"):
-        try:
-            text = path.read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from error
-        if path.suffix == ".txt":
-            lines = text.removesuffix("\n").split("\n")
-            if len(lines) != pairs.n_read:
-                raise DataError(f"{path}: {len(lines)} lines for {pairs.n_read} pairs; give one line a pair")
-            return [lines[i].strip() for i in pairs.row.tolist()]
-        given = _json_object(text)
-        if given is None:
-            raise DataError(f"{path}: is not a JSON object {{image: caption}}; write it so")
-    else:
-        for _, row in _records(path):
-            name = _value(row or {}, IMAGE_KEYS)
-            given |= {name: _value(row, ("caption", *TEXT_KEYS))} if isinstance(name, str) else {}
-    given = {name: text.strip() for name, text in given.items() if isinstance(text, str)}
-    by_file = {PurePosixPath(name).name: text for name, text in given.items() if "!" not in name}
-    names, files = Counter(pairs.names), Counter(PurePosixPath(name).name for name in pairs.names)
-    captions: list[str | None] = []
-    for k, name in zip(pairs.archive.tolist(), pairs.names, strict=True):
-        file = PurePosixPath(name).name
-        caption = given.get(f"{pairs.archives[k].name}!{name}")
-        if caption is None and names[name] == 1:
-            caption = given.get(name)
-        if caption is None and files[file] == 1:
-            caption = by_file.get(file)
-        captions.append(caption)
+    if path.suffix == ".txt":
+        lines = read_text(path, MAX_BYTES).removesuffix("\n").split("\n")
+        if len(lines) != pairs.n_read:
+            raise DataError(f"{path}: {len(lines)} lines for {pairs.n_read} pairs; give one line a pair")
+        return [lines[i].strip() for i in pairs.row.tolist()]
+    texts = _captions_by_name(path)
+    captions = _matched_captions(pairs, texts)
     missing = captions.count(None)
     if missing == len(captions):
-        raise DataError(f"{path}: none of {len(given)} captions is for one of the {len(pairs)} images; name "
+        raise DataError(f"{path}: none of {len(texts)} captions is for one of the {len(pairs)} images; name "
                         f"them like {', '.join(pairs.names[:1])}")
     if missing:
         logger.warning("%s: no caption for %d of %d images; theirs are empty", path, missing, len(pairs))
     return [caption or "" for caption in captions]
 
 
-# ============================================================================================================
-# Files
-# ============================================================================================================
+def _captions_by_name(path: Path) -> dict[str, str]:
+    if path.suffix == ".json":
+        texts = json_object(read_text(path, MAX_JSON))
+        if texts is None:
+            raise DataError(f"{path}: is not a JSON object {{image: caption}}; write it so")
+    else:
+        texts = {}
+        for _, row in records(path):
+            name = _value(row, IMAGE_KEYS) if isinstance(row, dict) else None
+            texts |= {name: _value(row, ("caption", *TEXT_KEYS))} if isinstance(name, str) else {}
+    return {name.replace("\\", "/"): text.strip() for name, text in texts.items() if isinstance(text, str)}
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write the file whole or not at all: a temporary file beside it, synced, takes its place."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def exclusive(folder: str | Path, waiting: str | None = None) -> Iterator[None]:
-    """Hold the folder's lock: wait for another process that holds it, logging `waiting`, or, where `waiting`
-    is None, raise BlockingIOError. The system releases the lock however the process ends."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is None:
-                raise
-            logger.warning(waiting)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _matched_captions(pairs: Pairs, texts: dict[str, str]) -> list[str | None]:
+    """Each image's caption by `archive!name`, or by name or file name where only one image has it."""
+    by_file = {PurePosixPath(name).name: text for name, text in texts.items() if "!" not in name}
+    names, files = Counter(pairs.names), Counter(PurePosixPath(name).name for name in pairs.names)
+    captions: list[str | None] = []
+    for k, name in zip(pairs.archive.tolist(), pairs.names, strict=True):
+        file = PurePosixPath(name).name
+        caption = texts.get(f"{pairs.archives[k].name}!{name}")
+        if caption is None and names[name] == 1:
+            caption = texts.get(name)
+        if caption is None and files[file] == 1:
+            caption = by_file.get(file)
+        captions.append(caption)
+    return captions

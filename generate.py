@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import weights
 from command import run_command
-from data import atomic_write
+from files import atomic_write
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
 

@@ -43,6 +43,7 @@ import weights
 from backbones import BACKBONES
 from baselines import Smoothing, cbs_sigma, lerac_initial, lerac_rate
 from command import run_command
+from files import atomic_write, exclusive
 from reverse_sd import (
     Regressor,
     Vocabulary,
@@ -286,7 +287,7 @@ class RegressorTrainer(Trainer):
                 if self.smoothing:  # part of the network that was validated: `load_run` applies it again
                     content = json.loads((self.folder / "config.json").read_text())
                     content["smoothing"] = self.smoothing.sigma
-                    data.atomic_write(self.folder / "config.json", json.dumps(content, indent=1) + "\n")
+                    atomic_write(self.folder / "config.json", json.dumps(content, indent=1) + "\n")
         return {"val_cosine": cosine}
 
     @torch.no_grad()
@@ -436,8 +437,8 @@ def own_folder(
         folder = resume or new_folder(config, out)
         stack.callback(remove_if_empty, folder)
         try:
-            stack.enter_context(data.exclusive(folder))
-            data.atomic_write(folder / ".writable", b"")
+            stack.enter_context(exclusive(folder))
+            atomic_write(folder / ".writable", b"")
             (folder / ".writable").unlink()
         except BlockingIOError as error:
             raise data.DataError(f"{folder}: another process uses this run; wait for it to end") from error

@@ -26,7 +26,8 @@ from PIL import Image
 import generate
 import weights
 from command import positive, run_command
-from data import atomic_write, read_pairs
+from data import read_pairs
+from files import atomic_write
 from mini import naming, scenes
 from mini.scenes import Scene
 from mini.write import write_json

@@ -21,7 +21,7 @@ from PIL import Image
 
 import generate
 from command import positive, run_command
-from data import atomic_write
+from files import atomic_write
 from mini import drawbench, naming, scenes
 from mini.scenes import Scene
 

@@ -37,7 +37,7 @@ from tokenizers.models import BPE
 
 import weights
 from command import positive, run_command
-from data import atomic_write
+from files import atomic_write
 from mini import scenes
 from mini.autoencoder import RECIPE as VAE_RECIPE
 from mini.autoencoder import train_vae

@@ -31,7 +31,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from command import positive, run_command
-from data import atomic_write, clean
+from data import clean
+from files import atomic_write
 from mini.backdrops import GROUNDS, SKIES
 from mini.pen import INK, PAINT, SHADE, Pen, floats, gradient, mix, pick, picture, stream, unit_grid
 from mini.styles import STYLE_PAINT

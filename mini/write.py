@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import weights
-from data import atomic_write
+from files import atomic_write
 
 
 def write_part(kind: str, model: nn.Module, folder: Path, config: dict) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-import data
+from files import atomic_write
 from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text, short
 from tables.methods import Member, members_of
 from tables.rows import ROW_TABLES, Row, Table
@@ -49,7 +49,7 @@ def row_cosines(plan: Plan, row: Row, seed: int, like: Member) -> tuple[np.ndarr
         cached.parent.mkdir(exist_ok=True)
         predicted, chosen = row.method(members, plan, seed)
         save_array(cached.with_suffix(".npy"), predicted)
-        data.atomic_write(cached.with_suffix(".json"), json.dumps(chosen))
+        atomic_write(cached.with_suffix(".json"), json.dumps(chosen))
     predicted = np.load(cached.with_suffix(".npy"), allow_pickle=False)
     return cosines(predicted, targets), json.loads(cached.with_suffix(".json").read_text())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
+from files import atomic_write
 from tables.runs import Plan, RunName
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ class Exhibit:
         files |= {f"{path.name}.json": json.dumps(result, indent=1) + "\n", f"{path.name}.md": text}
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            data.atomic_write(folder / name, content)
+            atomic_write(folder / name, content)
         print(text)
         print(f"written: {path}.md and .json")
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, Preprocessing, atomic_write, read_pairs
+from data import DataError, Preprocessing, read_pairs
+from files import atomic_write
 from training import cache as caches
 from training.cache import Encoder, cached_images, cached_texts
 
@@ -415,7 +416,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file_or_the_new(tmp_path)
     script = textwrap.dedent("""
         import sys
         sys.path.insert(0, sys.argv[1])
-        from data import atomic_write
+        from files import atomic_write
         k = 0
         while True:
             atomic_write(sys.argv[2], bytes([k % 256]) * 3_000_000)

@@ -1,13 +1,17 @@
 """The cleaning rules of section 4.1 against a slow and plain oracle, and the splits."""
 
+import io
+import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from data import DataError, clean, split
+from data import DataError, clean, read_pairs, same_pictures, split
 
 PROMPTS = Path(__file__).parents[2] / "shared" / "data" / "prompts" / "diffusiondb_10k.txt"
 
@@ -182,3 +186,53 @@ def test_the_benchmark_runs():
         [sys.executable, script, "--prompts", "20000"], capture_output=True, text=True, check=True
     )
     assert "kept" in run.stdout and "peak" in run.stdout
+
+
+# pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_lies_in_one_split():
+    prompts = [f"prompt {k}" for k in range(120)]
+    pictures = [k // 3 for k in range(120)]
+    rows = split(prompts, 0, 15, 15, pictures)
+    seen = {name: {pictures[i] for i in index} for name, index in rows.items()}
+    assert not (seen["train"] & seen["val"] or seen["train"] & seen["test"] or seen["val"] & seen["test"])
+    assert [len(rows[name]) for name in ("train", "val", "test")] == [90, 15, 15]
+    # a prompt of two pictures, and a picture of two prompts, join all that they touch
+    joined = split(["a", "b", "b", "c", "d", "e"], 0, 1, 1, [0, 0, 1, 1, 2, 3])
+    assert sorted(map(len, joined.values())) == [1, 1, 4]
+    distinct = split(prompts, 0, 15, 15, range(120))
+    assert all(np.array_equal(distinct[k], v) for k, v in split(prompts, 0, 15, 15).items())
+    with pytest.raises(DataError, match="1 distinct prompts and pictures"):
+        split(prompts, 0, 15, 15, [7] * 120)
+
+
+@pytest.mark.parametrize("numbers", [(-1, 1, 1), (0, 2.5, 1), (0, 1, "1"), (1.5, 1, 1)])
+def test_numbers_of_a_split_that_cannot_be(numbers):
+    with pytest.raises(DataError, match="whole numbers"):
+        split(list("abcdefgh"), *numbers)
+
+
+def test_equal_pictures_are_found_in_zips_and_folders(tmp_path):
+    def picture(k):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    names = {"a.png": 1, "b.png": 2, "c.png": 1, "d.png": 3}
+    for home in ("one", "two"):
+        (tmp_path / "zips").mkdir(exist_ok=True)
+        with zipfile.ZipFile(tmp_path / "zips" / f"part-{home}.zip", "w") as archive:
+            archive.writestr("p.json", json.dumps({name: {"p": name + home} for name in names}))
+            for name, k in names.items():
+                archive.writestr(name, picture(k))
+        (tmp_path / "loose" / home).mkdir(parents=True)
+        for name, k in names.items():
+            (tmp_path / "loose" / home / name).write_bytes(picture(k))
+            (tmp_path / "loose" / home / f"{name}.txt").write_text(name + home)
+    for folder in ("zips", "loose"):
+        pairs = read_pairs(tmp_path / folder)
+        assert same_pictures(pairs) == [0, 1, 0, 2, 0, 1, 0, 2]
+        assert same_pictures(pairs.subset([3, 1, 7])) == [0, 1, 2]  # two pictures alone are taken for blanks
+    (tmp_path / "loose/one/a.png").unlink()
+    assert len(set(same_pictures(pairs))) == 4

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
-OURS |= {"backbones", "baselines", "command", "data", "generate", "reverse_sd", "words"}
+OURS |= {"backbones", "baselines", "command", "data", "embedded", "files", "generate", "reverse_sd", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
-MINIATURES |= {"command"}
+MINIATURES |= {"command", "files"}
 
 # What a file may import when it is imported itself; the standard library always.
 ALLOWED = {
@@ -35,16 +35,18 @@ ALLOWED = {
     "command.py": {"safetensors", "data", "weights"},
     "backbones.py": {"torch"},
     "reverse_sd.py": {"torch", "numpy", "backbones", "words"},
-    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
+    "files.py": {"numpy"},
+    "embedded.py": {"PIL", "numpy"},
+    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files"},
     "mini/pretrain.py": MINIATURES | {"tokenizers"},
     "mini/diffusion.py": MINIATURES | {"generate"},
     **{f"mini/{name}.py": MINIATURES | {"PIL", "generate"} for name in ("judge", "generated")},
     **{f"mini/{name}.py": MINIATURES for name in ("loop", "write", "autoencoder", "contrastive", "naming")},
-    "mini/*.py": {"numpy", "PIL", "tqdm", "data", "mini", "command"},
+    "mini/*.py": {"numpy", "PIL", "tqdm", "data", "files", "mini", "command"},
     "training/metrics.py": {"numpy"},
-    "training/cache.py": {"torch", "numpy", "tqdm", "data"},
-    "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data"},
-    "training/*.py": TENSORS | {"models", "weights", "data", "backbones", "reverse_sd", "training"},
+    "training/cache.py": {"torch", "numpy", "tqdm", "data", "files"},
+    "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files"},
+    "training/*.py": TENSORS | {"models", "weights", "data", "files", "backbones", "reverse_sd", "training"},
     "train.py": COMPOSITION,
     "eval.py": COMPOSITION,
     "tables/*.py": COMPOSITION,

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import DataError, Pairs, Preprocessing, atomic_write, exclusive, image_tensor
+from data import DataError, Pairs, Preprocessing, image_tensor
+from files import atomic_write, exclusive
 
 log = logging.getLogger("cache")
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import data
 import weights
+from files import atomic_write
 from models.blip import BLIP, CONFIGS
 from training.cache import Encoder, cached_captions
 from training.inputs import Images
@@ -117,11 +118,11 @@ def write_captioner(model: BLIP, folder: Path, beside: Path, dtype: torch.dtype 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = weights.from_home("blip", model.state_dict(), "hf")
     tensors = {name: tensor.cpu().to(dtype).contiguous() for name, tensor in tensors.items()}
-    data.atomic_write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    data.atomic_write(folder / "config.json", json.dumps(published(model.config), indent=1) + "\n")
+    atomic_write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    atomic_write(folder / "config.json", json.dumps(published(model.config), indent=1) + "\n")
     for name in ("vocab.txt", "tokenizer.json", "preprocessor_config.json", "processor_config.json"):
         if (beside / name).is_file() and beside != folder:
-            data.atomic_write(folder / name, (beside / name).read_bytes())
+            atomic_write(folder / name, (beside / name).read_bytes())
 
 
 class CaptionerTrainer(Trainer):
@@ -260,7 +261,7 @@ def blip_regressor(
     """
     model, preprocessing, beside = open_captioner(config.source, device)
     finetune_captioner(model, preprocessing, config, pairs, splits, folder, device)
-    data.atomic_write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    atomic_write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     write_captioner(model, folder / "blip", beside)
     minilm = weights.load("minilm", device=device)
     (folder / "predictions").mkdir(exist_ok=True)
@@ -270,5 +271,5 @@ def blip_regressor(
         prompts[split] = written_prompts(model, preprocessing, config, chosen, device)
         predictions[split] = minilm.encode(prompts[split], progress=tqdm).numpy()
         save_array(folder / "predictions" / f"{split}.npy", predictions[split])
-    data.atomic_write(folder / "predictions" / "prompts.json", json.dumps(prompts, indent=0) + "\n")
+    atomic_write(folder / "predictions" / "prompts.json", json.dumps(prompts, indent=0) + "\n")
     return predictions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-import data
+from files import atomic_write
 from reverse_sd import load_run, predict
 from training.inputs import Prepared, Samples, input_batches
 from training.loop import save_array
@@ -36,7 +36,7 @@ def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0
         rows_by_split[split] = [
             {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
         ]
-    data.atomic_write(folder / "predictions" / "rows.json", json.dumps(rows_by_split, indent=0))
+    atomic_write(folder / "predictions" / "rows.json", json.dumps(rows_by_split, indent=0))
 
     test = prepared.splits["test"]
     targets = prepared.targets[test]
@@ -60,7 +60,7 @@ def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0
         truth = run.vocabulary.targets([prepared.pairs.prompts[i] for i in test]).numpy() > 0
         result["vocabulary_map"] = average_precision(probabilities, truth)
     result["seconds"] = round(seconds + time.time() - started, 1)
-    data.atomic_write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    atomic_write(folder / "result.json", json.dumps(result, indent=1) + "\n")
     examples_picture(folder / "examples.png", run, prepared, embedding, probabilities)
     print(summary(folder, result))
     return result

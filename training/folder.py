@@ -12,6 +12,7 @@ import numpy as np
 import data
 import weights
 from backbones import BACKBONES
+from files import atomic_write
 from reverse_sd import Vocabulary
 from training.config import NO_COSINES, RENAMED, TrainConfig
 from training.inputs import Prepared
@@ -70,20 +71,20 @@ def saved_fields(folder: Path) -> dict[str, Any]:
 def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary: Vocabulary) -> None:
     """Write a new run's description into its folder, config.json last."""
     folder.mkdir(parents=True, exist_ok=True)
-    data.atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
+    atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
     derived = {
         "model": weights.config(BACKBONES[config.backbone].kind, config.weights),
         "preprocessing": prepared.preprocessing,
     }
     content = dataclasses.asdict(config) | {k: dataclasses.asdict(value) for k, value in derived.items()}
-    data.atomic_write(folder / "config.json", json.dumps(content, indent=1) + "\n")
+    atomic_write(folder / "config.json", json.dumps(content, indent=1) + "\n")
 
 
 def save_cosines(folder: Path, cosines: np.ndarray, easiness: np.ndarray, **about: Any) -> None:
     """Write easiness.npy (n,), curriculum.json and, to mark the set as complete, cosines.npy (epochs, n)."""
     save_array(folder / "easiness.npy", easiness)
     about = {"epochs": len(cosines)} | about
-    data.atomic_write(folder / "curriculum.json", json.dumps(about, indent=1) + "\n")
+    atomic_write(folder / "curriculum.json", json.dumps(about, indent=1) + "\n")
     save_array(folder / "cosines.npy", cosines)
 
 

@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DataError, atomic_write
+from data import DataError
+from files import atomic_write
 
 log = logging.getLogger("train")
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+from files import atomic_write
 from reverse_sd import Run, nearest
 from training.inputs import Prepared
 
@@ -59,7 +60,7 @@ def examples_picture(
                 draw.text((side + 112, y), part, colour, font)
                 y += line
             y += 4
-    data.atomic_write(path, png(sheet))
+    atomic_write(path, png(sheet))
 
 
 def difficulty_sheet(

@@ -1,0 +1,685 @@
+"""The prompt that a program left inside an image, or in a text file beside it.
+
+An image carries texts: PNG's text chunks, EXIF's fields, XMP, a comment. All are collected, whatever the
+program, each decoded by what its bytes show. Every text is then read for what it is: settings as JSON, the
+infotext of AUTOMATIC1111, InvokeAI's command line or ComfyUI's graph. The best supported prompt is taken.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+MAX_TEXT = 1 << 23  # bytes of one text
+MAX_TEXTS = 1 << 25  # bytes of all texts of one image
+MAX_NODES = 10_000  # of a graph
+MAX_PASSES = 100  # of one picture through a graph
+MAX_DEPTH = 4  # of JSON within JSON
+MAX_PROMPT = 500_000  # characters
+
+
+class NoPrompt(ValueError):
+    """Nothing inside is certainly the prompt. `reason` is one of few, `detail` names what this image has."""
+
+    def __init__(self, reason: str, detail: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class Candidate(NamedTuple):
+    """A prompt, what else its source has (se seed, st steps, c guidance, sa sampler), and how sure it is."""
+
+    prompt: str
+    settings: dict
+    certainty: int
+
+
+PLAIN, BARE, GRAPH, WITH_SETTINGS = range(4)
+PLACEHOLDERS = frozenset(("unknown", "none", "null", "undefined", "nan", "n/a", "empty", "[object object]"))
+
+
+# ============================================================================================================
+# Texts of an image
+# ============================================================================================================
+
+PNG = b"\x89PNG\r\n\x1a\n"
+CODES = (b"ASCII\0\0\0", b"UNICODE\0", b"JIS\0\0\0\0\0", bytes(8))  # EXIF 2.3, table 9
+TURNS = {  # how to turn a picture upright, by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+CONTROLS = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ue000-\uf8ff]")  # and what is private
+
+
+def texts_of(image: Image.Image, file: BinaryIO) -> dict[str, str]:
+    """{field: text} of everything textual in an opened image; what is damaged or too large is left out.
+
+    file: the image's file, from which the chunks of a PNG are read.
+    """
+    raw: list[tuple[str, bytes | str]] = []
+    file.seek(0)
+    if file.read(len(PNG)) == PNG:
+        raw += _png_texts(file)
+    raw += _exif_texts(image)
+    raw += [(key, value) for key, value in image.info.items() if key in ("comment", "xmp")]
+    texts: dict[str, str] = {}
+    room = MAX_TEXTS
+    for key, value in raw:
+        room -= len(value)
+        if not value or len(value) > MAX_TEXT or room < 0:
+            continue
+        text = value if isinstance(value, str) else decoded(value)
+        if key in ("xmp", "XML:com.adobe.xmp"):
+            values = re.findall(r'>([^<>]*)</|="([^"<>]*)"', text)
+            texts |= {f"xmp {k}": html.unescape(a or b) for k, (a, b) in enumerate(values)}
+        elif text.strip():
+            texts.setdefault(key, text)
+    return texts
+
+
+def decoded(raw: bytes) -> str:
+    """The text of bytes of unknown encoding: an EXIF comment with or without its code, a BOM or neither.
+
+    Writers disagree with their own code and byte order, so every reading is made, and the one wins that has
+    the most ASCII characters, the fewest others, and next to none that no text has.
+    """
+    code = raw[:8].upper() if raw[:8].upper() in CODES else b""
+    raw = raw[len(code):]
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+        return raw.decode("utf-8-sig" if raw[0] == 0xEF else "utf-16", "replace").rstrip("\0")
+    encodings = ["utf-8", "cp1252", "utf-16-be", "utf-16-le"]
+    if code == b"UNICODE\0":
+        encodings = encodings[2:] + encodings[:2]
+    elif code.startswith(b"JIS"):
+        encodings = ["iso2022_jp"] if b"\x1b" in raw else ["shift_jis", *encodings]
+    best, most = "", -1e9
+    for encoding in encodings:
+        even = raw[:len(raw) // 2 * 2] if encoding.startswith("utf-16") else raw
+        text = even.decode(encoding, "replace").rstrip("\0")
+        others = len(text) - len(text.encode("ascii", "ignore"))
+        score = len(text) - 1.5 * others - 2 * len(CONTROLS.findall(text)) - 3 * text.count("\ufffd")
+        if score > most:
+            best, most = text, score
+    return best
+
+
+def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, begin, end) of each chunk of a PNG, its length and checksum included; the last may be cut."""
+    begin = len(PNG)
+    while True:
+        file.seek(begin)
+        head = file.read(8)
+        if len(head) < 8:
+            return
+        length, kind = struct.unpack(">I4s", head)
+        yield kind, begin, begin + length + 12
+        begin += length + 12
+
+
+def png_pixels(file: BinaryIO, header: bool = False) -> io.BytesIO:
+    """The PNG without texts and colour profile, which Pillow refuses together with the pixels if they are
+    damaged or large. header: only as far as the pixels begin."""
+    kept = [PNG]
+    for kind, begin, end in png_chunks(file):
+        needed = kind[:1].isupper()
+        if not needed and (kind not in (b"tRNS", b"eXIf", b"tEXt", b"zTXt") or end - begin > MAX_TEXT):
+            continue
+        file.seek(begin)
+        first = header and kind == b"IDAT"
+        chunk = file.read(8 if first else end - begin)
+        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        if kind in (b"tEXt", b"zTXt"):  # ImageMagick's place for EXIF, which may turn the picture
+            key, text = _text_of_chunk(kind, chunk[8:-4])
+            whole = whole and key == "Raw profile type exif" and 0 < len(text) < 1 << 20
+        if needed or whole:
+            kept.append(chunk)
+        if first:
+            break
+    return io.BytesIO(b"".join(kept))
+
+
+def _png_texts(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    for kind, begin, end in png_chunks(file):
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and end - begin <= MAX_TEXT:
+            file.seek(begin + 8)
+            yield _text_of_chunk(kind, file.read(end - begin - 12))
+
+
+def _text_of_chunk(kind: bytes, content: bytes) -> tuple[str, bytes]:
+    """(key, text as bytes); no text where it cannot be unpacked."""
+    key, _, content = content.partition(b"\0")
+    packed = kind == b"zTXt"
+    if kind == b"iTXt":  # packed or not, method, language, translated key
+        packed, content = content[:1] == b"\1", content[2:].split(b"\0", 2)[-1]
+    elif packed:
+        content = content[1:]
+    try:
+        content = zlib.decompressobj().decompress(content, MAX_TEXT + 1) if packed else content
+    except zlib.error:
+        content = b""
+    return key.decode("latin-1"), content
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as EXIF's orientation says, if that can be read."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's parser raises nearly any kind on damaged fields
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _exif_texts(image: Image.Image) -> list[tuple[str, bytes]]:
+    """The strings of EXIF's first directory and of its own, in the file's bytes."""
+    texts: list[tuple[str, bytes]] = []
+    try:
+        exif = image.getexif()
+        for fields in (exif.get_ifd(ExifTags.IFD.Exif), exif):
+            for tag, value in fields.items():
+                value = value.encode("latin-1", "replace") if isinstance(value, str) else value
+                if isinstance(value, bytes):
+                    texts.append((ExifTags.TAGS.get(tag, str(tag)), value))
+    except Exception:  # Pillow's parser raises nearly any kind on damaged fields
+        return texts
+    return texts
+
+
+def hidden_text(image: Image.Image) -> str | None:
+    """The text in the lowest bits of the pixels, where NovelAI and others leave one that outlives metadata.
+
+    Column by column, of alpha or else of red, green and blue: 15 letters that name the kind, the number of
+    bits (32 bits, big endian), and the text as UTF-8, or packed by gzip.
+    """
+    if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "WEBP"):
+        return None
+    pixels = np.asarray(image).swapaxes(0, 1)
+    for name, channels in ((b"png", pixels[..., 3:]), (b"rgb", pixels[..., :3])):
+        head = _lowest_bits(channels, 0, 19 * 8)
+        kind, length = head[:15], int.from_bytes(head[15:])
+        if kind in (b"stealth_" + name + b"info", b"stealth_" + name + b"comp") and length <= 8 * MAX_TEXT:
+            body = _lowest_bits(channels, 19 * 8, length)
+            try:
+                packed = kind.endswith(b"comp")
+                body = zlib.decompressobj(31).decompress(body, MAX_TEXT) if packed else body
+            except zlib.error:
+                return None
+            return decoded(body)
+    return None
+
+
+def _lowest_bits(columns: np.ndarray, begin: int, count: int) -> bytes:
+    needed = -(-(begin + count) // max(columns[0].size, 1))  # columns
+    return np.packbits(columns[:needed].reshape(-1)[begin:begin + count] & 1).tobytes()
+
+
+# ============================================================================================================
+# Texts that hold a prompt
+# ============================================================================================================
+
+PROMPT_KEYS = ("positiveprompt", "prompt", "positive", "fullprompt", "basecaption")
+SETTINGS = {
+    "se": ("seed", "noiseseed"),
+    "st": ("steps", "numinferencesteps"),
+    "c": ("cfgscale", "cfg", "scale", "guidancescale"),
+    "sa": ("sampler", "samplername", "scheduler"),
+}
+NUMBERS = {"se": int, "st": int, "c": float}
+PLAIN_KEYS = ("parameters", "prompt")  # PNG's fields whose text is a prompt although nothing else shows it
+
+
+def find_prompt(texts: dict[str, str]) -> tuple[str, dict]:
+    """(prompt, settings) of the best supported source. Raises NoPrompt where none is certain."""
+    candidates: list[Candidate] = []
+    reasons: list[NoPrompt] = []
+    for key in (None, *texts):
+        try:
+            candidates += _from_fields(texts) if key is None else _from_text(key, texts[key])
+        except NoPrompt as reason:
+            reasons.append(reason)
+    real = [c for c in candidates if c.prompt.lower() not in PLACEHOLDERS]
+    if real:
+        best = max(real, key=lambda c: (bool(c.prompt), c.certainty))
+        if len(best.prompt) > MAX_PROMPT:
+            raise NoPrompt(f"its prompt is longer than {MAX_PROMPT:,} characters")
+        if best.prompt or not reasons:
+            return best.prompt, best.settings
+    if candidates and not reasons:
+        raise NoPrompt("a placeholder stands for its prompt", candidates[0].prompt)
+    if reasons:
+        raise reasons[0]
+    raise NoPrompt("no text inside is certainly a prompt" if texts else "no prompt inside",
+                   ", ".join(texts)[:100] or None)
+
+
+def sidecar_prompt(text: str) -> tuple[str, dict]:
+    """(prompt, settings) of a text file beside an image: AUTOMATIC1111's infotext, or else all of it."""
+    candidate = _from_infotext(text)
+    return (candidate.prompt, candidate.settings) if candidate else (text.strip(), {})
+
+
+def _from_fields(texts: dict[str, str]) -> list[Candidate]:
+    """The fields of an image as one object, as Easy Diffusion and NovelAI use them."""
+    fields = {key: text for key, text in texts.items() if isinstance(text, str) and _json(text) is None}
+    prompt, settings = _prompt_of(fields), _settings(fields)
+    if "Description" in fields and prompt is None:  # NovelAI has its settings in another field
+        comment = _json(str(texts.get("Comment")))
+        prompt, settings = fields["Description"], _settings(comment if isinstance(comment, dict) else {})
+    return [Candidate(prompt.strip(), settings, WITH_SETTINGS)] if prompt and settings else []
+
+
+def _from_text(key: str, text: str) -> list[Candidate]:
+    value = _json(text)
+    if value is not None:
+        candidates = _from_object(value)
+    elif key == "Dream":
+        candidates = [_from_dream(text)]
+    elif candidate := _from_infotext(text):
+        candidates = [candidate]
+    else:
+        plain = key in PLAIN_KEYS and re.search(r"[^\W_]", text) and not text.lstrip().startswith("{")
+        candidates = [Candidate(text.strip(), {}, PLAIN)] if plain else []
+    if key in ("Dream", "sd-metadata"):  # InvokeAI 2 steers away from what stands [in brackets]
+        candidates = [c._replace(prompt=re.sub(r" ?\[[^\[\]]*\]", "", c.prompt).strip()) for c in candidates]
+    return candidates
+
+
+def _json(text: str) -> Any:
+    """The object or list of a text, which may have a name before it as in `prompt:{...}`; else None."""
+    text = text.strip("\0 \t\r\n")
+    named = re.match(r"\w{1,30}: *(?=[{\[])", text)
+    text = text[named.end():] if named else text
+    if not text.startswith(("{", "[")):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def _key(name: Any) -> str:
+    return re.sub("[^a-z0-9]", "", str(name).lower())
+
+
+def _from_object(value: Any, depth: int = 0) -> list[Candidate]:
+    """The prompts of an object: its own, or those of a graph and of objects (also as text) within it."""
+    if not isinstance(value, dict) or depth > MAX_DEPTH or "edges" in value:  # InvokeAI's graph has edges
+        return []
+    candidates = _from_fields(value) if "Description" in value else []
+    reason = None
+    nodes = graph_of(value)
+    if nodes:
+        try:
+            candidates.append(graph_prompt(nodes))
+        except NoPrompt as error:
+            reason = error
+    elif (prompt := _prompt_of(value)) is not None:
+        settings = _settings(value)
+        return [Candidate(prompt.strip(), settings, WITH_SETTINGS if settings else BARE)]
+    for key, inner in value.items():
+        inner = _json(inner) if isinstance(inner, str) else inner
+        if str(key) in (nodes or ()) or "negative" in _key(key):
+            continue
+        try:
+            candidates += _from_object(inner, depth + 1)
+        except NoPrompt as error:
+            reason = reason or error
+    if reason and not candidates:
+        raise reason
+    return candidates
+
+
+def _prompt_of(row: dict) -> str | None:
+    """The text under a prompt's key; None where there is none or it is JSON itself."""
+    keys = {_key(name): value for name, value in row.items()}
+    short = ("c",) if "uc" in keys else ()  # Draw Things'
+    texts = []
+    for value in (keys[key] for key in (*PROMPT_KEYS, *short) if key in keys):
+        if isinstance(value, list):  # InvokeAI 2: [{"prompt", "weight"}, ...]
+            parts = [part.get("prompt") if isinstance(part, dict) else part for part in value]
+            value = ", ".join(part for part in parts if isinstance(part, str)) or None
+        if isinstance(value, str) and _json(value) is None:
+            texts.append(value)
+    return next(filter(None, texts), texts[0] if texts else None)
+
+
+def _settings(row: dict) -> dict:
+    keys = {_key(name): value for name, value in row.items()}
+    settings = {}
+    for name, its_keys in SETTINGS.items():
+        values = (keys[key] for key in its_keys if key in keys)
+        value = next((value for value in values if type(value) in (int, float, str)), None)
+        if isinstance(value, str) and name in NUMBERS:
+            try:
+                value = NUMBERS[name](value)
+            except ValueError:
+                continue
+        settings |= {} if value is None else {name: value}
+    return settings
+
+
+# AUTOMATIC1111's infotext -----------------------------------------------------------------------------------
+
+SETTINGS_LINE = re.compile(r"^(?:Steps|Seed|Sampler|CFG scale|Size|Model): ", re.MULTILINE)
+SETTINGS_INSIDE = re.compile(r"(?<=[\s,.;])Steps: ?\d+, ")
+NEGATIVE_LINE = re.compile(r"^Negative prompt:", re.MULTILINE | re.IGNORECASE)
+NEGATIVE_INSIDE = re.compile(r"(?<=[\s,.;])Negative prompt:", re.IGNORECASE)
+
+
+def _from_infotext(text: str) -> Candidate | None:
+    """Prompt, `Negative prompt: ...` and `Steps: 20, Seed: 1, ...`, on lines of their own or all on one.
+
+    The last line of settings counts, as the prompt may have one that looks alike.
+    """
+    if "\n" not in text and re.search(r"\\n(?:Negative prompt|Steps): ", text):
+        text = text.replace("\\n", "\n")  # its new lines were escaped once too often
+    if listed := _from_list(text):
+        return listed
+    start, settings, inside = len(text), {}, False
+    for pattern in (SETTINGS_LINE, SETTINGS_INSIDE):
+        for match in reversed(deque(pattern.finditer(text), maxlen=100)):
+            line = text[match.start():match.start() + 20_000].split("\n", 1)[0]
+            if settings := _line_settings(line):
+                start, inside = match.start(), pattern is SETTINGS_INSIDE
+                break
+        if settings:
+            break
+    negative = NEGATIVE_LINE.search(text, 0, start)
+    if negative is None and settings:
+        negative = NEGATIVE_INSIDE.search(text, 0, start)
+        inside = inside or negative is not None
+    if not settings and negative is None:
+        return None
+    prompt = text[:negative.start() if negative else start].strip()
+    if label := re.match(r"(?:Positive )?Prompt: ", prompt, re.IGNORECASE):
+        prompt = prompt[label.end():]
+    prompt = prompt.rstrip(" ,;") if inside else prompt
+    return Candidate(prompt, settings, WITH_SETTINGS if settings else BARE)
+
+
+def _line_settings(line: str) -> dict:
+    """The settings of such a line; {} unless it has two known ones, or steps and nothing but pairs."""
+    line = re.sub('"[^"]*"', '""', line)
+    row: dict[str, str] = {}
+    for pair in line.split(","):
+        name, _, value = pair.partition(":")
+        row.setdefault(name.strip(), value.strip())
+    settings = _settings({name: value for name, value in row.items() if name.lower() != "scheduler"})
+    return settings if len(settings) > 1 or ("st" in settings and all(row.values())) else {}
+
+
+def _from_list(text: str) -> Candidate | None:
+    """`Prompt: ...`, `Seed: 1` and others, each on its line."""
+    if not re.match(r"\s*(?:Positive )?Prompt: ", text, re.IGNORECASE):
+        return None
+    row: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(": ")
+        row.setdefault(name.strip(), value.strip())
+    settings, prompt = _settings(row), _prompt_of(row)
+    return Candidate(prompt, settings, WITH_SETTINGS) if prompt and len(settings) > 1 else None
+
+
+def _from_dream(text: str) -> Candidate:
+    """InvokeAI's command line: "prompt" -s 50 -S 123 -C 7.5 -A k_lms."""
+    text = text.strip()
+    end = text.rfind('"')
+    if text.startswith('"') and end > 0:
+        prompt, flags = text[1:end], text[end + 1:]
+    else:
+        cut = re.search(r"\s-[A-Za-z] ?[\d.k]", text)
+        prompt, flags = (text[:cut.start()], text[cut.start():]) if cut else (text, "")
+    values = dict(reversed(re.findall(r"\s-([A-Za-z]) ?([\w.]+)", flags)))
+    names = {"s": "steps", "S": "seed", "C": "cfg", "A": "sampler"}
+    settings = _settings({name: values[flag] for flag, name in names.items() if flag in values})
+    return Candidate(prompt, settings, WITH_SETTINGS if settings else BARE)
+
+
+# ============================================================================================================
+# ComfyUI's graph
+# ============================================================================================================
+
+# Words of the names of inputs. Names are the only types that a graph has.
+PICTURES = frozenset(("image", "images", "pixels", "samples", "latent", "latents"))
+NO_TEXT = PICTURES | frozenset(
+    ("model", "vae", "mask", "masks", "net", "controlnet", "vision", "noise", "sigmas", "sampler",
+     "scheduler", "seed", "steps", "cfg", "denoise", "width", "height", "detector", "lora")
+)
+TEXT = frozenset(("text", "prompt", "string", "caption", "positive", "wildcard", "populated", "tags", "value",
+                  "clip", "xxl", "llama"))
+OPTION = frozenset(("name", "filename", "path", "file", "type", "mode", "device", "dtype", "style", "format",
+                    "method", "system", "template", "normalization", "interpretation", "parser", "font",
+                    "delimiter", "separator"))
+NEGATIVE = frozenset(("negative", "neg", "uncond"))
+SELECTOR = frozenset(("select", "selected", "index", "input", "choice"))
+SPELLED = {"comma": ", ", "space": " ", "newline": "\n", "none": "", "\\n": "\n"}
+
+
+class Node(NamedTuple):
+    """A node: its kind, its inputs' values, and for each linked input the node at the other end."""
+
+    kind: str
+    values: dict[str, Any]
+    links: dict[str, str]
+
+
+def graph_of(value: dict) -> dict[str, Node] | None:
+    """The nodes of a graph as ComfyUI runs it, {id: {class_type, inputs}}, or edits it; None for others."""
+    if isinstance(value.get("nodes"), list) and isinstance(value.get("links"), list):
+        value = _run_form(value)
+    raw = {str(key): node for key, node in value.items()
+           if isinstance(node, dict) and isinstance(node.get("inputs"), dict)}
+    nodes = {}
+    for key, node in raw.items():
+        links = {name: str(end[0]) for name, end in node["inputs"].items() if isinstance(end, list)
+                 and len(end) == 2 and isinstance(end[1], int) and str(end[0]) in raw}
+        values = {name: end for name, end in node["inputs"].items() if name not in links}
+        nodes[key] = Node(str(node.get("class_type", "")), values, links)
+    return nodes or None
+
+
+def _run_form(workflow: dict) -> dict:
+    """A graph as the editor keeps it in the form that is run. Its texts have no names: of a node with more
+    than one it is not known which is the prompt, and none is taken."""
+    ends = {link[0]: [link[1], link[2]] for link in workflow["links"]
+            if isinstance(link, list) and len(link) > 4 and isinstance(link[2], int)}
+    graph = {}
+    for node in workflow["nodes"]:
+        if not isinstance(node, dict) or node.get("mode") == 2:  # muted
+            continue
+        sockets = node.get("inputs") if isinstance(node.get("inputs"), list) else []
+        sockets = [s for s in sockets if isinstance(s, dict) and isinstance(s.get("link"), int)]
+        inputs = {str(s.get("name")): ends[s["link"]] for s in sockets if s["link"] in ends}
+        values = None if node.get("mode") == 4 else node.get("widgets_values")  # bypassed: links alone count
+        if isinstance(values, dict):
+            inputs |= {name: text for name, text in values.items() if name not in inputs}
+        elif isinstance(values, list):
+            texts = [text for text in values if isinstance(text, str)]
+            if len(texts) == 1 and TEXT & set(_words(str(node.get("type")))):
+                inputs.setdefault("text", texts[0])
+        graph[str(node.get("id"))] = {"class_type": node.get("type"), "inputs": inputs}
+    return graph
+
+
+def graph_prompt(nodes: dict[str, Node]) -> Candidate:
+    """The prompt of the picture that the graph saves. Raises NoPrompt where there is none or more than one.
+
+    From the node that saves, the picture's links are followed back to the nodes that paint: those to whose
+    other inputs a text leads. Where one paints over another's picture (a second pass, a detailer), the first
+    one's prompt is the picture's.
+    """
+    if len(nodes) > MAX_NODES:
+        raise NoPrompt(f"its ComfyUI graph has more than {MAX_NODES:,} nodes")
+    texts = _Texts(nodes)
+    prompts: dict[str, dict] = {}
+    for saver in _savers(nodes):
+        paints = not _picture_links(nodes[saver]) and texts.at(saver)  # a graph without its last nodes
+        painters = [saver] if paints else _painters(nodes, texts, saver) or [saver]
+        for key in painters:
+            first = _first_painter(nodes, texts, key)
+            settings = _graph_settings(nodes, first) or _graph_settings(nodes, key)
+            prompts.setdefault(texts.at(first), settings)
+    prompts.pop("", None)
+    if not prompts:
+        raise NoPrompt("in its ComfyUI graph no text leads to the picture")
+    if len(prompts) > 1:
+        raise NoPrompt("its ComfyUI graph has several pictures with different prompts")
+    (prompt, settings), = prompts.items()
+    return Candidate(prompt, settings, GRAPH)
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)]
+
+
+def _savers(nodes: dict[str, Node]) -> list[str]:
+    """The nodes that save pictures, or else those that show them, or else the last of all."""
+    ends = set(nodes) - {key for node in nodes.values() for key in node.links.values()}
+    saving = [key for key, node in nodes.items() if "save" in node.kind.lower() and _picture_links(node)]
+    showing = [key for key in nodes if key in ends and _picture_links(nodes[key])]
+    return saving or showing or [key for key in nodes if key in ends]
+
+
+def _picture_links(node: Node) -> list[str]:
+    return [end for name, end in node.links.items() if PICTURES & set(_words(name))]
+
+
+def _painters(nodes: dict[str, Node], texts: _Texts, key: str) -> list[str]:
+    """The nearest nodes upstream of the picture at `key` to which a text leads."""
+    painters, seen, queue = [], {key}, deque([key])
+    while queue:
+        node = nodes[queue.popleft()]
+        unnamed = [end for name, end in node.links.items() if not (NO_TEXT | NEGATIVE) & set(_words(name))]
+        for end in dict.fromkeys(_picture_links(node) or unnamed):
+            if end not in seen:
+                seen.add(end)
+                painters.append(end) if texts.at(end) else queue.append(end)
+    return painters
+
+
+def _first_painter(nodes: dict[str, Node], texts: _Texts, key: str) -> str:
+    """The painter whose picture `key` paints over, as far back as there is one; of several, none."""
+    seen = {key}
+    while _picture_links(nodes[key]) and len(seen) < MAX_PASSES:
+        before = [end for end in _painters(nodes, texts, key) if end not in seen]
+        if len({texts.at(end) for end in before}) != 1:
+            break
+        key = before[0]
+        seen.add(key)
+    return key
+
+
+class _Texts:
+    """The text that leads to a node through links of any kind but those of pictures, models and numbers."""
+
+    def __init__(self, nodes: dict[str, Node]) -> None:
+        self.nodes = nodes
+        self.known: dict[str, str] = {}
+        self.chosen: dict[str, dict[str, Any]] = {}
+
+    def at(self, key: str) -> str:
+        """The text at a node that paints, "" if none leads there."""
+        self._walk(key)
+        return self._joined(key, guess=False)
+
+    def _walk(self, start: str) -> None:
+        stack, entered = [start], set()
+        while stack:
+            key = stack[-1]
+            if key in self.known or key in entered:
+                stack.pop()
+                if key not in self.known:
+                    self.known[key] = self._joined(key)
+                continue
+            entered.add(key)
+            self.chosen[key] = _text_inputs(self.nodes[key])
+            ends = [self.nodes[key].links[name] for name in self.chosen[key] if name in self.nodes[key].links]
+            stack += [end for end in ends if end not in self.known and end not in entered]
+
+    def _joined(self, key: str, guess: bool = True) -> str:
+        """The texts of a node's inputs as one: those named positive, or else all."""
+        node, texts = self.nodes[key], {}
+        for name in self.chosen[key]:
+            text = self.known.get(node.links[name], "") if name in node.links else node.values[name]
+            texts |= {name: text.strip()} if text.strip() else {}
+        for wanted in ("populated", "positive"):
+            texts = {name: text for name, text in texts.items() if wanted in _side(name)} or texts
+        if not texts and guess:
+            texts = {name: text.strip() for name, text in node.values.items() if _looks_like_text(name, text)}
+        parts = [texts[name] for name in sorted(texts, key=lambda name: "conditioning" not in _words(name))]
+        if "switch" in node.kind.lower():
+            parts = parts[:1]
+        between = next((value for name, value in node.values.items()
+                        if {"delimiter", "separator"} & set(_words(name)) and isinstance(value, str)), None)
+        parts = list(dict.fromkeys(parts)) if between is None else parts
+        joined = (", " if between is None else SPELLED.get(between, between)).join(parts)
+        if len(joined) > MAX_PROMPT:
+            raise NoPrompt(f"its prompt is longer than {MAX_PROMPT:,} characters")
+        return joined
+
+
+def _side(name: str) -> set[str]:
+    return {"positive" if word == "pos" else word for word in _words(name)}
+
+
+def _text_inputs(node: Node) -> dict[str, Any]:
+    """The inputs, by name, that may hold or lead to the positive text."""
+    chosen = {}
+    for name, value in (node.values | node.links).items():
+        words = set(_words(name))
+        if NEGATIVE & words:
+            continue
+        if name in node.links:
+            if not NO_TEXT & words and _words(name)[-1:] != ["clip"] and f"{name}_0" not in node.values:
+                chosen[name] = value  # what a node shows of a linked text is beside it as `text_0`
+        elif isinstance(value, str) and TEXT & words and not OPTION & words:
+            chosen[name] = value
+    return _switched(node, chosen)
+
+
+def _switched(node: Node, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Of the inputs of a switch, which has a number or a truth value for it, the one that it hands on."""
+    numbers = {str(value) for name, value in node.values.items()
+               if type(value) is int and SELECTOR & set(_words(name))}
+    truths = {str(value).lower() for value in node.values.values() if type(value) is bool}
+    for wanted in (numbers, truths):
+        ends = {name: _words(name)[-1:] for name in chosen}
+        if len(wanted) == 1 and (one := [name for name, end in ends.items() if end == list(wanted)]):
+            return {name: chosen[name] for name in one}
+    return chosen
+
+
+def _looks_like_text(name: str, value: Any) -> bool:
+    words = set(_words(name))
+    return isinstance(value, str) and " " in value.strip() and not words & (NO_TEXT | OPTION | NEGATIVE)
+
+
+def _graph_settings(nodes: dict[str, Node], painter: str) -> dict:
+    """What a painter's inputs, or the nodes that lead to them but for its texts and pictures, have."""
+    settings: dict[str, Any] = {}
+    seen, queue = {painter}, deque([painter])
+    while queue:
+        node = nodes[queue.popleft()]
+        values = {name: value for name, value in node.values.items() if name != "scheduler"}
+        for name, end in node.links.items():  # a number may come from a node of its own
+            numbers = (value for value in nodes[end].values.values() if type(value) in (int, float))
+            values |= {name: next(numbers, None)} if "sampler" not in _words(name) else {}
+        settings = _settings(values) | settings
+        for name, end in node.links.items():
+            words = set(_words(name))
+            passing = not words & (PICTURES | TEXT | NEGATIVE | {"conditioning", "model", "vae"})
+            if passing and end not in seen and len(settings) < len(SETTINGS):
+                seen.add(end)
+                queue.append(end)
+    return settings

@@ -1,0 +1,255 @@
+"""Users' files and tables, read within limits, so that none waits, fills the memory or loses a row unseen;
+atomic writes; the lock of a folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import lzma
+import os
+import re
+import sys
+import zipfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any, TextIO
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows: there processes that share a folder do not wait for each other
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+MAX_JSON = 1 << 26  # bytes of one JSON file; as Python's objects it may take thirty times as much
+MAX_LINE = 1 << 24  # characters of a line of a table
+ZIP_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, RuntimeError,
+              ValueError)
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data or disk; one line says which file, what, and what to do."""
+
+
+def files_below(root: Path, unreadable: Callable[[str, str], None]) -> list[Path]:
+    """All files below a folder, sorted; links to folders are followed, but no folder is read twice.
+
+    unreadable: called with a folder that cannot be listed, and why. Files that a Mac writes beside those of
+    others (`._a.png`, __MACOSX) are left out.
+    """
+    files, seen, roots = [], set(), deque([str(root)])
+
+    def failed(error: OSError) -> None:
+        unreadable(error.filename, error.strerror)
+
+    while roots:
+        for folder, below, names in os.walk(roots.popleft(), onerror=failed):
+            state = os.stat(folder)
+            if (state.st_dev, state.st_ino) in seen:
+                below.clear()
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            inner = (os.path.join(folder, name) for name in sorted(below))
+            roots += [path for path in inner if os.path.islink(path)]  # last: a folder's own name comes first
+            files += [Path(folder, name) for name in names if not is_junk(name)]
+    return sorted(file for file in files if not is_junk(str(file.relative_to(root))))
+
+
+def is_junk(name: str) -> bool:
+    """Whether a Mac wrote the file for itself, beside one of the same name."""
+    parts = name.replace("\\", "/").split("/")
+    return "__MACOSX" in parts or parts[-1].startswith("._")
+
+
+def is_safe(name: str) -> bool:
+    """Whether the name of a member stays within its archive."""
+    parts = name.replace("\\", "/").split("/")
+    return bool(parts[0]) and ".." not in parts and not re.match("[A-Za-z]:", name)
+
+
+def require_file(path: Path, limit: int = sys.maxsize) -> None:
+    """Raise DataError unless the path is a regular file of at most `limit` bytes: a pipe may have no end."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: no such file or folder ({why}); check the path") from error
+    if not S_ISREG(state.st_mode):
+        raise DataError(f"{path}: is no regular file; give one, or a folder")
+    if state.st_size > limit:
+        raise DataError(f"{path}: is larger than {limit >> 20} MB; split it, or write one line a pair")
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The UTF-8 text of a regular file of at most `limit` bytes. Raises DataError for any other."""
+    require_file(path, limit)
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from error
+
+
+def unzip(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A member's bytes. Raises one of ZIP_ERRORS where it is damaged or unpacks to more than `limit`."""
+    if archive.getinfo(name).file_size > limit:
+        raise ValueError(f"{name} unpacks to more than {limit >> 20} MB")
+    return archive.read(name)
+
+
+def same_bytes(files: Sequence[tuple[Path, str]]) -> list[int]:
+    """A number for each (zip or folder, name), equal where the bytes are.
+
+    Compared are sizes and CRC-32, which zips have in their directories; on disk only those files are read
+    that have the size of another. What cannot be read is equal to nothing but itself.
+    """
+    marks: dict[tuple[Path, str], Any] = {}
+    for home in dict.fromkeys(home for home, _ in files):
+        if home.suffix.lower() == ".zip":
+            try:
+                with zipfile.ZipFile(home) as archive:
+                    marks |= {(home, member.filename): (member.file_size, member.CRC)
+                              for member in archive.infolist()}
+            except ZIP_ERRORS:
+                continue
+    loose = [file for file in dict.fromkeys(files) if file not in marks]
+    for home, name in loose:
+        marks[home, name] = (_size(home / name), None)
+    sizes = Counter(marks[file][0] for file in dict.fromkeys(files))
+    for home, name in loose:
+        size = marks[home, name][0]
+        if size is not None and sizes[size] > 1:
+            marks[home, name] = (size, zlib.crc32((home / name).read_bytes()))
+    return numbered(marks[file] if marks[file][0] is not None else file for file in files)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if os.access(path, os.R_OK) and path.is_file() else None
+    except OSError:
+        return None
+
+
+def numbered(values: Iterable[Hashable]) -> list[int]:
+    """Equal numbers for equal values, in the order of their first."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(value, len(numbers)) for value in values]
+
+
+def json_object(text: str) -> dict | None:
+    """The JSON object of a text, None if it is no such."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def records(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """(line number, object with lower-case keys, or what is wrong with it) of a JSONL or CSV file.
+
+    Raises DataError for a file that is not regular, not UTF-8, or has a line of MAX_LINE characters.
+    """
+    require_file(path)
+    limit = csv.field_size_limit(MAX_LINE)  # prompts of 10,000 words pass csv's own limit
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = _lines(path, file)
+            yield from _csv_rows(lines) if path.suffix.lower() == ".csv" else _json_rows(lines)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 {path.suffix}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    for line in iter(lambda: file.readline(MAX_LINE), ""):
+        if len(line) == MAX_LINE:
+            raise DataError(f"{path}: a line has {MAX_LINE:,} characters or more; shorten it or remove it")
+        yield line
+
+
+def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict | str]]:
+    for k, line in enumerate(lines, 1):
+        if line.strip():
+            row = json_object(line)
+            yield k, "does not parse" if row is None else {key.lower(): row[key] for key in row}
+
+
+def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict | str]]:
+    reader = csv.reader(lines, strict=True)  # else an open quote swallows rows, and others lose their quotes
+    keys = [key.strip().lower() for key in next(reader, [])]
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            yield reader.line_num, f"does not parse ({error})"
+            continue
+        if fields is None:
+            return
+        if len(fields) > len(keys):
+            yield reader.line_num, "has more fields than the first line; put texts with commas in quotes"
+        elif fields:
+            yield reader.line_num, dict.fromkeys(keys) | dict(zip(keys[:len(fields)], fields, strict=True))
+
+
+def parquet_names(table: Path, name: str, column: str, value: float) -> set[str]:
+    """The `name`s of the rows whose `column` is `value`; none, and a warning, without pyarrow.
+
+    In batches: as Python's objects DiffusionDB's 14 million rows would take 4 GB.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        logger.warning("%s is not read: `pip install pyarrow` to drop rows of %s %s", table, column, value)
+        return set()
+    names: set[str] = set()
+    try:
+        file = parquet.ParquetFile(table, buffer_size=1 << 20, pre_buffer=False)
+        for batch in file.iter_batches(columns=[name, column], use_threads=False):
+            rows = np.flatnonzero(np.asarray(batch.column(column), np.float64) == value)
+            names.update(batch.column(name).take(rows).to_pylist())
+    except (ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{table}: cannot be read ({error}); fetch it again or remove it") from error
+    return names
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write the file whole or not at all: a temporary file beside it, synced, takes its place."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: str | Path, waiting: str | None = None) -> Iterator[None]:
+    """Hold the folder's lock: wait for another process that holds it, logging `waiting`, or, where `waiting`
+    is None, raise BlockingIOError. The system releases the lock however the process ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                raise
+            logger.warning(waiting)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

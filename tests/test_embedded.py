@@ -1,0 +1,804 @@
+"""Prompts inside images: every place and encoding, every kind of source, and graphs walked from their end."""
+
+import gzip
+import html
+import io
+import json
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from data import DataError, embedded_prompt, load_image, read_pairs
+from embedded import NoPrompt, decoded, find_prompt, graph_of, graph_prompt, sidecar_prompt
+
+WANT = "a red barn at dusk"
+SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 11, Size: 64x64, Model: x"
+INFOTEXT = f"{WANT}\nNegative prompt: blurry, ugly\n{SETTINGS}"
+META = {"se": 11, "st": 20, "c": 7.0, "sa": "Euler a"}
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(path, *chunks: bytes, after: bool = False):
+    """A PNG with these chunks behind its header, or behind its pixels."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "PNG")
+    raw = buffer.getvalue()
+    at = len(raw) - 12 if after else 33
+    path.write_bytes(raw[:at] + b"".join(chunks) + raw[at:])
+    return path
+
+
+def text_png(path, **texts: str):
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text)
+    Image.new("RGB", (16, 16)).save(path, pnginfo=info)
+    return path
+
+
+def tiff(tag: int, value: bytes, kind: int, own: bool, order: str = "<") -> bytes:
+    """EXIF with one field, in its first directory or in the one of its own."""
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8)
+
+    def entry(at):
+        return struct.pack(order + "HHHII", 1, tag, kind, len(value), at) + struct.pack(order + "I", 0)
+
+    if not own:
+        return head + entry(26) + value
+    link = struct.pack(order + "HHHII", 1, 0x8769, 4, 1, 26) + struct.pack(order + "I", 0)
+    return head + link + entry(44) + value
+
+
+def with_exif(path, form: str, exif: bytes):
+    Image.new("RGB", (16, 16)).save(path, form, exif=b"Exif\0\0" + exif)
+    return path
+
+
+# places and encodings ---------------------------------------------------------------------------------------
+
+
+ENCODED = {
+    "UNICODE, big endian": b"UNICODE\0" + INFOTEXT.encode("utf-16-be"),
+    "UNICODE, little endian": b"UNICODE\0" + INFOTEXT.encode("utf-16-le"),
+    "UNICODE with a mark": b"UNICODE\0" + INFOTEXT.encode("utf-16"),
+    "UNICODE that is UTF-8": b"UNICODE\0" + INFOTEXT.encode(),
+    "ASCII": b"ASCII\0\0\0" + INFOTEXT.encode() + bytes(5),
+    "ASCII that is UTF-8": b"ASCII\0\0\0" + INFOTEXT.encode(),
+    "undefined": bytes(8) + INFOTEXT.encode(),
+    "no code": INFOTEXT.encode(),
+    "no code, UTF-16": INFOTEXT.encode("utf-16-le"),
+    "no code, mark of UTF-8": b"\xef\xbb\xbf" + INFOTEXT.encode(),
+}
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "PNG"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_comments_in_every_encoding(tmp_path, encoding, order, form):
+    raw = ENCODED[encoding]
+    for kind, own in ((7, True), (7, False), (2, True)):
+        path = with_exif(tmp_path / "a", form, tiff(0x9286, raw, kind, own, order))
+        assert embedded_prompt(path) == (WANT, META)
+
+
+@pytest.mark.parametrize(
+    "text", ["ein Café – im Schnee", "夕暮れの赤い納屋, 8k", "红色的谷仓", "сарай", "😀 barn"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-16"])
+def test_letters_beyond_ascii(text, encoding):
+    text = f"{text}\nNegative prompt: ugly\nSteps: 4, Seed: 1"
+    for code in (b"", b"UNICODE\0", b"ASCII\0\0\0", bytes(8)):
+        assert decoded(code + text.encode(encoding)) == text
+    assert decoded(b"caf\xe9 au lait") == "café au lait"
+    assert decoded(b"\x93a barn\x94") == "“a barn”"
+    assert decoded("夕暮れの赤い納屋".encode()[:-1]) == "夕暮れの赤い納\ufffd"
+    assert decoded(b"JIS\0\0\0\0\0" + "赤い納屋".encode("iso2022_jp")) == "赤い納屋"
+    assert decoded(b"JIS\0\0\0\0\0" + "赤い納屋 8k".encode("shift_jis")) == "赤い納屋 8k"
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kind", ["tEXt", "tEXt, UTF-8", "zTXt", "iTXt", "iTXt, packed"])
+def test_every_chunk_of_a_png(tmp_path, kind, after):
+    text = INFOTEXT.replace("barn", "bärn")
+    raw = text.encode("latin-1" if kind == "tEXt" else "utf-8")
+    packed = zlib.compress(raw)
+    content = {
+        "tEXt": raw,
+        "tEXt, UTF-8": raw,
+        "zTXt": b"\0" + packed,
+        "iTXt": b"\0\0\0\0" + raw,
+        "iTXt, packed": b"\1\0en\0Parameter\0" + packed,
+    }[kind]
+    path = png(tmp_path / "a.png", chunk(kind[:4].encode(), b"parameters\0" + content), after=after)
+    assert embedded_prompt(path) == (WANT.replace("barn", "bärn"), META)
+
+
+@pytest.mark.parametrize(
+    "tag, name", [(0x010E, "description"), (0x010F, "make"), (0x9C9C, "Windows' comment")]
+)
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_other_fields(tmp_path, tag, name, form):
+    raw = INFOTEXT.encode("utf-16-le") if tag == 0x9C9C else INFOTEXT.encode()
+    path = with_exif(tmp_path / "a", form, tiff(tag, raw, 1 if tag == 0x9C9C else 2, own=False))
+    assert embedded_prompt(path) == (WANT, META)
+
+
+def test_comments_and_xmp(tmp_path):
+    path = tmp_path / "a"
+    Image.new("RGB", (16, 16)).save(path, "JPEG", comment=INFOTEXT.encode())
+    assert embedded_prompt(path) == (WANT, META)
+    words = json.dumps({"c": WANT, "uc": "ugly", "steps": 20, "scale": 7.0, "seed": 11, "sampler": "Euler a"})
+    xmp = f"<x><exif:UserComment><rdf:li>{html.escape(words)}</rdf:li></exif:UserComment></x>"
+    Image.new("RGB", (16, 16)).save(path, "JPEG", xmp=xmp.encode())
+    assert embedded_prompt(path) == (WANT, META)
+    assert embedded_prompt(text_png(tmp_path / "a.png", **{"XML:com.adobe.xmp": xmp})) == (WANT, META)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["pnginfo", "pngcomp", "rgbinfo", "rgbcomp"])
+def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
+    texts = {
+        INFOTEXT: META,
+        json.dumps({"Description": WANT, "Comment": json.dumps({"steps": 28, "uc": "ugly"})}): {"st": 28},
+    }
+    for text, settings in texts.items():
+        body = gzip.compress(text.encode()) if kind.endswith("comp") else text.encode()
+        head = b"stealth_" + kind.encode() + struct.pack(">I", 8 * len(body))
+        bits = np.unpackbits(np.frombuffer(head + body, np.uint8))
+        channels = slice(3, 4) if kind.startswith("png") else slice(0, 3)
+        pixels = np.full((40, 60, 4), 254, np.uint8).swapaxes(0, 1).copy()
+        flat = pixels[..., channels].reshape(-1)
+        flat[: len(bits)] |= bits
+        pixels[..., channels] = flat.reshape(pixels[..., channels].shape)
+        image = Image.fromarray(pixels.swapaxes(0, 1).copy())
+        path = tmp_path / f"a.{form.lower()}"
+        (image if kind.startswith("png") else image.convert("RGB")).save(path, form, lossless=True)
+        assert embedded_prompt(path) == (WANT, settings)
+
+
+# the kinds of texts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, prompt, settings",
+    [
+        (INFOTEXT, WANT, META),
+        (INFOTEXT.replace("\n", " "), WANT, META),
+        (INFOTEXT.replace("\n", "\\n"), WANT, META),
+        (INFOTEXT.replace("\n", ", "), WANT, META),
+        (f"{WANT}\n{SETTINGS}", WANT, META),
+        (f"{WANT} {SETTINGS}", WANT, META),
+        (f"{INFOTEXT}\nTemplate: a __colour__ barn\nNegative Template: ugly", WANT, META),
+        (f"{WANT}\nNegative prompt: ugly\nSteps: 9\n{SETTINGS}", WANT, META),
+        (f"steps: 3\nSteps: 3 eggs\n{SETTINGS}", "steps: 3\nSteps: 3 eggs", META),
+        (f'{WANT}\nHires prompt: "a, Seed: 5", {SETTINGS}', f'{WANT}\nHires prompt: "a, Seed: 5"', META),
+        (
+            f'{WANT}\nSteps: 20, Extra: "Seed: 5, CFG scale: 1", {SETTINGS[11:]}',
+            WANT,
+            META,
+        ),
+        (
+            f"Prompt: {WANT}\nSeed: 11\nSteps: 20\nGuidance Scale: 7\nSampler: Euler a\nNegative Prompt: no",
+            WANT,
+            META,
+        ),
+        (f"{WANT}\nSteps: 20, Size: 64x64, Model: x", WANT, {"st": 20}),
+        (f"{WANT}\nNegative prompt: ugly", WANT, {}),
+        (f"{WANT}\r\nNegative prompt: ugly\r\n{SETTINGS}\r\n", WANT, META),
+        (f"\n{WANT}\n", WANT, {}),
+        ("a recipe card\nSteps: 3 eggs, whisk", "a recipe card\nSteps: 3 eggs, whisk", {}),
+        ("a cat, negative prompt: of a photograph", "a cat, negative prompt: of a photograph", {}),
+        ("", "", {}),
+    ],
+)
+def test_infotext(tmp_path, text, prompt, settings):
+    assert sidecar_prompt(text) == (prompt, settings)
+    if text:
+        assert find_prompt({"parameters": text}) == (prompt, settings)
+
+
+def test_a_text_file_with_infotext(tmp_path):
+    for suffix, text in ((".txt", INFOTEXT), (".caption", "a\nb")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"a{suffix}.png")
+        (tmp_path / f"a{suffix}{suffix}").write_text(text)
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["a\nb", WANT] and pairs.meta == [{}, META]
+
+
+GRAPH_SETTINGS = {"se": 5, "st": 20, "c": 8.0, "sa": "euler"}
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def clip(text):
+    return node("CLIPTextEncode", text=text, clip=["4", 1])
+
+
+def sampler(positive, negative=("7", 0), kind="KSampler", **more):
+    return node(
+        kind,
+        seed=5,
+        steps=20,
+        cfg=8.0,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+        positive=positive,
+        negative=list(negative),
+        **more,
+    )
+
+
+def saved(nodes):
+    """The graph, its picture (of node 3) decoded and saved, with a negative that comes first."""
+    return {
+        "7": clip("blurry, ugly"),
+        "9": node("SaveImage", filename_prefix="a b", images=["8", 0]),
+        "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
+        "4": node("CheckpointLoaderSimple", ckpt_name="some model.safetensors"),
+        **nodes,
+    }
+
+
+GRAPH = saved({"3": sampler(["6", 0]), "6": clip(WANT)})
+OBJECTS = {
+    "comfyui": ({"prompt": json.dumps(GRAPH), "workflow": "{}"}, GRAPH_SETTINGS),
+    "comfyui, named": (
+        {"Make": "Prompt: " + json.dumps(GRAPH), "ImageDescription": "Workflow: {}"},
+        GRAPH_SETTINGS,
+    ),
+    "comfyui, as text": ({"UserComment": json.dumps({"prompt": json.dumps(GRAPH)})}, GRAPH_SETTINGS),
+    "comfyui, as object": ({"UserComment": json.dumps({"workflow": {}, "prompt": GRAPH})}, GRAPH_SETTINGS),
+    "placeholder": (
+        {"parameters": f"unknown\nNegative prompt: unknown\n{SETTINGS}", "prompt": json.dumps(GRAPH)},
+        GRAPH_SETTINGS,
+    ),
+    "nothing": (
+        {"parameters": f"\nNegative prompt: ugly\n{SETTINGS}", "prompt": json.dumps(GRAPH)},
+        GRAPH_SETTINGS,
+    ),
+    "comment": ({"comment": "CREATOR: gd-jpeg", "UserComment": INFOTEXT}, META),
+    "infotext and graph": (
+        {
+            "prompt": json.dumps(saved({"3": sampler(["6", 0]), "6": clip("a __colour__ barn")})),
+            "parameters": INFOTEXT,
+        },
+        META,
+    ),
+    "civitai": (
+        {
+            "UserComment": json.dumps(
+                GRAPH
+                | {
+                    "extra": {"airs": []},
+                    "extraMetadata": json.dumps({"prompt": WANT, "negativePrompt": "ugly", "steps": 9}),
+                }
+            )
+        },
+        {"st": 9},
+    ),
+    "tensorart": (
+        {"generation_data": json.dumps({"prompt": WANT, "negativePrompt": "", "seed": "3"}) + "\0\0"},
+        {"se": 3},
+    ),
+    "stability matrix": (
+        {
+            "parameters-json": json.dumps(
+                {"PositivePrompt": WANT, "NegativePrompt": "ugly", "Steps": 5, "CfgScale": 2.5}
+            )
+        },
+        {"st": 5, "c": 2.5},
+    ),
+    "ruined fooocus": (
+        {"parameters": json.dumps({"Prompt": WANT, "Negative": "ugly", "steps": 5})},
+        {"st": 5},
+    ),
+    "space": (
+        {
+            "parameters": json.dumps(
+                {"prompt": WANT, "negative_prompt": "ugly", "guidance_scale": 7.0, "num_inference_steps": 28}
+            )
+        },
+        {"st": 28, "c": 7.0},
+    ),
+    "swarmui": (
+        {
+            "UserComment": json.dumps(
+                {
+                    "sui_image_params": {"prompt": WANT, "negativeprompt": "ugly", "seed": 3},
+                    "sui_extra_data": {},
+                }
+            )
+        },
+        {"se": 3},
+    ),
+    "easy diffusion": (
+        {
+            "prompt": WANT,
+            "negative_prompt": "ugly",
+            "seed": "3",
+            "num_inference_steps": "20",
+            "guidance_scale": "7.5",
+            "sampler_name": "euler",
+        },
+        {"se": 3, "st": 20, "c": 7.5, "sa": "euler"},
+    ),
+    "easy diffusion, names": (
+        {"Prompt": WANT, "Negative Prompt": "ugly", "Seed": "3", "Steps": "9"},
+        {"se": 3, "st": 9},
+    ),
+    "easy diffusion, jpeg": (
+        {"UserComment": json.dumps({"prompt": WANT, "seed": 3, "negative_prompt": "ugly"})},
+        {"se": 3},
+    ),
+    "novelai": ({"Description": WANT, "Comment": json.dumps({"steps": 28, "uc": "ugly"})}, {"st": 28}),
+    "novelai, webp": (
+        {
+            "UserComment": json.dumps(
+                {
+                    "Description": WANT,
+                    "Software": "NovelAI",
+                    "Comment": json.dumps({"steps": 28, "uc": "ugly"}),
+                }
+            )
+        },
+        {"st": 28},
+    ),
+    "novelai 4": (
+        {
+            "Comment": json.dumps(
+                {
+                    "v4_prompt": {"caption": {"base_caption": WANT}},
+                    "v4_negative_prompt": {"caption": {"base_caption": "ugly"}},
+                }
+            )
+        },
+        {},
+    ),
+    "invokeai": (
+        {
+            "invokeai_metadata": json.dumps({"positive_prompt": WANT, "negative_prompt": "ugly", "seed": 1}),
+            "invokeai_graph": json.dumps({"nodes": {"a": {"prompt": "ugly"}}, "edges": []}),
+        },
+        {"se": 1},
+    ),
+    "invokeai 2": (
+        {"sd-metadata": json.dumps({"image": {"prompt": WANT + " [ugly, blurry]", "seed": 1}})},
+        {"se": 1},
+    ),
+    "invokeai 2, list": (
+        {
+            "sd-metadata": json.dumps(
+                {"image": {"prompt": [{"prompt": WANT + " [ugly, blurry]", "weight": 1}], "steps": 9}}
+            )
+        },
+        {"st": 9},
+    ),
+    "invokeai 1": (
+        {"Dream": f'"{WANT} [ugly]" -s 50 -S 123 -W512 -C7.5 -A k_lms'},
+        {"st": 50, "se": 123, "c": 7.5, "sa": "k_lms"},
+    ),
+    "invokeai 1, bare": ({"Dream": f"{WANT} -s50 -S123"}, {"st": 50, "se": 123}),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_every_kind_of_source(kind):
+    texts, settings = OBJECTS[kind]
+    assert find_prompt(texts) == (WANT, settings)
+
+
+# graphs -----------------------------------------------------------------------------------------------------
+
+PIPE = {
+    "1": node("ToBasicPipe", positive=["6", 0], negative=["7", 0]),
+    "2": node("FromBasicPipe", basic_pipe=["1", 0]),
+    "6": clip(WANT),
+}
+GRAPHS = {
+    "plain": {"3": sampler(["6", 0]), "6": clip(WANT)},
+    "a link to text": {"3": sampler(["6", 0]), "6": clip(["5", 0]), "5": node("PrimitiveString", value=WANT)},
+    "text box": {"3": sampler(["6", 0]), "6": clip(["5", 0]), "5": node("CR Prompt Text", Prompt=WANT)},
+    "unnamed text": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Anything", whatever=WANT, mode="a b"),
+    },
+    "reroute": {"3": sampler(["5", 0]), "5": node("Reroute", **{"": ["6", 0]}), "6": clip(WANT)},
+    "subgraph": {"3": sampler(["12:6", 0]), "12:6": clip(["12:5", 0]), "12:5": node("Text", text=WANT)},
+    "concatenate": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("StringConcatenate", string_a="a red", string_b=["1", 0], delimiter=" "),
+        "1": node("X", string="barn at dusk"),
+    },
+    "concatenate, spelled": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Join", text1="a red", text2="barn at dusk", separator="space"),
+    },
+    "styler": {
+        "3": sampler(["6", 0], ["7", 0]),
+        "6": clip(["5", 0]),
+        "7": clip(["5", 1]),
+        "5": node("SDXLPromptStyler", text_negative="ugly", text_positive=WANT, style="sai-base style"),
+    },
+    "loader": {
+        "3": sampler(["1", 1], ["1", 2], "KSampler (Efficient)", latent_image=["1", 3]),
+        "1": node("Efficient Loader", ckpt_name="x y", negative="ugly", positive=WANT),
+    },
+    "loader, other outputs": {"3": sampler(["1", 4], ["1", 0]), "1": node("X", neg="ugly", pos=WANT)},
+    "controlnet": {
+        "3": sampler(["1", 0], ["1", 1]),
+        "6": clip(WANT),
+        "1": node("ControlNetApplyAdvanced", negative=["7", 0], positive=["6", 0], image=["2", 0]),
+        "2": node("LoadImage", image="my own picture.png"),
+    },
+    "controlnet, slots swapped": {
+        "3": sampler(["1", 1], ["1", 0]),
+        "6": clip(WANT),
+        "1": node("X", positive=["6", 0], negative=["7", 0]),
+    },
+    "guidance": {
+        "3": sampler(["1", 0]),
+        "1": node("FluxGuidance", guidance=3.5, conditioning=["6", 0]),
+        "6": clip(WANT),
+    },
+    "two encoders": {
+        "3": sampler(["6", 0]),
+        "6": node("CLIPTextEncodeFlux", clip_l=WANT, t5xxl=WANT, guidance=3.5),
+    },
+    "xl": {
+        "3": sampler(["6", 0]),
+        "6": node("CLIPTextEncodeSDXL", text_g=["1", 0], text_l=["1", 0], width=1024),
+        "1": node("Text", text=WANT),
+    },
+    "pipe": {"3": sampler(["2", 3], ["2", 4]), **PIPE},
+    "pipe alone": {
+        "3": node("KSampler (pipe)", seed=5, steps=20, cfg=8.0, sampler_name="euler", basic_pipe=["1", 0]),
+        **PIPE,
+    },
+    "context": {
+        "3": sampler(["2", 4], ["2", 5]),
+        "6": clip(WANT),
+        "2": node("Context (rgthree)", base_ctx=["1", 0]),
+        "1": node("Context (rgthree)", positive=["6", 0], negative=["7", 0]),
+    },
+    "context, replaced": {
+        "3": sampler(["2", 4], ["2", 5]),
+        "6": clip(WANT),
+        "5": clip("an old text"),
+        "2": node("Context Big (rgthree)", base_ctx=["1", 0], positive=["6", 0]),
+        "1": node("Context (rgthree)", positive=["5", 0], negative=["7", 0]),
+    },
+    "shown": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "1": node("LLM", prompt="Write of a barn.", seed=3),
+        "5": node("ShowText|pysssss", text=["1", 0], text_0=WANT),
+    },
+    "populated": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node(
+            "ImpactWildcardProcessor", wildcard_text="a __colour__ barn", populated_text=WANT, mode="populate"
+        ),
+    },
+    "switch": {
+        "3": sampler(["5", 0]),
+        "6": clip(WANT),
+        "1": clip("no"),
+        "5": node("ImpactSwitch", select=2, input1=["1", 0], input2=["6", 0], sel_mode=False),
+    },
+    "switch of two": {
+        "3": sampler(["5", 0]),
+        "6": clip(WANT),
+        "1": clip("no"),
+        "5": node("easy ifElse", boolean=False, on_true=["1", 0], on_false=["6", 0]),
+    },
+    "first of many": {
+        "3": sampler(["5", 0]),
+        "6": clip(WANT),
+        "1": clip("no"),
+        "5": node("Any Switch (rgthree)", any_01=["6", 0], any_02=["1", 0]),
+    },
+    "second pass": {
+        "3": sampler(["6", 0], latent_image=["1", 0]),
+        "1": node("LatentUpscale", samples=["2", 0]),
+        "2": sampler(["6", 0], latent_image=["5", 0]),
+        "5": node("EmptyLatentImage", width=64),
+        "6": clip(WANT),
+    },
+    "detailer": {
+        "3": sampler(["1", 0], kind="FaceDetailer", image=["10", 0], wildcard=""),
+        "1": clip("a detailed face"),
+        "10": node("VAEDecode", samples=["2", 0], vae=["4", 2]),
+        "2": sampler(["6", 0]),
+        "6": clip(WANT),
+    },
+    "text on the picture": {
+        "3": node("Draw Text", image=["2", 0], text="(c) me"),
+        "2": sampler(["6", 0]),
+        "6": clip(WANT),
+    },
+    "another picture": {
+        "3": sampler(["6", 0]),
+        "6": clip(WANT),
+        "20": sampler(["21", 0]),
+        "21": clip("another"),
+        "22": node("PreviewImage", images=["20", 0]),
+    },
+    "not linked": {"3": sampler(["6", 0]), "6": clip(WANT), "20": clip("not linked")},
+    "service": {
+        "3": node("SomeService", prompt=WANT, model="x y", seed=5, steps=20, cfg=8.0, sampler_name="euler")
+    },
+    "loaded picture": {
+        "3": sampler(["6", 0], latent_image=["1", 0]),
+        "6": clip(WANT),
+        "1": node("VAEEncode", pixels=["2", 0]),
+        "2": node("LoadImage", image="a b.png", upload="image"),
+    },
+    "custom": {
+        "3": node(
+            "SamplerCustomAdvanced", noise=["20", 0], guider=["21", 0], sampler=["22", 0], sigmas=["23", 0]
+        ),
+        "20": node("RandomNoise", noise_seed=5),
+        "21": node("CFGGuider", cfg=8.0, positive=["6", 0], negative=["7", 0]),
+        "22": node("KSamplerSelect", sampler_name="euler"),
+        "6": clip(WANT),
+        "23": node("BasicScheduler", scheduler="simple", steps=20, denoise=1.0),
+    },
+    "numbers by links": {
+        "3": sampler(["6", 0])
+        | {"inputs": sampler(["6", 0])["inputs"] | {"seed": ["20", 0], "steps": ["21", 0]}},
+        "20": node("Seed", seed=5),
+        "21": node("Int", value=20),
+        "6": clip(WANT),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_graph_is_walked_from_its_end(kind):
+    candidate = graph_prompt(graph_of(saved(GRAPHS[kind])))
+    assert (candidate.prompt, candidate.settings) == (WANT, GRAPH_SETTINGS)
+
+
+def test_what_is_added_to_a_scene_stands_behind_it():
+    def box(text, to):
+        return node("GLIGENTextBoxApply", text=text, width=64, conditioning_to=to)
+
+    graph = saved(
+        {"3": sampler(["5", 0]), "5": box("sun", ["1", 0]), "1": box("bottle", ["6", 0]), "6": clip(WANT)}
+    )
+    assert graph_prompt(graph_of(graph)).prompt == f"{WANT}, bottle, sun"
+    graph = saved(
+        {
+            "3": sampler(["5", 0]),
+            "6": clip("a barn"),
+            "1": clip("at night"),
+            "5": node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["1", 0]),
+        }
+    )
+    assert graph_prompt(graph_of(graph)).prompt == "a barn, at night"
+
+
+UNCERTAIN = {
+    "negative alone": {"3": sampler(["6", 0]), "6": clip("")},
+    "made while it ran": {
+        "3": sampler(["6", 0]),
+        "6": clip(["1", 0]),
+        "1": node("WD14Tagger", image=["2", 0]),
+        "2": node("LoadImage", image="a b.png"),
+    },
+    "no painter": {
+        "3": node("ImageUpscale", image=["2", 0]),
+        "2": node("LoadImage", image="a b.png"),
+        "6": clip("not linked"),
+    },
+    "two prompts": {
+        "3": node("ImageBlend", image1=["1", 0], image2=["2", 0]),
+        "1": sampler(["5", 0]),
+        "2": sampler(["6", 0]),
+        "5": clip("one"),
+        "6": clip("two"),
+    },
+    "two pictures": {
+        "3": sampler(["6", 0]),
+        "6": clip("one"),
+        "1": sampler(["5", 0]),
+        "5": clip("two"),
+        "20": node("SaveImage", images=["1", 0]),
+    },
+    "in a circle": {
+        "3": sampler(["1", 0], latent_image=["3", 0]),
+        "1": node("A", text=["2", 0]),
+        "2": node("B", text=["1", 0]),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", UNCERTAIN)
+def test_an_uncertain_graph_gives_no_prompt(kind, tmp_path):
+    graph = saved(UNCERTAIN[kind])
+    with pytest.raises(NoPrompt, match="graph"):
+        find_prompt({"prompt": json.dumps(graph)})
+    path = text_png(tmp_path / "a.png", prompt=json.dumps(graph))
+    assert embedded_prompt(path) is None
+    with pytest.raises(DataError, match="a.png: no text beside it and .*graph"):
+        read_pairs(tmp_path)
+
+
+def test_the_form_of_the_editor():
+    workflow = {
+        "nodes": [
+            {
+                "id": 7,
+                "type": "CLIPTextEncode",
+                "widgets_values": ["blurry, ugly"],
+                "inputs": [{"name": "clip"}],
+            },
+            {"id": 6, "type": "CLIPTextEncode", "widgets_values": [WANT]},
+            {"id": 5, "type": "CLIPTextEncode", "widgets_values": ["muted"], "mode": 4},
+            {
+                "id": 3,
+                "type": "KSampler",
+                "widgets_values": [5, "randomize", 20, 8, "euler", "normal", 1],
+                "inputs": [
+                    {"name": "positive", "link": 1},
+                    {"name": "negative", "link": 2},
+                    {"name": "model", "link": None},
+                ],
+            },
+            {
+                "id": 9,
+                "type": "SaveImage",
+                "widgets_values": ["a b"],
+                "inputs": [{"name": "images", "link": 3}],
+            },
+        ],
+        "links": [[1, 6, 0, 3, 0, "CONDITIONING"], [2, 7, 0, 3, 1, "CONDITIONING"], [3, 3, 0, 9, 0, "IMAGE"]],
+    }
+    assert find_prompt({"workflow": json.dumps(workflow)}) == (WANT, {})
+    workflow["nodes"][1] = {"id": 6, "type": "Efficient Loader", "widgets_values": ["x", "a b", "ugly c"]}
+    with pytest.raises(NoPrompt):  # which of the two is the prompt is not known
+        find_prompt({"workflow": json.dumps(workflow)})
+
+
+# nothing certain, and limits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"UserComment": "Screenshot"},
+        {"ImageDescription": "a holiday", "Make": "Canon", "Model": "EOS 5D"},
+        {"comment": "CREATOR: gd-jpeg v1.0"},
+        {"Description": "a holiday"},
+        {"Title": "x", "Comment": "{}"},
+        {"parameters": "unknown"},
+        {"parameters": f"undefined\nNegative prompt: undefined\n{SETTINGS}"},
+        {"UserComment": '{"device": "phone"}'},
+        {"prompt": "[1, 2]"},
+        {"prompt": "[" * 100_000},
+        {},
+        {"UserComment": "Steps: 10 minutes of walking, then sleep"},
+    ],
+    ids=str,
+)
+def test_no_prompt_is_made_up(texts):
+    with pytest.raises(NoPrompt):
+        find_prompt(texts)
+
+
+def test_long_and_deep_sources_end_soon():
+    start = time.perf_counter()
+    chain = {str(k): node("X", text=[str(k + 1), 0]) for k in range(100, 5100)}
+    graph = saved({"3": sampler(["100", 0]), **chain, "5100": clip(WANT)})
+    assert graph_prompt(graph_of(graph)).prompt == WANT
+    passes = {str(k): sampler(["6", 0], latent_image=[str(k + 1), 0]) for k in range(100, 5100)}
+    assert graph_prompt(
+        graph_of(saved({"3": sampler(["6", 0], latent_image=["100", 0]), "6": clip(WANT), **passes}))
+    )
+    doubled = {
+        str(k): node("Join", text1=[str(k + 1), 0], text2=[str(k + 1), 0], delimiter=" ")
+        for k in range(100, 200)
+    }
+    with pytest.raises(NoPrompt, match="longer than"):
+        graph_prompt(graph_of(saved({"3": sampler(["100", 0]), **doubled, "200": clip(WANT)})))
+    with pytest.raises(NoPrompt, match="more than 10,000 nodes"):
+        graph_prompt(graph_of({str(k): clip("a") for k in range(10_001)}))
+    with pytest.raises(NoPrompt, match="longer than"):
+        find_prompt({"parameters": "x" * 600_000})
+    for key, text in (
+        ("Dream", " " * 900_000),
+        ("Dream", '"' * 900_000),
+        ("Dream", "[" * 900_000),
+        ("Dream", " -s" * 300_000),
+        ("parameters", "Steps: 1, " * 100_000),
+        ("parameters", "Steps: 1\n" * 100_000),
+        ("parameters", 'Steps: 1, a: "' * 90_000),
+        ("parameters", " Negative prompt" * 60_000),
+        ("UserComment", '{"a":' * 200_000),
+        ("sd-metadata", json.dumps({"prompt": "[" * 900_000})),
+        ("a", "a_" * 500_000 + "{"),
+    ):
+        try:
+            find_prompt({key: text})
+        except NoPrompt:
+            pass
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"])
+def test_pixels_and_prompt_survive_other_texts(tmp_path, kind):
+    large = zlib.compress(b"{" + b" " * 20_000_000 + b"}")
+    bodies = {
+        "large": {
+            b"zTXt": b"w\0\0" + large,
+            b"iTXt": b"w\0\1\0\0\0" + large,
+            b"iCCP": b"p\0\0" + large,
+            b"tEXt": b"w\0" + b" " * 9_000_000,
+        }[kind],
+        "damaged": b"w\0\0\1\2\3",
+        "empty": b"",
+        "no key": b"\0\0\0\0\0\0",
+    }
+    for body in bodies.values():
+        for damage in (False, True):
+            bad = chunk(kind, body)
+            bad = bad[:-1] + bytes([bad[-1] ^ damage])
+            path = png(tmp_path / "a.png", bad, chunk(b"tEXt", b"parameters\0" + INFOTEXT.encode()))
+            assert load_image(path).getpixel((0, 0)) == (255, 0, 0)
+            assert embedded_prompt(path) == (WANT, META)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "PNG"])
+def test_pixels_survive_damaged_exif(tmp_path, form):
+    good = tiff(0x9286, b"UNICODE\0" + INFOTEXT.encode("utf-16-le"), 7, True)
+    turned = struct.pack("<HHII", 0x112, 3, 1, 6)
+    for damaged in (
+        good[:30],
+        b"II*\0\xff\xff\xff\x7f",
+        b"",
+        b"nonsense" * 9,
+        good.replace(b"\1\0\x69", b"\xff\xff\x69"),
+        b"II*\0\x08\0\0\0\2\0"
+        + turned
+        + struct.pack("<HHII", 0x11A, 5, 1, 38)
+        + bytes(4)
+        + struct.pack("<II", 72, 0),
+    ):
+        path = with_exif(tmp_path / "a", form, damaged)
+        assert load_image(path).size == (16, 16)
+        assert embedded_prompt(path) in (None, (WANT, META))
+
+
+@pytest.mark.parametrize("kind", ["eXIf", "tEXt", "zTXt"])
+def test_a_png_is_turned_wherever_its_exif_is(tmp_path, kind):
+    exif = tiff(0x112, struct.pack("<H", 6), 3, own=False)
+    exif = exif[:14] + struct.pack("<II", 1, 6) + exif[22:]
+    raw = ("\nexif\n      40\n" + (b"Exif\0\0" + exif).hex() + "\n").encode()
+    body = {
+        "eXIf": exif,
+        "tEXt": b"Raw profile type exif\0" + raw,
+        "zTXt": b"Raw profile type exif\0\0" + zlib.compress(raw),
+    }[kind]
+    path = png(tmp_path / "a.png", chunk(kind.encode(), body))
+    image = Image.new("RGB", (16, 16), "red")
+    image.putpixel((0, 0), (0, 0, 255))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    raw = buffer.getvalue()
+    path.write_bytes(raw[:33] + chunk(kind.encode(), body) + raw[33:])
+    assert load_image(path).getpixel((15, 0)) == (0, 0, 255)
