@@ -34,6 +34,7 @@ from data import (
 )
 
 PORTRAITS = Path(__file__).parents[2] / "shared" / "data" / "portraits"
+from training.cache import ImageRows
 
 
 def picture(value=0, form="PNG", size=(12, 8), **save):
@@ -236,7 +237,7 @@ def test_more_archives_than_are_held_open_from_threads_and_workers(tmp_path, mon
     copied = copy.deepcopy(pairs)
     assert np.array_equal(np.asarray(copied.image(13)), np.asarray(pairs.image(13)))
     # after the parent opened archives, forked workers must not share its file offsets
-    images = data._ImageSet(pairs, Preprocessing.square(8), np.arange(27))
+    images = ImageRows(pairs, Preprocessing.square(8), np.arange(27))
     loader = torch.utils.data.DataLoader(images, 4, num_workers=2, collate_fn=list)
     for row, tensor in (item for batch in loader for item in batch):
         assert torch.equal(tensor, image_tensor(pairs.image(row), Preprocessing.square(8)))
