@@ -4,10 +4,10 @@
     python benchmarks/loading.py clip-h-14 vit-l-16 --rounds 9
 
 Each case is a file of full size with random values, written for it and deleted after it. A separate process
-imports the project, loads once and notes the peak of its memory above what it held before. Then
-reading (the whole file into fresh memory) and loading take turns, both out of the page cache. The time's
-ratio is the median over the rounds of load / read of the same round; the peak's is bytes held / bytes of the
-file. At the end every loaded tensor is compared with the file, bit by bit. Linux only: it reads /proc.
+imports the project, loads once and records the rise of its peak memory. Then reading (the whole file into
+fresh memory) and loading take turns, both from the page cache. The time's ratio is the median over the
+rounds of load / read of the same round; the peak's is bytes held / bytes of the file. At the end every
+loaded tensor is compared with the file, bit by bit. Linux only (/proc).
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Result:
 
 
 def cases(entry: str) -> list[Case]:
-    """The home dialect and a second one, where there is one, of each part of an entry."""
+    """The home dialect and, if any, a second one of each part of an entry."""
     kinds = [kind for kind in ENTRIES[entry].kinds if kind not in ("tokenizer", "unet-encoder")]
     return [Case(entry, kind, *dialect) for kind in kinds for dialect in _dialects(entry, kind)]
 
