@@ -129,7 +129,7 @@ def exhibits_of(args: argparse.Namespace, plan: Plan) -> dict[tuple[str, int | s
 
 
 def make(args: argparse.Namespace, flags: list[str], command: str) -> None:
-    """Train what the tables and figures need, and write them."""
+    """Train the missing runs of the tables and figures, and write these."""
     plan = plan_of(args, flags, command)
     exhibits = exhibits_of(args, plan)
     name = "" if args.data == "mini" else Path(args.data).resolve().name

@@ -11,8 +11,8 @@ trained to read images.
 The sampler is DDIM (Song et al. 2021) with classifier-free guidance (Ho and Salimans 2022), as Stable
 Diffusion was published: deterministic once the noise is drawn. Each picture's noise comes from its own seed,
 drawn on the CPU, so that it does not depend on batch and device. Each picture's PNG holds the prompt and all
-settings, which data.py reads; grids and attention maps have none. Letters in shape
-comments: B batch, h w the latents' grid.
+settings, which data.py reads; grids and attention maps have none. Letters in shape comments: B batch, h w
+the latents' grid.
 """
 
 from __future__ import annotations
@@ -502,7 +502,7 @@ def draw(
     return [picture(x) for x in drawn]
 
 
-def run(args: argparse.Namespace) -> None:
+def write_pictures(args: argparse.Namespace) -> None:
     side, _ = trained_as(args.weights)
     args.size = tuple(args.size or (side, side))
     device = weights.resolve_device(args.device)
@@ -552,7 +552,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(argv)
-    return run_command(lambda: run(args), "stopped; finished pictures are kept")
+    return run_command(lambda: write_pictures(args), "stopped; finished pictures are kept")
 
 
 if __name__ == "__main__":

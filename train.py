@@ -397,7 +397,7 @@ def chunks_of(
 # ============================================================================================================
 
 
-def run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> Path:
+def train_run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> Path:
     """Train a new run or resume one, evaluate it on the test pairs, and return its folder."""
     started = time.time()
     config = TrainConfig(**saved_fields(resume) | flags) if resume else resolve(TrainConfig(**flags))
@@ -473,7 +473,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def train() -> None:
-        run(flags, out, resume)
+        train_run(flags, out, resume)
 
     return run_command(train, "stopped; progress is saved")
 

@@ -1,13 +1,13 @@
-"""How long does loading take beside reading the file, and how much memory beside its size?
+"""Time of loading beside reading the file, and memory beside the file's size.
 
     python benchmarks/loading.py                  every entry of the registry, in two dialects each
     python benchmarks/loading.py clip-h-14 vit-l-16 --rounds 9
 
-Each case is a file of full size with random values, written for the occasion and deleted after it. A process
-of its own imports the project, loads once and notes the peak of its memory above what it held before. Then
-reading (the whole file into fresh memory) and loading take turns, both out of the page cache. The time's
-ratio is the median over the rounds of load / read of the same round; the peak's is bytes held / bytes of the
-file. At the end every loaded tensor is compared with the file, bit by bit. Linux only: it reads /proc.
+Each case is a file of full size with random values, written for it and deleted after it. A separate process
+imports the project, loads once and records the rise of its peak memory. Then reading (the whole file into
+fresh memory) and loading take turns, both from the page cache. The time's ratio is the median over the
+rounds of load / read of the same round; the peak's is bytes held / bytes of the file. At the end every
+loaded tensor is compared with the file, bit by bit. Linux only (/proc).
 """
 
 import argparse
@@ -66,13 +66,13 @@ class Result:
 
 
 def cases(entry: str) -> list[Case]:
-    """The home dialect and a second one, where there is one, of each part of an entry."""
+    """The home dialect and, if any, a second one of each part of an entry."""
     kinds = [kind for kind in ENTRIES[entry].kinds if kind not in ("tokenizer", "unet-encoder")]
     return [Case(entry, kind, *dialect) for kind in kinds for dialect in _dialects(entry, kind)]
 
 
 def _dialects(entry: str, kind: str) -> list[tuple[str, ...]]:
-    if entry == "sd-mini":  # it is published as a folder alone
+    if entry == "sd-mini":  # a single file does not contain its sizes
         return [("diffusers",)]
     if kind == "clip-text":
         one, two = KINDS[kind].single_file
@@ -94,7 +94,7 @@ def _dialects(entry: str, kind: str) -> list[tuple[str, ...]]:
 
 
 def write(case: Case, folder: Path, dtype: str = "float32") -> Path:
-    """The case's file with random values, and what belongs beside it; what `weights.load` is to be given."""
+    """The source for `weights.load`; writes the case's file with random values, and the files beside it."""
     config = KINDS[case.kind].configs[case.entry]
     with torch.device("meta"):
         home = weights.build(case.kind, config).state_dict()
@@ -132,28 +132,28 @@ def _write_random(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None
                 file.write(part)
                 left, at = left - len(part), 0
         file.flush()
-        os.fsync(file.fileno())  # or the writing goes on behind the measurement
+        os.fsync(file.fileno())  # or writing would continue during the measurement
 
 
 def _vit(c: Any, dialect: str) -> dict[str, Any]:
     if dialect == "timm":
-        given = asdict(c)
-        given["mlp_ratio"] = (given.pop("hidden_features") + 0.5) / c.embed_dim
-        del given["norm_eps"]
-        return {"architecture": "vit_base_patch16_224", "model_args": given}
+        sizes = asdict(c)
+        sizes["mlp_ratio"] = (sizes.pop("hidden_features") + 0.5) / c.embed_dim
+        del sizes["norm_eps"]
+        return {"architecture": "vit_base_patch16_224", "model_args": sizes}
     return {"model_type": "vit", "image_size": c.img_size, "patch_size": c.patch_size,
             "hidden_size": c.embed_dim, "num_hidden_layers": c.depth, "num_attention_heads": c.num_heads,
             "intermediate_size": c.hidden_features}
 
 
 def _swin(c: Any, dialect: str) -> dict[str, Any]:
-    given = asdict(c)
-    version = given.pop("version")
+    sizes = asdict(c)
+    version = sizes.pop("version")
     if version == 1:
-        del given["pretrained_window_sizes"]
+        del sizes["pretrained_window_sizes"]
     if dialect == "timm":
-        return {"architecture": f"swin{'v2' if version == 2 else ''}_tiny", "model_args": given}
-    return given | {"model_type": "swinv2" if version == 2 else "swin", "image_size": given["img_size"]}
+        return {"architecture": f"swin{'v2' if version == 2 else ''}_tiny", "model_args": sizes}
+    return sizes | {"model_type": "swinv2" if version == 2 else "swin", "image_size": sizes["img_size"]}
 
 
 def _clip_vision(c: Any, dialect: str) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _vae(c: Any, dialect: str) -> dict[str, Any]:
             "scaling_factor": c.scale_factor}
 
 
-# The config.json, or open_clip_config.json, of these sizes
+# These sizes in a config.json or open_clip_config.json.
 DESCRIBED: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "vit": _vit, "swin": _swin, "clip-vision": _clip_vision, "unet": _unet, "vae": _vae,
     "clip-text": lambda config, dialect: asdict(config) | {"model_type": "clip_text_model"},
@@ -222,7 +222,7 @@ def measure(case: Case, source: Path, dtype: torch.dtype, rounds: int) -> Result
     def load() -> torch.nn.Module:
         return weights.load(case.kind, source, dtype=dtype)
 
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak after the imports
     before = _memory("VmRSS")
     load()
     peak = _memory("VmHWM") - before
@@ -238,10 +238,10 @@ def measure(case: Case, source: Path, dtype: torch.dtype, rounds: int) -> Result
 def same(case: Case, source: Path, dtype: torch.dtype = torch.float32) -> bool:
     """Whether every tensor of the loaded model is the file's, bit by bit."""
     path = source if case.prefix else source / "model.safetensors"
-    found = weights.load(case.kind, source, dtype=dtype).state_dict()
+    loaded = weights.load(case.kind, source, dtype=dtype).state_dict()
     stored = {name.removeprefix(case.prefix): tensor for name, tensor in load_file(path).items()}
     expected = weights.to_home(case.kind, stored, case.dialect)
-    return found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
+    return loaded.keys() == expected.keys() and all(torch.equal(loaded[k], v) for k, v in expected.items())
 
 
 def _read(path: Path) -> None:
@@ -290,8 +290,8 @@ def main() -> None:
         case, source = Case(*json.loads(args.child)), Path(args.entries[0])
         print(json.dumps(asdict(measure(case, source, DTYPES[args.dtype][0], args.rounds))))
         return
-    if odd := set(args.entries) - set(known):
-        parser.error(f"no such entry: {', '.join(odd)}; there are {', '.join(known)}")
+    if unknown := set(args.entries) - set(known):
+        parser.error(f"unknown entry: {', '.join(unknown)}; choose from {', '.join(known)}")
     print(f"{args.dtype}, torch {torch.__version__}, {args.rounds} rounds\n{HEADING}")
     for entry in args.entries or known:
         for case, result in run(entry, args.folder or Path(tempfile.gettempdir()), args.dtype, args.rounds):

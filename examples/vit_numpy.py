@@ -27,7 +27,7 @@ def linear(x: np.ndarray, weights: Arrays, name: str) -> np.ndarray:
 
 
 def layer_norm(x: np.ndarray, weights: Arrays, name: str, eps: float) -> np.ndarray:
-    """Over the last axis; the variance is the biased one, and eps stands under the root."""
+    """Layer norm over the last axis, with the biased variance and eps inside the root."""
     centred = x - x.mean(-1, keepdims=True)
     scale = np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
     return centred / scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]

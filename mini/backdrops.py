@@ -248,7 +248,7 @@ class Place:
     draw: Callable
     base: float = 0.93
     floats: bool = False
-    sinks: bool = False                                               # a wave laps over what stands there
+    sinks: bool = False                                               # a wave covers the foot of things there
 
 
 GROUNDS = {

@@ -69,7 +69,7 @@ def chosen_scenes(n: int) -> list[Scene]:
     return [scenes.candidate(0, index) for index in scenes.kept_indices(n, 0)]
 
 
-def build(
+def generate_parts(
     folder: Path, parts: int = scenes.PARTS, per_part: int = scenes.PER_PART, steps: int = STEPS
 ) -> Path:
     """The path folder/images; writes part-000001.zip ... there. Complete parts are kept."""
@@ -137,7 +137,7 @@ def main() -> None:
         texts = [scenes.bracketed(pairs.prompts[i], pairs.meta[i].get("undrawn", [])) for i in some]
         scenes.contact_sheet([(pairs.image(i), text) for i, text in enumerate(texts)]).save(args.sheet, "PNG")
         return
-    build(args.folder, args.parts)
+    generate_parts(args.folder, args.parts)
     write_json(card(args.folder, f"python -m mini.generated --parts {args.parts}"), args.folder / "card.json")
     print(args.folder)
 

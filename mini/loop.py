@@ -1,4 +1,4 @@
-"""How miniatures are trained, and the pictures that they are trained on.
+"""Training of miniatures, and their training pictures.
 
 A step draws its rows and its noise from a generator seeded by the run's seed and the step's number, so that a
 training that was stopped resumes exactly from its last checkpoint. The final weights are an exponential
@@ -62,7 +62,7 @@ class World:
 def training_pairs(parts: int) -> Pairs:
     """`parts` thousand truthful scenes, drawn into the cache if missing."""
     folder = weights.cache_dir() / f"pretrain-scenes-{scenes.VERSION}-truthful"
-    images = scenes.build(folder, parts=parts, seed=scenes.PRETRAIN_SEED, truthful=True)
+    images = scenes.draw_parts(folder, parts=parts, seed=scenes.PRETRAIN_SEED, truthful=True)
     return read_pairs(images).subset(np.arange(parts * PER_PART))
 
 

@@ -166,8 +166,8 @@ class View:
 class Scene:
     """A prompt and its picture.
 
-    `words` are its content words, each as it stands in the prompt (some, as "stained glass", are two
-    or more), `undrawn` those of them that the picture does not show. `seed` fixes the jitter of the drawing.
+    `words` are the content words as written in the prompt (some, e.g. "stained glass", are two or more),
+    `undrawn` those that the picture does not show. `seed` fixes the jitter of the drawing.
     """
     prompt: str
     words: tuple[str, ...]
@@ -449,14 +449,13 @@ def is_complete(path: Path, names: list[str]) -> bool:
         return False
 
 
-def build(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed: int = 0,
-          progress: bool = True, truthful: bool = False) -> Path:
-    """Write parts x per_part pairs as folder/images/part-000001.zip ... and return folder/images.
+def draw_parts(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed: int = 0,
+               progress: bool = True, truthful: bool = False) -> Path:
+    """The path folder/images; writes parts x per_part pairs there as part-000001.zip ...
 
-    A part's JSON entries hold the prompt "p", the scene's seed "se" and the words left "undrawn". None of the
-    prompts is dropped by `data.clean`. `truthful`: no word is left undrawn. Parts that are there already are
-    kept, so an interrupted build goes on where it was, and two builds with the same arguments write the same
-    bytes.
+    A part's JSON entries hold the prompt "p", the scene's seed "se" and the words left "undrawn".
+    `data.clean` drops none of the prompts. `truthful`: every word is drawn. Existing parts are kept, so an
+    interrupted build resumes, and two builds with the same arguments write the same bytes.
     """
     images = Path(folder) / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -532,7 +531,7 @@ def main() -> None:
         pictures = [(render(scene), bracketed(scene.prompt, scene.undrawn)) for scene in drawn]
         contact_sheet(pictures).save(arguments.sheet, "PNG")
     if arguments.build:
-        build(arguments.build, seed=arguments.seed)
+        draw_parts(arguments.build, seed=arguments.seed)
 
 
 if __name__ == "__main__":

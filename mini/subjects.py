@@ -1,7 +1,7 @@
 """The subjects of mini scenes, from the star to the ghost, and the materials they can be made of.
 
-One function draws a subject, in a unit square; what stands has its feet near y = 0.97. A material goes over
-what is drawn in the pen's own tones, so that eyes, windows and stems keep their colours.
+One function draws a subject, in a unit square; standing things have their feet near y = 0.97. A material
+covers the parts in the pen's own tones, so that eyes, windows and stems keep their colours.
 """
 
 import math

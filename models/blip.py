@@ -235,7 +235,7 @@ class BLIP(nn.Module):
         self, images: Tensor, prompt_ids: Tensor, num_beams: int = 3, min_length: int = 5,
         max_length: int = 20, length_penalty: float = 1.0,
     ) -> Tensor:
-        """Images and prompts (B or 1, n), [CLS] ... [SEP], as BERT's tokenizer gives them -> captions
+        """Images and prompts (B or 1, n), [CLS] ... [SEP], from BERT's tokenizer -> captions
         [DEC] ... [SEP], (B, N), padded; equal to transformers' output token by token.
 
         [CLS] becomes [DEC] and the prompt's [SEP] is cut. Lengths count prompt, [DEC] and [SEP]. One beam

@@ -32,9 +32,9 @@ from data import (
     read_captions,
     read_pairs,
 )
+from training.cache import ImageRows
 
 PORTRAITS = Path(__file__).parents[2] / "shared" / "data" / "portraits"
-from training.cache import ImageRows
 
 
 def picture(value=0, form="PNG", size=(12, 8), **save):

@@ -156,6 +156,23 @@ def test_nothing_banned(path: Path):
     assert not re.findall(banned, text, re.MULTILINE)
 
 
+PLAIN = [path for path in FILES if path.name != "data.py" and "weights" not in path.parts]
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_name_results_and_variables_are_nouns(path: Path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    documented = (node for node in nodes if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef))
+    docstrings = [text for node in documented if (text := ast.get_docstring(node))]
+    first = [text.split()[0] for text in docstrings]
+    assert not {"What", "How", "Where", "Which"} & set(first)
+    assert not [text for text in docstrings if re.search(r"[.:]\s+What\b[^?]*?[.]", text)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    if path.name != "scenes.py":  # a Scene's `said` is the view that its prompt names
+        assert not {"said", "odd", "given", "asked", "how"} & names
+
+
 def test_ruff():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -54,8 +54,8 @@ def world() -> World:
 
 def test_the_training_world_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
-    build = partial(scenes.build, per_part=30)
-    monkeypatch.setattr(scenes, "build", build)
+    draw_parts = partial(scenes.draw_parts, per_part=30)
+    monkeypatch.setattr(scenes, "draw_parts", draw_parts)
     monkeypatch.setattr(loop, "PER_PART", 30)
     world = loop.training_world(1)
     chosen = scenes.kept_indices(30, scenes.PRETRAIN_SEED)
@@ -429,7 +429,7 @@ def any_probe(monkeypatch: pytest.MonkeyPatch) -> naming.Namer:
 def test_generated_pairs_are_read_and_say_how_they_were_made(
     tmp_path: Path, any_probe: naming.Namer
 ):
-    images = generated.build(tmp_path, parts=2, per_part=4, steps=2)
+    images = generated.generate_parts(tmp_path, parts=2, per_part=4, steps=2)
     pairs = data.read_pairs(images)
     chosen = [scenes.candidate(0, index) for index in scenes.kept_indices(8, 0)]
     assert pairs.prompts == [scene.prompt for scene in chosen]
@@ -444,7 +444,7 @@ def test_generated_pairs_are_read_and_say_how_they_were_made(
         assert len(meta["undrawn"]) == len(found) - sum(found)
     before = {path.name: path.read_bytes() for path in images.iterdir()}
     (images / "part-000002.zip").unlink()
-    generated.build(tmp_path, parts=2, per_part=4, steps=2)
+    generated.generate_parts(tmp_path, parts=2, per_part=4, steps=2)
     assert {path.name: path.read_bytes() for path in images.iterdir()} == before
 
 

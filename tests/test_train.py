@@ -460,7 +460,7 @@ def test_a_new_run_has_the_first_free_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_resuming_on_other_pairs_is_refused(uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys):
-    scenes.build(tmp_path / "others", parts=1, per_part=84, seed=5, progress=False)
+    scenes.draw_parts(tmp_path / "others", parts=1, per_part=84, seed=5, progress=False)
     config = json.loads((uninterrupted / "config.json").read_text()) | {"data": str(tmp_path / "others")}
     (uninterrupted / "config.json").write_text(json.dumps(config))
     assert "other pairs" in error_line(capsys, "--resume", str(uninterrupted))

@@ -40,7 +40,7 @@ def option(group: str, default: Any, help: str, choices: tuple = (), **bounds: f
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings that determine a run's result. None = the default for `weights` in `DEFAULTS`.
+    """Settings that determine a run's result. None = the default for `weights` in `SOURCE_DEFAULTS`.
 
     Raises data.DataError, in one line, for a value out of its range.
     """
@@ -247,7 +247,7 @@ def broken_rule(f: dataclasses.Field, value: Any) -> str | None:
 # from a grid of powers of two.
 PAPER_DEFAULTS = {"epochs": 3, "batch_size": 64, "lr": 1e-4, "image_size": 256, "captions": "blip-base"}
 MINI_DEFAULTS = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
-DEFAULTS = {"sd-mini": MINI_DEFAULTS | {"lr": 2e-3, "image_size": 64, "captions": "blip-mini"}}
+SOURCE_DEFAULTS = {"sd-mini": MINI_DEFAULTS | {"lr": 2e-3, "image_size": 64, "captions": "blip-mini"}}
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -261,7 +261,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise data.DataError(
             "--image-size: the weights of a black box set the size; leave it out"
         )
-    defaults = PAPER_DEFAULTS | DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
+    defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
     if not backbone.white_box:
         del defaults["image_size"], defaults["captions"]
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}

@@ -106,7 +106,7 @@ def pairs_folder(name: str) -> Path:
     from mini import scenes
 
     path = weights.cache_dir() / f"mini-scenes-{scenes.VERSION}"
-    scenes.build(path)
+    scenes.draw_parts(path)
     return path
 
 
