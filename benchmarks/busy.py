@@ -18,10 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "default": {},
-    "active, 2 threads": {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"},
-    "passive, 2 threads": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"},
+    "2 threads, spinning": {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"},
+    "2 threads, passive": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"},
+    "2 threads, short spin": {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "2"},
     "1 thread": {"OMP_NUM_THREADS": "1"},
 }
+SET = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 TASKS = {
     "draw": """
 import time, generate
@@ -57,7 +59,7 @@ print(time.perf_counter() - start)
 
 def seconds(task: str, setting: dict[str, str]) -> float:
     """The seconds that a task reports, in a separate process."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
+    inherited = {k: v for k, v in os.environ.items() if k not in SET}
     environment = inherited | {"PYTHONPATH": str(ROOT)} | setting
     done = subprocess.run(
         [sys.executable, "-c", TASKS[task]], env=environment, check=True, capture_output=True, text=True
@@ -83,11 +85,11 @@ def main() -> None:
             finally:
                 if spinner:
                     spinner.kill()
-    print("task   setting               quiet      busy     busy / quiet")
+    print("task   setting                 quiet      busy     busy / quiet")
     for task in args.tasks or TASKS:
         for name in SETTINGS:
             quiet, busy = (statistics.median(times[task, name, state]) for state in (False, True))
-            print(f"{task:6} {name:20} {quiet:6.2f} s  {busy:6.2f} s  {busy / quiet:8.2f}")
+            print(f"{task:6} {name:22} {quiet:6.2f} s  {busy:6.2f} s  {busy / quiet:8.2f}")
 
 
 if __name__ == "__main__":
