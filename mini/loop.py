@@ -62,7 +62,7 @@ class World:
 def training_pairs(parts: int) -> Pairs:
     """`parts` thousand truthful scenes, drawn into the cache if missing."""
     folder = weights.cache_dir() / f"pretrain-scenes-{scenes.VERSION}-truthful"
-    images = scenes.draw_parts(folder, parts=parts, seed=scenes.PRETRAIN_SEED, truthful=True)
+    images = scenes.build(folder, parts=parts, seed=scenes.PRETRAIN_SEED, truthful=True)
     return read_pairs(images).subset(np.arange(parts * PER_PART))
 
 

@@ -449,7 +449,7 @@ def is_complete(path: Path, names: list[str]) -> bool:
         return False
 
 
-def draw_parts(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed: int = 0,
+def build(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed: int = 0,
                progress: bool = True, truthful: bool = False) -> Path:
     """The path folder/images; writes parts x per_part pairs there as part-000001.zip ...
 
@@ -531,7 +531,7 @@ def main() -> None:
         pictures = [(render(scene), bracketed(scene.prompt, scene.undrawn)) for scene in drawn]
         contact_sheet(pictures).save(arguments.sheet, "PNG")
     if arguments.build:
-        draw_parts(arguments.build, seed=arguments.seed)
+        build(arguments.build, seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
-    scenes.draw_parts(folder, parts=1, per_part=84, progress=False)
+    scenes.build(folder, parts=1, per_part=84, progress=False)
     return folder
 
 

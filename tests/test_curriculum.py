@@ -271,7 +271,7 @@ def test_flags_that_make_no_sense(capsys, flags: list[str], said: str):
 def test_difficulty_of_other_pairs_or_another_split_is_refused(
     recorded: Path, few_scenes: Path, tmp_path: Path, capsys
 ):
-    scenes.draw_parts(tmp_path / "others", parts=1, per_part=84, seed=5, progress=False)
+    scenes.build(tmp_path / "others", parts=1, per_part=84, seed=5, progress=False)
     flags = ["--curriculum", "difficulty", "--phase-1", str(recorded), *SMALL]
     flags += ["--out", str(tmp_path / "run")]
     assert "other pairs" in error_line(capsys, "--data", str(tmp_path / "others"), *flags)

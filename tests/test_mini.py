@@ -54,8 +54,8 @@ def world() -> World:
 
 def test_the_training_world_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
-    draw_parts = partial(scenes.draw_parts, per_part=30)
-    monkeypatch.setattr(scenes, "draw_parts", draw_parts)
+    build = partial(scenes.build, per_part=30)
+    monkeypatch.setattr(scenes, "build", build)
     monkeypatch.setattr(loop, "PER_PART", 30)
     world = loop.training_world(1)
     chosen = scenes.kept_indices(30, scenes.PRETRAIN_SEED)

@@ -12,7 +12,7 @@ from data import clean, read_pairs
 from mini import scenes
 from mini.backdrops import GROUNDS, SKIES
 from mini.pen import PAINT, pick, stream
-from mini.scenes import Scene, Thing, View, candidate, draw_parts, render, words_of
+from mini.scenes import Scene, Thing, View, candidate, build, render, words_of
 from mini.styles import STYLE_PAINT
 from mini.subjects import MATERIAL_PAINT, SHAPES
 
@@ -36,7 +36,7 @@ def world() -> list[Scene]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    draw_parts(folder, parts=2, per_part=20, seed=5, progress=False)
+    build(folder, parts=2, per_part=20, seed=5, progress=False)
     return folder
 
 
@@ -210,17 +210,17 @@ def test_parts_read_as_diffusiondb(built):
 
 
 def test_rebuild_is_byte_identical(built, tmp_path):
-    draw_parts(tmp_path / "again", parts=2, per_part=20, seed=5, progress=False)
+    build(tmp_path / "again", parts=2, per_part=20, seed=5, progress=False)
     assert zips(tmp_path / "again") == zips(built)
-    draw_parts(tmp_path / "other", parts=2, per_part=20, seed=6, progress=False)
+    build(tmp_path / "other", parts=2, per_part=20, seed=6, progress=False)
     assert not set(read_pairs(tmp_path / "other").names) & set(read_pairs(built).names)
 
 
 def test_several_processes_draw_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes.os, "cpu_count", lambda: 2)
-    draw_parts(tmp_path / "two", parts=1, per_part=100, progress=False)
+    build(tmp_path / "two", parts=1, per_part=100, progress=False)
     monkeypatch.setattr(scenes.os, "cpu_count", lambda: 1)
-    draw_parts(tmp_path / "one", parts=1, per_part=100, progress=False)
+    build(tmp_path / "one", parts=1, per_part=100, progress=False)
     assert zips(tmp_path / "two") == zips(tmp_path / "one")
 
 
@@ -229,7 +229,7 @@ def test_no_processes_to_be_had(tmp_path, monkeypatch):
         raise OSError("no semaphores")
     monkeypatch.setattr(scenes.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(scenes.multiprocessing, "Pool", refuse)
-    draw_parts(tmp_path, parts=1, per_part=100, progress=False)
+    build(tmp_path, parts=1, per_part=100, progress=False)
     assert len(read_pairs(tmp_path)) == 100
 
 
@@ -247,24 +247,24 @@ def test_interrupted_build_resumes(built, tmp_path, monkeypatch, moment):
     with monkeypatch.context() as patch:
         patch.setattr(scenes, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            draw_parts(tmp_path, parts=2, per_part=20, seed=5, progress=False)
+            build(tmp_path, parts=2, per_part=20, seed=5, progress=False)
     assert list(zips(tmp_path)) == ["part-000001.zip"]
 
     again = []
     draw = scenes.draw_pair
     monkeypatch.setattr(scenes, "draw_pair", lambda job: again.append(job) or draw(job))
-    draw_parts(tmp_path, parts=2, per_part=20, seed=5, progress=False)
+    build(tmp_path, parts=2, per_part=20, seed=5, progress=False)
     assert zips(tmp_path) == zips(built)
     assert len(again) == 20                        # the part that was there is not drawn again
-    draw_parts(tmp_path, parts=2, per_part=20, seed=5, progress=False)
+    build(tmp_path, parts=2, per_part=20, seed=5, progress=False)
     assert len(again) == 20
 
 
 def test_damaged_part_is_made_again(built, tmp_path):
-    draw_parts(tmp_path, parts=2, per_part=20, seed=5, progress=False)
+    build(tmp_path, parts=2, per_part=20, seed=5, progress=False)
     part = tmp_path / "images" / "part-000001.zip"
     part.write_bytes(part.read_bytes()[:5000])
-    draw_parts(tmp_path, parts=2, per_part=20, seed=5, progress=False)
+    build(tmp_path, parts=2, per_part=20, seed=5, progress=False)
     assert zips(tmp_path) == zips(built)
 
 

@@ -460,7 +460,7 @@ def test_a_new_run_has_the_first_free_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_resuming_on_other_pairs_is_refused(uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys):
-    scenes.draw_parts(tmp_path / "others", parts=1, per_part=84, seed=5, progress=False)
+    scenes.build(tmp_path / "others", parts=1, per_part=84, seed=5, progress=False)
     config = json.loads((uninterrupted / "config.json").read_text()) | {"data": str(tmp_path / "others")}
     (uninterrupted / "config.json").write_text(json.dumps(config))
     assert "other pairs" in error_line(capsys, "--resume", str(uninterrupted))
@@ -660,7 +660,7 @@ def test_flags_that_just_agree_and_flags_that_just_do_not():
         assert flags.items() <= vars(resolve(TrainConfig(**flags))).items()
     for message, flags in {
         "--lerac-epochs: must be below": {"curriculum": "lerac", "epochs": 2, "lerac_epochs": 2.0},
-        "--random-start: all blocks": {"random_start": True, "train_blocks": 0},
+        "--random-start: trains all blocks": {"random_start": True, "train_blocks": 0},
     }.items():
         with pytest.raises(data.DataError, match=message):
             resolve(TrainConfig(**flags))

@@ -106,7 +106,7 @@ def pairs_folder(name: str) -> Path:
     from mini import scenes
 
     path = weights.cache_dir() / f"mini-scenes-{scenes.VERSION}"
-    scenes.draw_parts(path)
+    scenes.build(path)
     return path
 
 
