@@ -11,6 +11,7 @@ everything beneath it.
     StackedQkv("*_proj.weight")   their tensor is our q, k and v stacked along the first axis
     OneOfQkv("qkv", 0)        their tensor is the q (0), k (1) or v (2) of our stacked one
     None                      dropped on purpose, the reason beside it
+    "": "name"                every other name lies beneath ours
 
 A name without a row is left as it is, so that strict loading reports it. Nothing here does more than rename,
 reshape, split and stack: it works on meta tensors and on gradients as on weights.

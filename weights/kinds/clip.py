@@ -31,16 +31,12 @@ HF_VISION: dict[str, Row] = {
 # latter has no projection: such a file is recognised here, so that the error can name what it lacks.
 TRANSFORMERS_5_TEXT: dict[str, Row] = {
     "embeddings.position_ids":               None,  # 0, 1, 2, ...
-    "embeddings":                            "text_model.embeddings",
-    "encoder":                               "text_model.encoder",
-    "final_layer_norm":                      "text_model.final_layer_norm",
+    "":                                      "text_model",
 }
 TRANSFORMERS_5_VISION: dict[str, Row] = {
     "embeddings.position_ids":               None,  # 0, 1, 2, ...
-    "embeddings":                            "vision_model.embeddings",
-    "pre_layrnorm":                          "vision_model.pre_layrnorm",
-    "encoder":                               "vision_model.encoder",
-    "post_layernorm":                        "vision_model.post_layernorm",
+    "visual_projection":                     "visual_projection",
+    "":                                      "vision_model",
 }
 
 

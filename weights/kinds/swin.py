@@ -60,7 +60,7 @@ HF_2: dict[str, Row] = HF_SHARED | _DENSE | {
 HEADS = ("classifier", "decoder")  # of ImageNet's classes, of the pixels that were hidden in pretraining
 
 
-def _pairs(names: Iterable[str], ends: bool) -> list[Numbers]:
+def stage_numbers(names: Iterable[str], ends: bool = True) -> list[Numbers]:
     """{s} and {n} for every block, and for every stage but the last {s} and {next} if `ends`."""
     found = (re.match(r"(?:\w+\.)*?layers\.(\d+)\.blocks\.(\d+)\.", name) for name in names)
     blocks = sorted({(int(match[1]), int(match[2])) for match in found if match})
@@ -70,11 +70,7 @@ def _pairs(names: Iterable[str], ends: bool) -> list[Numbers]:
 
 def _home_numbers(names: Iterable[str]) -> list[Numbers]:
     names = list(names)
-    return _pairs(names, ends=any(name.startswith("layers.0.downsample.") for name in names))
-
-
-def stage_numbers(names: Iterable[str]) -> list[Numbers]:
-    return _pairs(names, ends=True)
+    return stage_numbers(names, ends=any(name.startswith("layers.0.downsample.") for name in names))
 
 
 IN_HF = Options(
@@ -104,7 +100,10 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) 
     """Stages, widths, heads and version 1's windows from shapes; the image's size, version 2's windows and
     those of its pretraining from Hugging Face's config.json, or timm's and the architecture's name in it."""
     sizes, timm = _from_shapes(tensors), "architecture" in config
-    stated, windows = (_timm if timm else _hf)(config, sizes.version, where)
+    if timm:
+        stated, windows = _timm(config, sizes.version, where)
+    else:
+        stated, windows = IN_HF.read(config, where), config["window_size"]
     sizes = replace(sizes, **stated | {"img_size": pair(stated["img_size"])})
     if sizes.version == 2:
         sizes = replace(sizes, pretrained_window_sizes=_windows_before(config, sizes))
@@ -134,10 +133,6 @@ def _from_shapes(tensors: Mapping[str, Tensor]) -> SwinConfig:
         qkv_bias=f"layers.0.blocks.0.attn.{'q_bias' if version == 2 else 'qkv.bias'}" in tensors,
         pretrained_window_sizes=(),
     )
-
-
-def _hf(config: Mapping[str, Any], version: int, where: str) -> tuple[dict[str, Any], Any]:
-    return IN_HF.read(config, where), config["window_size"]
 
 
 def _timm(config: Mapping[str, Any], version: int, where: str) -> tuple[dict[str, Any], Any]:

@@ -89,11 +89,6 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) 
     }
 
 
-def _encode_and_decode(model: VAE, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    latents = model.encode(**inputs)
-    return {"latents": latents, "images": model.decode(latents)}
-
-
 KIND = Kind(
     name="vae", model=VAE, config=VAEConfig, configs=CONFIGS,
     dialects=(
@@ -108,5 +103,7 @@ KIND = Kind(
     single_file=("first_stage_model.",),
     single_sizes={"scale_factor": "scale_factor"},
     example_inputs=lambda config, draw: {"images": draw.normal(config.in_channels, 64, 64).clamp(-1, 1)},
-    outputs=_encode_and_decode,
+    outputs=lambda model, inputs: {
+        "latents": (latents := model.encode(**inputs)), "images": model.decode(latents),
+    },
 )
