@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from weights import to_home
-from weights.dialects import Dialect, OneOfQkv, Row, numbers, to_ours
+from weights.dialects import Dialect, OneOfQkv, Row, beneath, numbers, to_ours
 from weights.kinds import swin, vit
 
 VIT: dict[str, Row] = vit.EMBEDDINGS | {
@@ -32,12 +32,13 @@ SWIN: dict[str, Row] = swin.HF_SHARED | {
 _vit_numbers = numbers(r"(?:vit\.)?layers\.(\d+)\.")
 IN_MEMORY: dict[str, dict[str, Dialect]] = {  # by a name that only this dialect has
     "vit": {
-        "vit.layers.0.layernorm_before.weight": Dialect("head", "", vit.with_a_head(VIT), _vit_numbers),
+        "vit.layers.0.layernorm_before.weight":
+            Dialect("head", "", beneath("vit", VIT, "classifier", "decoder"), _vit_numbers),
         "layers.0.layernorm_before.weight": Dialect("bare", "", VIT, _vit_numbers),
     },
     "swin": {
         "swin.encoder.layers.0.blocks.0.attention.q_proj.weight":
-            Dialect("head", "", swin.beneath("swin", SWIN), swin.stage_numbers),
+            Dialect("head", "", beneath("swin", SWIN, *swin.HEADS), swin.stage_numbers),
         "encoder.layers.0.blocks.0.attention.q_proj.weight": Dialect("bare", "", SWIN, swin.stage_numbers),
     },
 }

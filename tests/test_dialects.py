@@ -16,7 +16,7 @@ import weights
 from models import clip, unet, vae, vit
 from weights import dialects
 from weights.kinds import KINDS
-from weights.kinds.clip_text import OPEN_CLIP_CUT
+from weights.kinds.clip import OPEN_CLIP_CUT
 from weights.options import sizes_of
 
 # n ResBlocks a level, levels, levels with a transformer; diffusers' defaults are Stable Diffusion's.

@@ -26,7 +26,7 @@ from tests.parity import (
     randomise,
 )
 from weights import WeightsError, from_home, to_home
-from weights.kinds.clip_vision import KIND
+from weights.kinds.clip import VISION as KIND
 from weights.options import sizes_of
 
 TINY = CLIPVisionConfig(

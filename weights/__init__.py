@@ -7,8 +7,7 @@
     kinds/        these tables, a file for each architecture
     registry.py   checkpoints known by name, with hashes and licences
     fetch.py      bringing them into the cache
-    sources.py    finding, parsing and reading a source; `load`
-    identity.py   a hash of a source
+    sources.py    finding, parsing, reading and hashing a source; `load`
     preprocessing.py  how a checkpoint's pictures are prepared
     golden.py     activations to test a port against
     tokenizer.py  CLIP's tokenizer
@@ -16,11 +15,20 @@
 
 from weights.fetch import cache_dir
 from weights.files import read_json, read_tensors
-from weights.identity import fingerprint
 from weights.preprocessing import preprocessing
-from weights.sources import build, config, from_home, load, resolve, resolve_device, to_home
+from weights.sources import (
+    build,
+    config,
+    fingerprint,
+    from_home,
+    load,
+    load_tokenizer,
+    resolve,
+    resolve_device,
+    to_home,
+)
 from weights.strict import WeightsError, load_strict
-from weights.tokenizer import ClipTokenizer, load_tokenizer
+from weights.tokenizer import ClipTokenizer
 
 __all__ = [
     "ClipTokenizer", "WeightsError", "build", "cache_dir", "config", "fingerprint", "from_home", "load",

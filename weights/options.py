@@ -32,119 +32,90 @@ CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130
 
 @dataclass(frozen=True)
 class Options:
-    """One sort of config.json. An option of a part is written "text_config.hidden_size".
-
-    told      option -> our field
-    only      option -> the values that models/ implements
-    defaults  our field -> what upstream assumes where the option is absent
-    harmless  options that change nothing here; with it, any option that stands nowhere above is refused
-    """
+    """One sort of config.json. An option of a part is written "text_config.hidden_size"."""
 
     told: Mapping[str, str]
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # Our field -> what upstream assumes where the option is absent
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    # Options that change nothing here. With it, any option that stands nowhere above must be None or False.
     harmless: set[str] | None = None
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    def read(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Our fields, as the config.json states them. Raises WeightsError for what is not implemented."""
-        if self.harmless is not None:
-            require_known(config, {*self.told, *self.only, *self.harmless}, where)
-        flat = dict(config)
-        for part, options in config.items():
-            if isinstance(options, Mapping):
-                flat |= {f"{part}.{option}": value for option, value in options.items()}
-        require_supported(flat, self.only, where)
+        flat: dict[str, Any] = {}
+        for option, value in config.items():
+            parts = value if isinstance(value, Mapping) else None
+            flat |= {option: value} if parts is None else {f"{option}.{k}": v for k, v in parts.items()}
+        known = {*self.told, *self.only, *(flat if self.harmless is None else self.harmless)}
+        faults = {
+            "this kind of model is not implemented here":
+                [option for option in self.only if option in flat and flat[option] not in self.only[option]],
+            "options unknown here, which may change the model":
+                [option for option, value in flat.items()
+                 if option not in known and option[0] != "_" and value is not None and value is not False],
+        }
+        for fault, options in faults.items():
+            if options:
+                shown = listed([f"{option} = {flat[option]!r}" for option in options])
+                raise WeightsError(f"{where}: {fault}: {shown}")
         stated = {field: flat[option] for option, field in self.told.items() if flat.get(option) is not None}
         return {**self.defaults, **stated}
 
 
-def require_supported(config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    """Raise WeightsError for an option whose value is not among those of the table; absent ones pass."""
-    unsupported = [
-        f"{option} = {config[option]!r}" for option, allowed in only.items()
-        if option in config and config[option] not in allowed
-    ]
-    if unsupported:
-        raise WeightsError(f"{where}: this kind of model is not implemented here: {listed(unsupported)}")
-
-
-def require_known(config: Mapping[str, Any], options: set[str], where: str) -> None:
-    """Raise WeightsError for an option outside `options` that is not switched off."""
-    unknown = [
-        f"{k} = {v!r}" for k, v in config.items()
-        if not k.startswith("_") and k not in options and v is not None and v is not False
-    ]
-    if unknown:
-        raise WeightsError(f"{where}: options unknown here, which may change the model: {listed(unknown)}")
+def same_names(config: type) -> dict[str, str]:
+    """TOLD of a config.json that names its options as our configuration does."""
+    return {field.name: field.name for field in fields(config)}
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """How pictures are usually prepared for a kind: the field of its configuration with their size, the
-    transformers processor, mean and deviation, and the filter of Hugging Face's checkpoints."""
+    """How pictures are usually prepared for a kind."""
 
-    size: str
-    processor: str
-    colours: Mapping[str, tuple[float, float, float]]
-    filter: str = "bicubic"
+    size: str  # the field of its configuration with their size
+    processor: str  # of transformers
+    colours: Mapping[str, tuple[float, float, float]]  # mean and deviation
+    filter: str = "bicubic"  # of Hugging Face's checkpoints
 
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """One kind of model.
-
-    dialects        the first is home
-    classes         values of `_class_name`, `model_type` or timm's `architecture` that mean this kind; a
-                    trailing `_` makes it a prefix
-    second_config   another name than config.json under which folders state the sizes
-    read            (config.json, tensors under our names, name of the source for errors) -> our fields
-    shapes          SHAPES, for the fields that a config.json leaves out
-    forms           field -> the function that brings what config.json states into our form
-    heads           field with a number of heads -> field with the width that they share
-    not_in_weights  tensor of ours -> a setting that such weights do not show; without a config.json they are
-                    refused, except in a Stable Diffusion single file
-    single_file     the prefixes under which a Stable Diffusion single file holds it
-    single_sizes    tensor beside them in that file -> the field that it states
-    part_of         the kind whose files this one reads, if it is but a part of it
-    ignore          regex of our names -> why such a tensor may be left over
-    tokenizer       reads the tokenizer that the model holds from the folder of the weights
-    clip_tokenizer  whether weights.load_tokenizer reads its tokenizer
-    tied            a name that files may hold twice: the dropped one -> ours, with the same values
-    pictures        None for a kind that reads none
-    example_inputs  (configuration, `golden.Draw`) -> inputs for a golden file, by their names in forward
-    outputs         (model, those inputs) -> the golden file's outputs
-    """
+    """One kind of model."""
 
     name: str
     model: type[nn.Module]
     config: type
-    configs: Mapping[str, Any]
-    dialects: tuple[Dialect, ...]
+    configs: Mapping[str, Any]  # the published sizes, by the registry's names
+    dialects: tuple[Dialect, ...]  # the first is home
+    # Values of `_class_name`, `model_type` or timm's `architecture`; a trailing `_` makes one a prefix
     classes: set[str]
+    # (config.json, tensors under our names, name of the source for errors) -> our fields
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor], str], Mapping[str, Any]]
+    # (configuration, golden.Draw) -> forward's inputs
     example_inputs: Callable[[Any, Any], dict[str, Tensor]]
-    outputs: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]] = (
+    outputs: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]] = (  # of a golden file
         lambda model, inputs: {"output": model(**inputs)}
     )
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
-    forms: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
-    heads: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # for fields that a config.json leaves out
+    forms: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # field -> theirs to our form
+    heads: Mapping[str, str] = field(default_factory=dict)  # number of heads -> the width that they share
+    # Tensor -> a setting that such weights do not show: without a config.json they are refused, except in a
+    # Stable Diffusion single file
     not_in_weights: Mapping[str, str] = field(default_factory=dict)
-    second_config: str = ""
-    single_file: tuple[str, ...] = ()
-    single_sizes: Mapping[str, str] = field(default_factory=dict)
-    part_of: str = ""
-    ignore: Mapping[str, str] = field(default_factory=dict)
-    tokenizer: Callable[[Path], Tokenizer] | None = None
-    clip_tokenizer: bool = False
-    tied: Mapping[str, str] = field(default_factory=dict)
-    pictures: Pictures | None = None
+    second_config: str = ""  # another name than config.json under which folders state the sizes
+    single_file: tuple[str, ...] = ()  # the prefixes under which a Stable Diffusion single file holds it
+    single_sizes: Mapping[str, str] = field(default_factory=dict)  # a tensor of that file -> its field
+    part_of: str = ""  # the kind whose files this one reads, if it is but a part of it
+    ignore: Mapping[str, str] = field(default_factory=dict)  # regex of our names -> why it may be left over
+    tokenizer: Callable[[Path], Tokenizer] | None = None  # of the model, from the folder of the weights
+    clip_tokenizer: bool = False  # whether weights.load_tokenizer reads its tokenizer
+    tied: Mapping[str, str] = field(default_factory=dict)  # a dropped copy -> ours, with the same values
+    pictures: Pictures | None = None  # None: it reads none
 
     def owns(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json describes this kind."""
-        named = name_in(config)
-        prefixes = tuple(name for name in self.classes if name.endswith("_"))
-        return named in self.classes or bool(prefixes and named and named.startswith(prefixes))
+        named = name_in(config) or ""
+        return any(named == name or (name[-1] == "_" and named.startswith(name)) for name in self.classes)
 
     def find_dialect(self, names: Iterable[str]) -> Dialect | None:
         """The dialect that has such tensor names; None if it is none of this kind's."""
@@ -162,11 +133,10 @@ class Kind:
 
     def dialect(self, name: str) -> Dialect:
         """The dialect of that name. Raises WeightsError if the kind has none."""
-        for dialect in self.dialects:
-            if dialect.name == name:
-                return dialect
-        known = ", ".join(dialect.name for dialect in self.dialects)
-        raise WeightsError(f"{self.name} has no dialect {name!r}; it has {known}")
+        dialects = {dialect.name: dialect for dialect in self.dialects}
+        if name not in dialects:
+            raise WeightsError(f"{self.name} has no dialect {name!r}; it has {', '.join(dialects)}")
+        return dialects[name]
 
 
 def name_in(config: Mapping[str, Any]) -> str | None:
@@ -178,11 +148,6 @@ def name_in(config: Mapping[str, Any]) -> str | None:
 def pair(size: Any) -> tuple[int, int]:
     """(height, width) of a side or of a pair."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Sizes
-# ------------------------------------------------------------------------------------------------------------
 
 
 def from_shapes(shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -218,7 +183,7 @@ def sizes_of(
                                    f"config.json")
         return replace(recognise(kind, tensors, where), **(dialect or kind.dialects[0]).lone_file_defaults)
     try:
-        stated = from_shapes(kind.shapes, tensors) | dict(kind.read(config, tensors, where))
+        stated = from_shapes(kind.shapes, tensors) | kind.read(config, tensors, where)
         sizes = {name: kind.forms.get(name, lambda size: size)(size) for name, size in stated.items()}
         found = kind.config(**{field.name: sizes[field.name] for field in fields(kind.config)})
         for heads, width in kind.heads.items():

@@ -18,13 +18,23 @@ from weights.sources import config, read
 from weights.strict import WeightsError
 
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+STEPS = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+
+
+def _usual(resample: int, size: Any, crop: int | None, colours: Mapping[str, Any]) -> dict[str, Any]:
+    return STEPS | {
+        "resample": resample, "size": size, "do_center_crop": crop is not None, "crop_size": crop,
+        "rescale_factor": 1 / 255, "image_mean": colours["mean"], "image_std": colours["std"],
+    }
+
+
 # transformers' processors: what each does where its file is silent. One number as size: the shorter side
 # for CLIP's, a square for the others.
 PROCESSORS: dict[str, dict[str, Any]] = {
-    "CLIP": {"resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, **CLIP},
-    "ViT": {"resample": 2, "size": 224, "do_center_crop": False, "crop_size": None, **HALVES},
-    "DeiT": {"resample": 3, "size": 256, "do_center_crop": True, "crop_size": 224, **HALVES},
-    "Blip": {"resample": 3, "size": 384, "do_center_crop": False, "crop_size": None, **CLIP},
+    "CLIP": _usual(3, {"shortest_edge": 224}, 224, CLIP),
+    "ViT": _usual(2, 224, None, HALVES),
+    "DeiT": _usual(3, 256, 224, HALVES),
+    "Blip": _usual(3, 384, None, CLIP),
 }
 
 
@@ -54,8 +64,7 @@ def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[st
 def from_files(folder: Path, dialect: str, kind: str, image_size: int | tuple[int, int]) -> dict[str, Any]:
     """The same from a folder, the dialect of its weights, and the size that the model reads.
 
-    preprocessor_config.json or processor_config.json (Hugging Face), open_clip_config.json, timm's
-    config.json; where several lie there, first the one of the weights' own dialect.
+    Where several processors' files lie there, first the one of the weights' own dialect.
     """
     size = _pair(image_size, "the model's image_size")
     readers = {"hf": _from_hugging_face, "open_clip": _from_open_clip, "timm": _from_timm}
@@ -80,21 +89,16 @@ def defaults(kind: str, dialect: str, image_size: int | tuple[int, int]) -> dict
     if PROCESSORS[usual.processor]["do_center_crop"]:
         rules = "torchvision" if rules == "open_clip" else "transformers"
         return _shorter_side(size, 1.0, usual.filter, usual.colours, rules)
-    return _squashed(size, usual.filter, usual.colours)
+    return _fields(size, None, usual.filter, usual.colours, "transformers")
 
 
 def _fields(
-    size: tuple[int, int], resize: Any, filter: str, colours: Mapping[str, Any], rules: str, squash: bool
+    size: tuple[int, int], resize: Any, filter: str, colours: Mapping[str, Any], rules: str = "torchvision",
+    squash: bool = False,
 ) -> dict[str, Any]:
     mean, std = tuple(colours["mean"]), tuple(colours["std"])
     return {"size": size, "resize": resize, "filter": filter, "mean": mean, "std": std, "rules": rules,
             "squash": squash}
-
-
-def _squashed(
-    size: tuple[int, int], filter: str, colours: Mapping[str, Any], rules: str = "transformers"
-) -> dict[str, Any]:
-    return _fields(size, None, filter, colours, rules, False)
 
 
 def _shorter_side(
@@ -102,12 +106,7 @@ def _shorter_side(
 ) -> dict[str, Any]:
     """The picture covers 1/crop of `size`, which is cut from its centre."""
     box = tuple(math.floor(side / crop) for side in size)
-    return _fields(size, box[0] if size[0] == size[1] else box, filter, colours, rules, False)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Hugging Face
-# ------------------------------------------------------------------------------------------------------------
+    return _fields(size, box[0] if size[0] == size[1] else box, filter, colours, rules)
 
 
 def _from_hugging_face(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str, Any] | None:
@@ -118,63 +117,51 @@ def _from_hugging_face(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[
         where, config = whole, read_json(whole).get("image_processor")
     if not isinstance(config, dict):
         return None
-    made = _processor(config, kind, size, str(where))
-    if made["size"] != size:
-        raise WeightsError(f"{where}: makes pictures of {_by(made['size'])}, and the model reads "
-                           f"{_by(size)}; correct its size, or remove it for what is usual")
-    return made
-
-
-def _processor(config: Mapping[str, Any], kind: Kind, size: tuple[int, int], where: str) -> dict[str, Any]:
-    """The fields of transformers' processor of these settings."""
     named = config.get("image_processor_type") or config.get("feature_extractor_type")
     name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named or kind.pictures.processor))
     if name not in PROCESSORS:
         raise WeightsError(f"{where}: pictures for a {named} are not known here, only for "
                            f"{', '.join(PROCESSORS)}ImageProcessor")
     usual = PROCESSORS[name]
-
-    def setting(key: str, default: Any) -> Any:
-        return default if config.get(key) is None else config[key]
-
-    known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    more = [key for key, value in config.items() if key.startswith("do_") and value and key not in known]
-    if more:
+    if more := [key for key in config if key.startswith("do_") and config[key] and key not in usual]:
         raise WeightsError(f"{where}: {', '.join(more)} is not done here; set it to false")
+    stated = {key: value for key, value in config.items() if value is not None}
+    made = _processor(usual | stated, name, size, str(where))
+    if made["size"] != size:
+        raise WeightsError(f"{where}: makes pictures of {_by(made['size'])}, and the model reads "
+                           f"{_by(size)}; correct its size, or remove it for what is usual")
+    return made
 
-    resample = setting("resample", usual["resample"])
-    if resample not in RESAMPLE:
-        raise WeightsError(f"{where}: resample {resample!r} is none of {RESAMPLE}")
-    factor = float(setting("rescale_factor", 1 / 255)) if setting("do_rescale", True) else 1.0
+
+def _processor(config: Mapping[str, Any], name: str, size: tuple[int, int], where: str) -> dict[str, Any]:
+    """The fields of transformers' processor of that name and these settings."""
+    if config["resample"] not in RESAMPLE:
+        raise WeightsError(f"{where}: resample {config['resample']!r} is none of {RESAMPLE}")
+    filter = RESAMPLE[config["resample"]]
+    factor = float(config["rescale_factor"]) if config["do_rescale"] else 1.0
     mean, std = (0.0,) * 3, (1.0,) * 3
-    if setting("do_normalize", True):
-        mean, std = (_three(setting(f"image_{key}", usual[key]), where) for key in ("mean", "std"))
+    if config["do_normalize"]:
+        mean, std = (_three(config[f"image_{key}"], where) for key in ("mean", "std"))
     # (x * factor - mean) / std for grey levels x, written for x / 255
     scale = 1.0 if math.isclose(255 * factor, 1.0) else 255 * factor
     colours = {"mean": tuple(m / scale for m in mean), "std": tuple(s / scale for s in std)}
 
-    to, crop = setting("size", usual["size"]), None
-    if setting("do_center_crop", usual["do_center_crop"]):
-        crop = _pair(setting("crop_size", usual["crop_size"]), f"{where}: crop_size")
+    to = config["size"]
+    crop = _pair(config["crop_size"], f"{where}: crop_size") if config["do_center_crop"] else None
     if isinstance(to, int) and name == "CLIP":
         to = {"shortest_edge": to}
     shorter = to.get("shortest_edge") if isinstance(to, Mapping) and set(to) == {"shortest_edge"} else None
-    if not setting("do_resize", True):
+    if not config["do_resize"]:
         if crop:
             raise WeightsError(f"{where}: a crop without a resize is not done here; set do_resize to true")
         to = list(size)  # pictures must come in the size that the model reads
     elif shorter is not None:
         if not crop or not isinstance(shorter, int):
             raise WeightsError(f"{where}: size {to!r} without a crop leaves pictures of many sizes")
-        return _fields(crop, shorter, RESAMPLE[resample], colours, "transformers", False)
+        return _fields(crop, shorter, filter, colours, "transformers")
     box = _pair(to, f"{where}: size")
     squash = crop is not None and crop != box
-    return _fields(crop or box, box if squash else None, RESAMPLE[resample], colours, "transformers", squash)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# open_clip, timm
-# ------------------------------------------------------------------------------------------------------------
+    return _fields(crop or box, box if squash else None, filter, colours, "transformers", squash)
 
 
 def _from_open_clip(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str, Any] | None:
@@ -188,7 +175,7 @@ def _from_open_clip(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str
     filter = "bicubic" if filter == "random" else _filter(filter, ("bicubic", "bilinear"), where)
     mode = config.get("resize_mode") or "shortest"
     if mode == "squash":
-        return _squashed(size, filter, colours, "torchvision")
+        return _fields(size, None, filter, colours)
     if mode != "shortest":
         raise WeightsError(f'{where}: resize_mode {mode!r} is not done here; "shortest" and "squash" are')
     # open_clip's resize for a size that is not square is bicubic, whatever the file states
@@ -214,11 +201,6 @@ def _from_timm(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str, Any
         raise WeightsError(f'{where}: crop_mode {mode!r} is not done here; "center" and "squash" are')
     box = tuple(math.floor(side / crop) for side in size)
     return _fields(size, None if box == size else box, filter, colours, "torchvision", box != size)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# values
-# ------------------------------------------------------------------------------------------------------------
 
 
 def _pair(value: Any, what: str) -> tuple[int, int]:

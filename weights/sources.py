@@ -1,10 +1,11 @@
 """Sources: finding, parsing and reading them, and `load`, which puts everything together."""
 
 import functools
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from re import fullmatch
 from typing import Any
@@ -16,10 +17,11 @@ from weights.dialects import Dialect, Recipe, map_names, their_names, to_ours, t
 from weights.fetch import damage, ensure, where
 from weights.files import Stored, read_json, refuse_pickle, stored_tensors
 from weights.kinds import KINDS, find_kind
-from weights.kinds.sd import ignored_in_single_file
+from weights.kinds.sd import SINGLE_FILE_IGNORED
 from weights.options import Kind, build_on_meta, name_in, sizes_of
 from weights.registry import DEFAULTS, ENTRIES, FOLDERS, Entry
 from weights.strict import WeightsError, listed, load_strict
+from weights.tokenizer import END, ClipTokenizer, read_folder
 
 log = logging.getLogger("weights")
 
@@ -31,11 +33,6 @@ WEIGHTS = [f"{stem}.{end}" for stem in STEMS for end in ("safetensors", "safeten
     for end in ("fp16.safetensors", "safetensors.index.fp16.json", "fp16.safetensors.index.json")
 ]
 SINGLE_FILE = tuple(prefix for kind in KINDS.values() for prefix in kind.single_file)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Loading
-# ------------------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -51,12 +48,11 @@ def load(
     source  a name of the registry (fetched at first use), a .safetensors file, a folder of diffusers (its
             root or the part's own) or of Hugging Face, whole or in shards, or a single file of Stable
             Diffusion; None = the kind's default. A registry name wins over a file of that name.
-    dtype   of the model; tensors are converted one by one, whatever the file holds
+    dtype   of the model, whatever the file holds
 
     Sizes come from config.json; a file without one must have the names and shapes of a published model. A
-    text_encoder folder is used whole: Stable Diffusion 2's was cut before its last layer when it was
-    published, and a folder of all of OpenCLIP-H's 24 layers gives the last, not the penultimate. From a
-    single file of Stable Diffusion 2, which holds them all, the last layer is dropped.
+    text_encoder folder is used whole, as Stable Diffusion 2's was cut before its last layer when it was
+    published; from a single file of Stable Diffusion 2, which holds all 24 layers, the last is dropped.
 
     Raises WeightsError, one line, for anything that is not as it should be; nothing is half-loaded. A part of
     this repository's own that is not in it yet is initialised instead, and a warning states it.
@@ -101,8 +97,7 @@ def to_home(kind: str, tensors: Mapping[str, Tensor], dialect: str | None = None
     """Tensors of any dialect under our names (and in our shapes); None = the dialect that has such names.
 
     Names come without a single file's prefix; those without a row stay as they are. Tensors that are not
-    stacked share memory with `tensors`. Raises WeightsError for names of no known dialect, for two tensors
-    that claim one name, and for a part that is missing from a stack.
+    stacked share memory with `tensors`. Raises WeightsError as `map_names`, and for an unknown dialect.
     """
     entry = find_kind(kind)
     return to_ours(entry.dialect(dialect) if dialect else entry.dialect_of(tensors), tensors)
@@ -111,15 +106,14 @@ def to_home(kind: str, tensors: Mapping[str, Tensor], dialect: str | None = None
 def from_home(kind: str, tensors: Mapping[str, Tensor], dialect: str = "diffusers") -> dict[str, Tensor]:
     """The reverse of `to_home`, for writing: tensors under our names -> under the names of `dialect`.
 
-    Tensors that a dialect holds and we drop are not invented: the result lacks them. Raises WeightsError for
-    a dialect that the kind does not have, and for a q without its k and v where they are stored as one.
+    What a dialect holds and we drop is not invented. Raises WeightsError for a dialect that the kind does not
+    have, and for a q without its k and v where they are stored as one.
     """
     return to_theirs(find_kind(kind).dialect(dialect), tensors)
 
 
 def _source(kind: str, source: str | os.PathLike | None) -> str | os.PathLike:
-    """The source, or the kind's default. Raises WeightsError for an unknown kind or one that the entry
-    lacks."""
+    """The source, or the kind's default. Raises WeightsError for a kind that is unknown or not in it."""
     find_kind(kind)
     source = DEFAULTS[kind] if source is None else source
     entry = ENTRIES.get(str(source))
@@ -145,28 +139,18 @@ def _initialised(kind: Kind, entry: Entry) -> nn.Module:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Parsing
-# ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class WeightsSource:
-    """One model in a source, its tensors unread.
-
-    where, folder  its name in errors; the folder of its config.json, tokenizer and pictures' settings
-    stored         the file's tensors under their names;  recipes  our names -> how to make them of those
-    their_name     our name -> the file's
-    """
+    """One model in a source, its tensors unread."""
 
     kind: Kind
-    where: str
-    folder: Path
+    where: str  # its name in errors
+    folder: Path  # with its config.json, tokenizer and pictures' settings
     dialect: Dialect
     config: Any
-    stored: Mapping[str, Stored]
-    recipes: Mapping[str, Recipe]
-    their_name: Callable[[str], str]
+    stored: Mapping[str, Stored]  # the file's tensors under their names
+    recipes: Mapping[str, Recipe]  # our names -> how to make them of those
+    their_name: Callable[[str], str]  # our name -> the file's
 
     def tensors(self, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors, read one after another in the order and the dtypes of the file; none whose
@@ -185,19 +169,16 @@ class WeightsSource:
         read = self._reader()
         for theirs, ours in self.kind.tied.items():
             if theirs in self.stored and not torch.equal(read(theirs), self.recipes[ours](read)):
-                raise WeightsError(
-                    f"{self.where}: {theirs} differs from {self.their_name(ours)}; here both are one "
-                    f"parameter, and of a model that was trained with the two apart one would be lost"
-                )
+                raise WeightsError(f"{self.where}: {theirs} differs from {self.their_name(ours)}; here both "
+                                   f"are one parameter, so one of the two would be lost")
 
 
 def read(kind: str, source: str | os.PathLike) -> WeightsSource:
-    """The `kind` in `source`, parsed once for each state of its files. Raises WeightsError if it is not
-    there or unknown."""
+    """The `kind` in `source`, parsed once for each state of its files. Raises WeightsError as `load`."""
     find_kind(kind)
     path = resolve(source, kind)
-    folder = part_folder(kind, path) if path.is_dir() else path.parent
-    path = folder if path.is_dir() else path
+    path = part_folder(kind, path) if path.is_dir() else path
+    folder = path if path.is_dir() else path.parent
     files = {path, *folder.glob("*.json"), *folder.glob("*.safetensors")}
     stats = [(file.absolute(), file.stat()) for file in sorted(files) if file.exists()]
     return _read(KINDS[kind], path, tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in stats))
@@ -235,10 +216,11 @@ def _part_prefix(kind: Kind, raw: Iterable[str], where: str) -> str:
     """The kind's prefix in a single file, all of whose tensors must belong to a part or be known."""
     prefix = next((p for p in kind.single_file if any(name.startswith(p) for name in raw)), None)
     if prefix is None:
+        prefixes = " or ".join(kind.single_file) or "a prefix of that kind"
         raise WeightsError(f"{where}: a single file of Stable Diffusion without a {kind.name} (nothing "
-                           f"begins with {' or '.join(kind.single_file) or 'a prefix of that kind'})")
-    unknown = [name for name in raw if not name.startswith(SINGLE_FILE) and not ignored_in_single_file(name)]
-    if unknown:
+                           f"begins with {prefixes})")
+    if unknown := [name for name in raw if not name.startswith(SINGLE_FILE)
+                   and not any(fullmatch(pattern, name) for pattern in SINGLE_FILE_IGNORED)]:
         raise WeightsError(f"{where}: {len(unknown)} tensors belong to no part of Stable Diffusion 1 or 2: "
                            f"{listed(unknown)}")
     return prefix
@@ -255,11 +237,6 @@ def _config_file(kind: Kind, folder: Path, own: bool) -> Path | None:
     return path if own and path.is_file() else None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Finding
-# ------------------------------------------------------------------------------------------------------------
-
-
 def resolve(source: str | os.PathLike, part: str | None = None) -> Path:
     """The file or folder of a source; a registry entry's missing files of that part are fetched first."""
     entry = ENTRIES.get(str(source))
@@ -267,35 +244,29 @@ def resolve(source: str | os.PathLike, part: str | None = None) -> Path:
         return entry.folder or ensure(entry, part)
     path = Path(source).expanduser()
     if not path.exists():
-        raise WeightsError(
-            f"{source}: no such file or folder, and no name of the registry ({', '.join(ENTRIES)})"
-        )
+        names = ", ".join(ENTRIES)
+        raise WeightsError(f"{source}: no such file or folder, and no name of the registry ({names})")
     return path
 
 
 def part_folder(kind: str, root: Path) -> Path:
     """The folder of one part: root/vae for "vae" and so on, or `root` itself where it is the part's own."""
     inside = root / FOLDERS.get(kind, kind)
-    if inside.is_dir():
-        return inside
-    if (root / "model_index.json").is_file():
+    if not inside.is_dir() and (root / "model_index.json").is_file():
         raise WeightsError(f"{root} is a diffusers folder without {inside.name}/, where its {kind} would be")
-    return root
+    return inside if inside.is_dir() else root
 
 
 def holds(kind: str, root: Path) -> bool:
     """Whether the folder has weights of that kind, without looking into them."""
-    inside = root / FOLDERS.get(kind, kind)
-    return weights_file(inside if inside.is_dir() else root) is not None
+    return weights_file(part_folder(kind, root)) is not None
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The folder's weights, or the index of their shards: full precision first, then fp16, then a lone
-    file."""
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if found is None and folder.is_dir() and len(lone := sorted(folder.glob("*.safetensors"))) == 1:
-        found = lone[0]
-    return found
+    """The folder's weights, or the index of their shards: full precision first, then fp16, then a lone."""
+    named = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    lone = list(folder.glob("*.safetensors"))
+    return named[0] if named else lone[0] if len(lone) == 1 else None
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
@@ -311,19 +282,17 @@ def stored_in(path: Path) -> dict[str, Stored]:
     names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise WeightsError(f"{file}: no weight_map in it, so it is no index of shards")
-    shards = {shard: stored_tensors(_shard(file, shard)) for shard in sorted(set(names.values()))}
-    missing = [name for name, shard in names.items() if name not in shards[shard]]
-    if missing:
+    stored: dict[str, Stored] = {}
+    for shard in sorted(set(names.values())):
+        if Path(shard).name != shard:
+            raise WeightsError(f"{file} points outside its folder: {shard}")
+        if not (file.parent / shard).is_file():
+            raise WeightsError(f"{file} names the shard {shard}, which is missing; fetch it too")
+        stored |= stored_tensors(file.parent / shard)
+    if missing := [name for name, shard in names.items()
+                   if name not in stored or stored[name].path.name != shard]:
         raise WeightsError(f"{file}: {len(missing)} tensors are not in the shard it names: {listed(missing)}")
-    return {name: entry for shard in shards.values() for name, entry in shard.items()}
-
-
-def _shard(index: Path, name: str) -> Path:
-    if Path(name).name != name:
-        raise WeightsError(f"{index} points outside its folder: {name}")
-    if not (index.parent / name).is_file():
-        raise WeightsError(f"{index} names the shard {name}, which is missing; fetch it too")
-    return index.parent / name
+    return stored
 
 
 def resolve_device(device: str) -> str:
@@ -333,58 +302,78 @@ def resolve_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise WeightsError(
-            f"--device {device}: not available here ({str(error).splitlines()[0]})"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"--device {device}: not available here ({reason})") from error
     return device
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Verifying
-# ------------------------------------------------------------------------------------------------------------
+def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
+    """The tokenizer that belongs to a source of a text tower, as for `load`; None = "sd-1".
+
+    Padding is the end token for Stable Diffusion 1 and "!" (id 0) for 2, as the folder's
+    tokenizer_config.json or special_tokens_map.json states. A single file holds no vocabulary: CLIP's own is
+    fetched once. Raises WeightsError if none is found or it is damaged.
+    """
+    path = resolve("sd-1" if source is None else source, "tokenizer")
+    if path.is_dir():
+        return read_folder(path)
+    second = any(name.startswith(KINDS["clip-text"].single_file[1]) for name in stored_tensors(path))
+    return read_folder(ensure(ENTRIES["clip-tokenizer"]), pad="!" if second else END)
+
+
+def fingerprint(kind: str, source: str | os.PathLike | None = None) -> str:
+    """SHA-256 of the sizes and all tensors of the `kind` in `source`, and of its tokenizer."""
+    source = _source(kind, source)
+    entry = KINDS[kind]
+    digest = hashlib.sha256(f"{kind} {sorted(asdict(config(kind, source)).items())}".encode())
+    if entry.clip_tokenizer:
+        digest.update(load_tokenizer(source).tokenizer.to_str().encode())
+    if missing_miniature(kind, source):
+        digest.update(f"seed 0, torch {torch.__version__}".encode())
+        return digest.hexdigest()
+    parsed = read(kind, source)
+    if entry.tokenizer:
+        digest.update(entry.tokenizer(parsed.folder).to_str().encode())
+    each = []
+    for name, tensor in parsed.tensors():
+        one = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        one.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        each.append(one.hexdigest())
+    digest.update("".join(sorted(each)).encode())
+    return digest.hexdigest()
 
 
 def kinds_in(path: Path) -> list[str]:
     """The kinds of model that a file or folder holds. Raises WeightsError if there is none."""
-    kinds = {name: kind for name, kind in KINDS.items() if not kind.part_of}
-    if path.is_dir():
-        parts = [name for name in kinds if name in FOLDERS and (path / FOLDERS[name]).is_dir()]
-        if parts:
-            return parts
+    kinds = [kind for kind in KINDS.values() if not kind.part_of]
+    parts = [kind.name for kind in kinds if kind.name in FOLDERS and (path / FOLDERS[kind.name]).is_dir()]
+    if parts:
+        return parts
     raw = stored_in(path)
-    found = [name for name, kind in kinds.items()
-             if kind.single_file and any(key.startswith(kind.single_file) for key in raw)]
-    found = found or [name for name, kind in kinds.items() if kind.find_dialect(raw)]
+    found = [kind.name for kind in kinds if any(key.startswith(kind.single_file) for key in raw)]
+    found = found or [kind.name for kind in kinds if kind.find_dialect(raw)]
     if not found:
-        raise WeightsError(
-            f"{path}: no kind of model known here; its tensors are {listed(list(raw)[:3])} ..."
-        )
+        shown = listed(list(raw)[:3])
+        raise WeightsError(f"{path}: no kind of model known here; its tensors are {shown} ...")
     return found
 
 
 def verify(source: str | os.PathLike) -> Iterator[str]:
-    """Hash (where hashes are registered), parse and strictly load all of a source; one line for each thing
-    found good.
+    """Hash (where hashes are registered), parse and strictly load all of a source; a line for each.
 
-    Raises WeightsError at the first thing that is not.
+    Raises WeightsError at the first thing that is not sound.
     """
     entry = ENTRIES.get(str(source))
     path = where(entry) if entry else resolve(source)
-    fetch = f"`python -m weights fetch {entry.name}`" if entry else ""
     for name, sha256 in entry.files.items() if entry else ():
-        if not (path / name).is_file():
-            raise WeightsError(f"{path / name} is missing; {fetch} brings it")
         if problem := damage(path / name, sha256):
-            raise WeightsError(f"{path / name} is damaged: {problem}; {fetch} puts it right")
+            fetch = f"`python -m weights fetch {entry.name}` brings it"
+            raise WeightsError(f"{path / name} is {problem}; {fetch}")
         yield f"{name}: {'sha256 as registered' if sha256 else 'here, no sha256 is registered'}"
-    if entry and entry.folder:
-        own = [kind for kind in entry.kinds if not KINDS[kind].part_of]
-        kinds = [kind for kind in own if holds(kind, path)]
-        for kind in set(own) - set(kinds):
+    for kind in [kind for kind in entry.kinds if kind in KINDS] if entry else kinds_in(path):
+        if missing_miniature(kind, source):
             yield f"{kind}: not in {path}: it would be initialised, untrained"
-    else:
-        kinds = [] if entry and not KINDS.keys() & set(entry.kinds) else kinds_in(path)
-    for kind in kinds:
-        model = load(kind, path)
-        count = sum(p.numel() for p in model.parameters())
-        yield f"{kind}: {len(model.state_dict())} tensors, {count / 1e6:.1f}M parameters, all sound"
+        elif not KINDS[kind].part_of:
+            model = load(kind, path)
+            count = sum(p.numel() for p in model.parameters())
+            yield f"{kind}: {len(model.state_dict())} tensors, {count / 1e6:.1f}M parameters, all sound"

@@ -41,22 +41,19 @@ def load_strict(
     wanted = model.state_dict()
     is_fresh = {name for name in wanted if any(pattern.fullmatch(name) for pattern in fresh)}
 
-    wrong: dict[str, list[str]] = {}
-    wrong["missing"] = [their_name(k) for k in wanted if k not in held and k not in is_fresh]
-    wrong["unexpected"] = [
-        their_name(k) for k in held if k not in wanted and not any(p.fullmatch(k) for p in ignored)
-    ]
-    wrong["meant to be fresh, yet in the file"] = [their_name(k) for k in held if k in is_fresh]
-    wrong["of a wrong shape"] = [
-        f"{their_name(k)} {tuple(held[k].shape)} instead of {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in held and held[k].shape != wanted[k].shape
-    ]
-    wrong["left without values"] = [
-        *(their_name(k) for k in is_fresh if wanted[k].is_meta),
-        *(k for k, buffer in model.named_buffers() if buffer.is_meta and k not in wanted),
-    ]
-    _refuse(source, wrong)
+    unexpected = [k for k in held if k not in wanted and not any(p.fullmatch(k) for p in ignored)]
+    misshapen = [k for k in wanted if k in held and held[k].shape != wanted[k].shape]
+    _refuse(source, {
+        "missing": [their_name(k) for k in wanted if k not in held and k not in is_fresh],
+        "unexpected": [their_name(k) for k in unexpected],
+        "meant to be fresh, yet in the file": [their_name(k) for k in held if k in is_fresh],
+        "of a wrong shape": [f"{their_name(k)} {tuple(held[k].shape)} instead of {tuple(wanted[k].shape)}"
+                             for k in misshapen],
+        "left without values": [
+            *(their_name(k) for k in is_fresh if wanted[k].is_meta),
+            *(k for k, buffer in model.named_buffers() if buffer.is_meta and k not in wanted),
+        ],
+    })
 
     loaded: dict[str, Tensor] = {}
     for name, slot in wanted.items():

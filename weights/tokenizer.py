@@ -1,6 +1,5 @@
 """CLIP's tokenizer: text to the 77 token ids that the text tower reads."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from weights.fetch import ensure
-from weights.files import read_json, read_tokenizer, stored_tensors
-from weights.kinds import KINDS
-from weights.registry import ENTRIES, FOLDERS
-from weights.sources import resolve
+from weights.files import read_json, read_tokenizer
 from weights.strict import WeightsError
 
 LENGTH = 77
@@ -36,66 +31,43 @@ class ClipTokenizer:
         self.start, self.end, self.pad = (tokenizer.token_to_id(token) for token in (START, END, pad))
         self.truncated = 0
         if None in (self.start, self.end, self.pad):
-            raise WeightsError(
-                f"{source}: the vocabulary lacks {START}, {END} or {pad}: it is no CLIP tokenizer's"
-            )
+            raise WeightsError(f"{source}: the vocabulary lacks {START}, {END} or {pad}: it is no CLIP "
+                               f"tokenizer's")
 
     def __call__(self, texts: list[str]) -> Tensor:
         ids = torch.full((len(texts), LENGTH), self.pad, dtype=torch.int64)
-        for row, encoding in zip(
-            ids, self.tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
-        ):
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        for row, encoding in zip(ids, encodings, strict=True):
             self.truncated += len(encoding.ids) > LENGTH - 2
             tokens = [self.start, *encoding.ids[: LENGTH - 2], self.end]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
 
 
-def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
-    """The tokenizer that belongs to a source of a text tower, as for `weights.load`; None = "sd-1".
+def read_folder(root: Path, pad: str = "") -> ClipTokenizer:
+    """The tokenizer in root/tokenizer, root or beside it. `pad` is the padding; "" = as the folder states it.
 
-    Padding is the end token for Stable Diffusion 1 and "!" (id 0) for 2, as the folder's
-    tokenizer_config.json or special_tokens_map.json states. A single file holds no vocabulary: CLIP's own is
-    fetched once. Raises WeightsError if none is found or it is damaged.
+    Raises WeightsError if none is found or it is damaged.
     """
-    path = resolve("sd-1" if source is None else source, "tokenizer")
-    if path.is_dir():
-        return _from_folder(path)
-    names = stored_tensors(path)
-    second = any(name.startswith(KINDS["clip-text"].single_file[1]) for name in names)
-    return _from_folder(ensure(ENTRIES["clip-tokenizer"]), pad="!" if second else END)
+    for folder in (root / "tokenizer", root, root.parent / "tokenizer"):
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokenizer = byte_pairs(folder / "vocab.json", folder / "merges.txt")
+        elif (folder / "tokenizer.json").is_file():
+            tokenizer = read_tokenizer(folder / "tokenizer.json")
+        else:
+            continue
+        return ClipTokenizer(tokenizer, pad or _pad(folder), str(folder))
+    raise WeightsError(f"{root}: no tokenizer (vocab.json and merges.txt, or tokenizer.json), here or in "
+                       f"tokenizer/")
 
 
-def _from_folder(root: Path, pad: str | None = None) -> ClipTokenizer:
-    files = _tokenizer_files(root)
-    if not files:
-        raise WeightsError(
-            f"{root}: no tokenizer (vocab.json and merges.txt, or tokenizer.json), here or in tokenizer/"
-        )
-    first, second = files[0], files[1:2]
-    tokenizer = read_tokenizer(first) if first.name == "tokenizer.json" else byte_pairs(first, *second)
-    return ClipTokenizer(tokenizer, pad or _pad(first.parent) or END, str(first.parent))
-
-
-def _tokenizer_files(root: Path) -> list[Path]:
-    """The tokenizer in root/tokenizer, root or beside it: vocabulary first, then settings; [] if there is
-    none."""
-    settings = ["tokenizer_config.json", "special_tokens_map.json"]
-    for folder in (root / FOLDERS["tokenizer"], root, root.parent / FOLDERS["tokenizer"]):
-        for vocabulary in (["vocab.json", "merges.txt"], ["tokenizer.json"]):
-            if all((folder / name).is_file() for name in vocabulary):
-                return [folder / name for name in vocabulary + settings if (folder / name).is_file()]
-    return []
-
-
-def _pad(folder: Path) -> str | None:
+def _pad(folder: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token: Any = read_json(folder / name).get("pad_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token:
-                return token
-    return None
+        token: Any = read_json(folder / name).get("pad_token") if (folder / name).is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            return token
+    return END
 
 
 def byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
@@ -110,14 +82,12 @@ def byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises nothing more precise
         raise WeightsError(f"{merges}: does not fit {vocabulary.name} ({error}); fetch both again") from error
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase(),
+    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
     tokenizer.add_special_tokens([AddedToken(START, special=True), AddedToken(END, special=True)])
     return tokenizer

@@ -1,11 +1,11 @@
 """The kinds of model that can be loaded, each with its dialects and sizes in a file of its own."""
 
-from weights.kinds import bert, blip, clip_text, clip_vision, swin, unet, vae, vit
+from weights.kinds import bert, blip, clip, swin, unet, vae, vit
 from weights.options import Kind
 from weights.strict import WeightsError
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (
-    bert.KIND, clip_text.KIND, clip_vision.KIND, vit.KIND, swin.KIND, blip.KIND, vae.KIND, unet.KIND,
+    bert.KIND, clip.TEXT, clip.VISION, vit.KIND, swin.KIND, blip.KIND, vae.KIND, unet.KIND,
     unet.ENCODER,
 )}
 

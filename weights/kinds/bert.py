@@ -1,33 +1,23 @@
 """all-MiniLM-L6-v2: names in Hugging Face's files, sizes."""
 
-from dataclasses import fields
-
 import torch
 
 from models.bert import CONFIGS, BertConfig, SentenceEncoder
-from weights.dialects import Dialect, Row
+from weights.dialects import Dialect, Row, beneath
 from weights.files import read_tokenizer
-from weights.options import Kind, Options
+from weights.options import Kind, Options, same_names
 
 HF: dict[str, Row] = {
     "embeddings.position_ids":       None,  # 0, 1, 2, ...
     "pooler":                        None,  # the sentence embedding is a mean over the tokens
 }
 
-PREFIXED: dict[str, Row] = {
-    "bert.embeddings.position_ids":  None,  # 0, 1, 2, ...
-    "bert.pooler":                   None,  # the sentence embedding is a mean over the tokens
-    "bert":                          "",    # as models with a head of their own save it
-    "cls":                           None,  # the head that pretraining used
-}
-
-TOLD = {field.name: field.name for field in fields(BertConfig)}
-ONLY = {
+OPTIONS = Options(same_names(BertConfig), {
     "add_cross_attention": (False,),
     "hidden_act": ("gelu",),
     "is_decoder": (False,),
     "position_embedding_type": ("absolute",),
-}
+})
 
 
 def _example(config: BertConfig, draw) -> dict[str, torch.Tensor]:
@@ -39,10 +29,10 @@ KIND = Kind(
     name="minilm", model=SentenceEncoder, config=BertConfig, configs=CONFIGS,
     dialects=(
         Dialect("hf", r"encoder\.layer\.\d+\.attention\.self\.", HF),
-        Dialect("hf-prefixed", r"bert\.", PREFIXED),
+        Dialect("hf-prefixed", r"bert\.", beneath("bert", HF, "cls") | {"bert": ""}),  # `cls`: pretraining,
     ),
     classes={"bert"},
-    read=Options(TOLD, ONLY).read,
+    read=lambda config, tensors, where: OPTIONS.read(config, where),
     heads={"num_attention_heads": "hidden_size"},
     tokenizer=lambda folder: read_tokenizer(folder / "tokenizer.json"),
     example_inputs=_example,

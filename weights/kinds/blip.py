@@ -39,9 +39,9 @@ SHAPES = {
     "text_num_hidden_layers":      r"text_decoder\.bert\.encoder\.layer\.(\d+)\.",
     "text_max_position_embeddings": ("text_decoder.bert.embeddings.position_embeddings.weight", 0),
 }
-TOLD = {f"{half}_config.{field.name.removeprefix(f'{half}_')}": field.name
+_TOLD = {f"{half}_config.{field.name.removeprefix(f'{half}_')}": field.name
         for half in ("vision", "text") for field in fields(BLIPConfig) if field.name.startswith(half)}
-ONLY = {
+_ONLY = {
     "tie_word_embeddings": (True,),                            # at the top and in both halves
     "vision_config.tie_word_embeddings": (True,),
     "vision_config.hidden_act": ("gelu", "gelu_python"),       # both the exact one
@@ -53,15 +53,15 @@ ONLY = {
 }
 # transformers' defaults for the settings that shapes do not show. The published files state all of these;
 # their decoders have 12 heads, not 8.
-DEFAULTS = {
+OPTIONS = Options(_TOLD, _ONLY, {
     "vision_image_size": 384, "vision_num_attention_heads": 12, "vision_layer_norm_eps": 1e-5,
     "text_num_attention_heads": 8, "text_layer_norm_eps": 1e-12,
     "text_bos_token_id": 30522, "text_pad_token_id": 0, "text_sep_token_id": 102,
-}
+})
 
 
 def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    sizes = Options(TOLD, ONLY, DEFAULTS).read(config, tensors, where)
+    sizes = OPTIONS.read(config, where)
     words = sizes.get("text_vocab_size", from_shapes(SHAPES, tensors).get("text_vocab_size", 0))
     for name in ("text_bos_token_id", "text_pad_token_id", "text_sep_token_id"):
         if not 0 <= sizes[name] < words:

@@ -1,7 +1,5 @@
 """What the parts of Stable Diffusion share."""
 
-import re
-
 from weights.strict import WeightsError
 
 _SCHEDULE = "the noise schedule, which is computed from its formula"
@@ -16,11 +14,6 @@ SINGLE_FILE_IGNORED: dict[str, str] = {  # regex of a whole name -> why such a t
     r"cond_stage_model\.logit_scale":       "CLIP's temperature, used by its loss alone",
     r"scale_factor":                        "the latents' scale: read as a size, not as a weight",
 }
-
-
-def ignored_in_single_file(name: str) -> bool:
-    """Whether a single file may hold this tensor beside the parts of the model (SINGLE_FILE_IGNORED)."""
-    return any(re.fullmatch(pattern, name) for pattern in SINGLE_FILE_IGNORED)
 
 
 def multiples(widths: list[int], where: str) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from models.swin import CONFIGS, Swin, SwinConfig, stage_grids
-from weights.dialects import Dialect, Numbers, OneOfQkv, Row, indices_in
-from weights.options import IMAGENET, Kind, Options, Pictures, from_shapes, pair, require_supported
+from weights.dialects import Dialect, Numbers, OneOfQkv, Row, beneath, indices_in
+from weights.options import IMAGENET, Kind, Options, Pictures, pair
 from weights.strict import WeightsError
 
 # Home: timm's. Microsoft's files, and timm's older ones, put the merging of patches at the end of a stage and
@@ -22,9 +22,8 @@ TIMM: dict[str, Row] = {
     "layers.{s}.blocks.{n}.attn.relative_coords_table":    None,  # likewise
     "layers.{s}.downsample":                               "layers.{next}.downsample",
 }
-WRAPPED: dict[str, Row] = {f"model.{name}": row for name, row in TIMM.items()} | {"model": ""}
 
-# Hugging Face. `decoder` and `mask_token` belong to the models pretrained by masking.
+# Hugging Face's
 HF_SHARED: dict[str, Row] = {
     "embeddings.patch_embeddings.projection":                  "patch_embed.proj",
     "embeddings.norm":                                         "patch_embed.norm",
@@ -58,17 +57,10 @@ HF_2: dict[str, Row] = HF_SHARED | _DENSE | {
     f"{_SELF}.relative_position_index":      None,  # a table that follows from the sizes
     f"{_SELF}.relative_coords_table":        None,  # likewise
 }
+HEADS = ("classifier", "decoder")  # of ImageNet's classes, of the pixels that were hidden in pretraining
 
 
-def beneath(prefix: str, table: Mapping[str, Row]) -> dict[str, Row]:
-    """The names of a model with a head of its own."""
-    return {f"{prefix}.{name}": row for name, row in table.items()} | {
-        "classifier": None,  # of ImageNet's classes
-        "decoder":    None,  # of the pixels that were hidden in pretraining
-    }
-
-
-def _pairs(names: Iterable[str], ends: bool) -> list[Numbers]:
+def stage_numbers(names: Iterable[str], ends: bool = True) -> list[Numbers]:
     """{s} and {n} for every block, and for every stage but the last {s} and {next} if `ends`."""
     found = (re.match(r"(?:\w+\.)*?layers\.(\d+)\.blocks\.(\d+)\.", name) for name in names)
     blocks = sorted({(int(match[1]), int(match[2])) for match in found if match})
@@ -78,16 +70,8 @@ def _pairs(names: Iterable[str], ends: bool) -> list[Numbers]:
 
 def _home_numbers(names: Iterable[str]) -> list[Numbers]:
     names = list(names)
-    return _pairs(names, ends=any(name.startswith("layers.0.downsample.") for name in names))
+    return stage_numbers(names, ends=any(name.startswith("layers.0.downsample.") for name in names))
 
-
-def stage_numbers(names: Iterable[str]) -> list[Numbers]:
-    return _pairs(names, ends=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Sizes
-# ------------------------------------------------------------------------------------------------------------
 
 IN_HF = Options(
     told={"image_size": "img_size", "mlp_ratio": "mlp_ratio"},
@@ -99,13 +83,7 @@ IN_HF = Options(
 )
 IN_TIMM = Options(                                 # model_args
     told={"img_size": "img_size", "mlp_ratio": "mlp_ratio"},
-    only={
-        "act_layer": ("gelu",),
-        "always_partition": (False,),
-        "embed_layer": (None,),
-        "global_pool": ("avg",),
-        "norm_layer": (None, "layernorm"),
-    },
+    only={"act_layer": ("gelu",), "global_pool": ("avg",), "norm_layer": (None, "layernorm")},
     harmless={
         "window_size", "pretrained_window_sizes",                                           # read below
         "patch_size", "in_chans", "embed_dim", "depths", "num_heads", "head_dim", "qkv_bias",   # in shapes
@@ -118,22 +96,18 @@ IN_TIMM = Options(                                 # model_args
 NAMED = r"_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?$"
 
 
-SHAPES = {
-    "patch_size": ("patch_embed.proj.weight", 2, 3),
-    "in_chans":   ("patch_embed.proj.weight", 1),
-    "embed_dim":  ("patch_embed.proj.weight", 0),
-}
-
-
 def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """Stages, widths, heads and version 1's windows from shapes; the image's size, version 2's windows and
     those of its pretraining from Hugging Face's config.json, or timm's and the architecture's name in it."""
-    sizes = _from_shapes(tensors)
-    stated, windows = (_timm if "architecture" in config else _hf)(config, tensors, where)
+    sizes, timm = _from_shapes(tensors), "architecture" in config
+    if timm:
+        stated, windows = _timm(config, sizes.version, where)
+    else:
+        stated, windows = IN_HF.read(config, where), config["window_size"]
     sizes = replace(sizes, **stated | {"img_size": pair(stated["img_size"])})
     if sizes.version == 2:
         sizes = replace(sizes, pretrained_window_sizes=_windows_before(config, sizes))
-    if "architecture" not in config:
+    if not timm:
         _agree_with_transformers(sizes, windows, where)
     return vars(sizes) | {"window_size": _windows(sizes, windows, tensors, where)}
 
@@ -145,10 +119,13 @@ def _from_shapes(tensors: Mapping[str, Tensor]) -> SwinConfig:
     heads = ("logit_scale", 0) if version == 2 else ("relative_position_bias_table", 1)
     inner, width = tensors[f"layers.{stages[-1]}.blocks.0.mlp.fc1.weight"].shape
     ratio = inner / width
+    embed_dim, in_chans, *patch_size = tensors["patch_embed.proj.weight"].shape
     return SwinConfig(
-        **from_shapes(SHAPES, tensors),
         version=version,
         img_size=(0, 0),
+        patch_size=tuple(patch_size),
+        in_chans=in_chans,
+        embed_dim=embed_dim,
         depths=tuple(len(indices_in(tensors, rf"layers\.{s}\.blocks\.(\d+)\.")) for s in stages),
         num_heads=tuple(tensors[f"layers.{s}.blocks.0.attn.{heads[0]}"].shape[heads[1]] for s in stages),
         window_size=0,
@@ -158,24 +135,18 @@ def _from_shapes(tensors: Mapping[str, Tensor]) -> SwinConfig:
     )
 
 
-def _hf(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Any], Any]:
-    return IN_HF.read(config, tensors, where), config["window_size"]
-
-
-def _timm(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Any], Any]:
+def _timm(config: Mapping[str, Any], version: int, where: str) -> tuple[dict[str, Any], Any]:
     args, name = config.get("model_args") or {}, config["architecture"]
     if "_cr_" in name:
         raise WeightsError(f"{where}: {name}, timm's own variant, is not implemented")
-    require_supported(config, IN_TIMM.only, where)
     window, tuned_window, image, tuned_image = _named(name)
     size = (config.get("pretrained_cfg") or {}).get("input_size", [None])[1:] or tuned_image or image or 224
-    windows = args.get("window_size")
-    if windows is None and "layers.0.blocks.0.attn.logit_scale" in tensors:  # version 2
-        windows = tuned_window or window
-        if not windows:
-            raise WeightsError(f"{where}: neither model_args nor the name {name} states the window; give "
-                               f"window_size in model_args")
-    return {"img_size": size} | IN_TIMM.read(args, tensors, where), windows
+    windows = args.get("window_size") or (version == 2 and (tuned_window or window)) or None
+    if windows is None and version == 2:
+        raise WeightsError(f"{where}: neither model_args nor the name {name} states the window; give "
+                           f"window_size in model_args")
+    options = {"global_pool": config.get("global_pool", "avg")} | args
+    return {"img_size": size} | IN_TIMM.read(options, where), windows
 
 
 def _named(architecture: str) -> tuple[int | None, ...]:
@@ -264,10 +235,10 @@ KIND = Kind(
     dialects=(
         Dialect("timm", r"layers\.\d+\.blocks\.\d+\.attn\.", TIMM, _home_numbers, pictures="timm"),
         Dialect("microsoft", r"layers\.0\.downsample\.", TIMM, stage_numbers, pictures="timm"),
-        Dialect("microsoft-wrapped", r"model\.layers\.\d+\.blocks\.\d+\.attn\.", WRAPPED, stage_numbers,
-                pictures="timm"),
-        Dialect("hf", rf"swin\.{_BLOCK}self\.", beneath("swin", HF_1), stage_numbers),
-        Dialect("hf-v2", rf"swinv2\.{_BLOCK}self\.", beneath("swinv2", HF_2), stage_numbers),
+        Dialect("microsoft-wrapped", r"model\.layers\.\d+\.blocks\.\d+\.attn\.",
+                beneath("model", TIMM) | {"model": ""}, stage_numbers, pictures="timm"),
+        Dialect("hf", rf"swin\.{_BLOCK}self\.", beneath("swin", HF_1, *HEADS), stage_numbers),
+        Dialect("hf-v2", rf"swinv2\.{_BLOCK}self\.", beneath("swinv2", HF_2, *HEADS), stage_numbers),
         Dialect("hf-bare", rf"{_BLOCK}self\.relative_position_bias_table", HF_1, stage_numbers),
         Dialect("hf-v2-bare", rf"{_BLOCK}self\.logit_scale", HF_2, stage_numbers),
     ),

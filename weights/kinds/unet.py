@@ -19,42 +19,32 @@ from weights.strict import WeightsError
 #   up   =     (n + 1) level + j     up_last   = (n + 1) level + n       both count from the coarsest level
 #   slot = 2 after a transformer, 1 where the level has none
 DIFFUSERS: dict[str, Row] = {
-    "time_embedding.linear_1":                         "time_embed.0",
-    "time_embedding.linear_2":                         "time_embed.2",
-    "conv_in":                                         "input_blocks.0.0",
+    "time_embedding.linear_1":                    "time_embed.0",
+    "time_embedding.linear_2":                    "time_embed.2",
+    "conv_in":                                    "input_blocks.0.0",
 
-    "down_blocks.{level}.resnets.{i}.norm1":           "input_blocks.{down}.0.in_layers.0",
-    "down_blocks.{level}.resnets.{i}.conv1":           "input_blocks.{down}.0.in_layers.2",
-    "down_blocks.{level}.resnets.{i}.time_emb_proj":   "input_blocks.{down}.0.emb_layers.1",
-    "down_blocks.{level}.resnets.{i}.norm2":           "input_blocks.{down}.0.out_layers.0",
-    "down_blocks.{level}.resnets.{i}.conv2":           "input_blocks.{down}.0.out_layers.3",
-    "down_blocks.{level}.resnets.{i}.conv_shortcut":   "input_blocks.{down}.0.skip_connection",
-    "down_blocks.{level}.attentions.{i}":              "input_blocks.{down}.1",  # the same inside
-    "down_blocks.{level}.downsamplers.0.conv":         "input_blocks.{down_last}.0.op",
+    "down_blocks.{level}.resnets.{i}.{theirs}":   "input_blocks.{down}.0.{ours}",  # RESNET
+    "down_blocks.{level}.attentions.{i}":         "input_blocks.{down}.1",  # the same inside
+    "down_blocks.{level}.downsamplers.0.conv":    "input_blocks.{down_last}.0.op",
 
-    "mid_block.resnets.0.norm1":                       "middle_block.0.in_layers.0",
-    "mid_block.resnets.0.conv1":                       "middle_block.0.in_layers.2",
-    "mid_block.resnets.0.time_emb_proj":               "middle_block.0.emb_layers.1",
-    "mid_block.resnets.0.norm2":                       "middle_block.0.out_layers.0",
-    "mid_block.resnets.0.conv2":                       "middle_block.0.out_layers.3",
-    "mid_block.attentions.0":                          "middle_block.1",
-    "mid_block.resnets.1.norm1":                       "middle_block.2.in_layers.0",
-    "mid_block.resnets.1.conv1":                       "middle_block.2.in_layers.2",
-    "mid_block.resnets.1.time_emb_proj":               "middle_block.2.emb_layers.1",
-    "mid_block.resnets.1.norm2":                       "middle_block.2.out_layers.0",
-    "mid_block.resnets.1.conv2":                       "middle_block.2.out_layers.3",
+    "mid_block.resnets.0.{theirs}":               "middle_block.0.{ours}",
+    "mid_block.attentions.0":                     "middle_block.1",
+    "mid_block.resnets.1.{theirs}":               "middle_block.2.{ours}",
 
-    "up_blocks.{level}.resnets.{j}.norm1":             "output_blocks.{up}.0.in_layers.0",
-    "up_blocks.{level}.resnets.{j}.conv1":             "output_blocks.{up}.0.in_layers.2",
-    "up_blocks.{level}.resnets.{j}.time_emb_proj":     "output_blocks.{up}.0.emb_layers.1",
-    "up_blocks.{level}.resnets.{j}.norm2":             "output_blocks.{up}.0.out_layers.0",
-    "up_blocks.{level}.resnets.{j}.conv2":             "output_blocks.{up}.0.out_layers.3",
-    "up_blocks.{level}.resnets.{j}.conv_shortcut":     "output_blocks.{up}.0.skip_connection",
-    "up_blocks.{level}.attentions.{j}":                "output_blocks.{up}.1",
-    "up_blocks.{level}.upsamplers.0.conv":             "output_blocks.{up_last}.{slot}.conv",
+    "up_blocks.{level}.resnets.{j}.{theirs}":     "output_blocks.{up}.0.{ours}",
+    "up_blocks.{level}.attentions.{j}":           "output_blocks.{up}.1",
+    "up_blocks.{level}.upsamplers.0.conv":        "output_blocks.{up_last}.{slot}.conv",
 
-    "conv_norm_out":                                   "out.0",
-    "conv_out":                                        "out.2",
+    "conv_norm_out":                              "out.0",
+    "conv_out":                                   "out.2",
+}
+RESNET = {  # theirs -> ours
+    "norm1":         "in_layers.0",
+    "conv1":         "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2":         "out_layers.0",
+    "conv2":         "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
 
 
@@ -69,67 +59,53 @@ def _numbers(names: Iterable[str]) -> list[Numbers]:
         n = len(indices_in(names, r"down_blocks\.\d+\.resnets\.(\d+)\."))
         levels = len(indices_in(names, r"down_blocks\.(\d+)\."))
         attended = indices_in(names, r"up_blocks\.(\d+)\.attentions\.")
-    numbers: list[Numbers] = []
+    resnet = [{"theirs": theirs, "ours": ours} for theirs, ours in RESNET.items()]
+    numbers: list[Numbers] = [*resnet]
     for level in range(levels):
         first = (n + 1) * level
-        numbers += [{"level": level, "i": i, "down": 1 + first + i} for i in range(n)]
-        numbers += [{"level": level, "j": j, "up": first + j} for j in range(n + 1)]
+        numbers += [{"level": level, "i": i, "down": 1 + first + i} | r for i in range(n) for r in resnet]
+        numbers += [{"level": level, "j": j, "up": first + j} | r for j in range(n + 1) for r in resnet]
         slot = 2 if level in attended else 1
         numbers += [{"level": level, "down_last": first + n + 1, "up_last": first + n, "slot": slot}]
     return numbers
 
 
-# An absent option has diffusers' default, which is the first.
+# An absent option has diffusers' default, which is the first. SDXL, unCLIP, upscalers and latent consistency
+# models set options that stand nowhere here, which is refused too.
 ONLY = {
     "act_fn": ("silu",),
-    "addition_embed_type": (None,),            # SDXL
     "attention_type": ("default",),            # GLIGEN
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),               # unCLIP, upscalers
-    "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
     "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
-    "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
     "norm_num_groups": (GROUPS,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1,),
-    "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),             # latent consistency models
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
     "transformer_layers_per_block": (1,),      # SDXL has 2 and 10
 }
-TOLD = {
-    "in_channels": "in_channels", "out_channels": "out_channels",
-    "use_linear_projection": "use_linear_in_transformer",
-}
-# The first are read below; the others change nothing in evaluation, or only the precision of a step.
-HARMLESS = {
-    "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "cross_attention_dim",
-    "attention_head_dim", "num_attention_heads",
-    "sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim",
-}
-OPTIONS = Options(TOLD, ONLY, {"use_linear_in_transformer": False}, HARMLESS)
+OPTIONS = Options(
+    {
+        "in_channels": "in_channels", "out_channels": "out_channels",
+        "use_linear_projection": "use_linear_in_transformer",
+    },
+    ONLY, {"use_linear_in_transformer": False},
+    # The first are read below; the others change nothing in evaluation, or only the precision of a step.
+    harmless={
+        "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "cross_attention_dim",
+        "attention_head_dim", "num_attention_heads", "sample_size", "dropout", "upcast_attention",
+        "addition_embed_type_num_heads", "addition_time_embed_dim",
+    },
+)
 
 
 def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    sizes = OPTIONS.read(config, tensors, where)
+    sizes = OPTIONS.read(config, where)
     widths = config["block_out_channels"]
     # diffusers' oldest mistake, kept for its published files: `attention_head_dim` is the number of heads.
     per_level = config.get("num_attention_heads") or config["attention_head_dim"]

@@ -60,27 +60,26 @@ def _numbers(names: Iterable[str]) -> list[Numbers]:
     return numbers
 
 
-TOLD = {
-    "layers_per_block": "num_res_blocks", "in_channels": "in_channels", "out_channels": "out_ch",
-    "latent_channels": "z_channels", "scaling_factor": "scale_factor", "norm_num_groups": "norm_groups",
-}
-# An absent option has diffusers' default, which is the first.
-ONLY = {
-    "act_fn": ("silu",),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "mid_block_add_attention": (True,),
-    "shift_factor": (None,),                   # Stable Diffusion 3
-    "use_post_quant_conv": (True,),
-    "use_quant_conv": (True,),
-}
-DEFAULTS = {"scale_factor": CONFIGS["sd-1"].scale_factor, "norm_groups": 32}  # older folders leave them out
-# The first three are read below; the others change nothing in evaluation.
-HARMLESS = {"block_out_channels", "down_block_types", "up_block_types", "sample_size", "force_upcast"}
+OPTIONS = Options(
+    told={
+        "layers_per_block": "num_res_blocks", "in_channels": "in_channels", "out_channels": "out_ch",
+        "latent_channels": "z_channels", "scaling_factor": "scale_factor", "norm_num_groups": "norm_groups",
+    },
+    # An absent option has diffusers' default, which is the first. Stable Diffusion 3 has a `shift_factor`.
+    only={
+        "act_fn": ("silu",),
+        "mid_block_add_attention": (True,),
+        "use_post_quant_conv": (True,),
+        "use_quant_conv": (True,),
+    },
+    defaults={"scale_factor": CONFIGS["sd-1"].scale_factor, "norm_groups": 32},  # older folders lack them
+    # The first three are read below; the others change nothing in evaluation.
+    harmless={"block_out_channels", "down_block_types", "up_block_types", "sample_size", "force_upcast"},
+)
 
 
 def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    sizes = Options(TOLD, ONLY, DEFAULTS, HARMLESS).read(config, tensors, where)
+    sizes = OPTIONS.read(config, where)
     blocks = [*config["down_block_types"], *config["up_block_types"]]
     if set(blocks) != {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         raise WeightsError(f"{where}: these blocks are not implemented here: {', '.join(blocks)}")
@@ -88,11 +87,6 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) 
     return sizes | {
         "ch": widths[0], "ch_mult": multiples(widths, where), "embed_dim": config["latent_channels"],
     }
-
-
-def _encode_and_decode(model: VAE, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    latents = model.encode(**inputs)
-    return {"latents": latents, "images": model.decode(latents)}
 
 
 KIND = Kind(
@@ -109,5 +103,7 @@ KIND = Kind(
     single_file=("first_stage_model.",),
     single_sizes={"scale_factor": "scale_factor"},
     example_inputs=lambda config, draw: {"images": draw.normal(config.in_channels, 64, 64).clamp(-1, 1)},
-    outputs=_encode_and_decode,
+    outputs=lambda model, inputs: {
+        "latents": (latents := model.encode(**inputs)), "images": model.decode(latents),
+    },
 )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from models.vit import CONFIGS, ViT, ViTConfig
-from weights.dialects import Dialect, OneOfQkv, Row, numbers
+from weights.dialects import Dialect, OneOfQkv, Row, beneath, numbers
 from weights.options import HALVES, Kind, Options, Pictures, pair
 from weights.strict import WeightsError
 
@@ -17,6 +17,7 @@ TIMM: dict[str, Row] = {
     "pre_logits":                                     None,  # in old files: a layer that timm left out later
 }
 
+# ViTModel as it is published, and as transformers 5 saves it too.
 EMBEDDINGS: dict[str, Row] = {
     "embeddings.cls_token":                           "cls_token",
     "embeddings.mask_token":                          None,  # of masked pretraining
@@ -25,8 +26,6 @@ EMBEDDINGS: dict[str, Row] = {
     "layernorm":                                      "norm",
     "pooler":                                         None,  # ViTModel's own, which no classifier reads
 }
-
-# ViTModel as it is published, and as transformers 5 saves it too.
 HF: dict[str, Row] = EMBEDDINGS | {
     "encoder.layer.{n}.layernorm_before":             "blocks.{n}.norm1",
     "encoder.layer.{n}.attention.attention.query":    OneOfQkv("blocks.{n}.attn.qkv", 0),
@@ -37,17 +36,6 @@ HF: dict[str, Row] = EMBEDDINGS | {
     "encoder.layer.{n}.intermediate.dense":           "blocks.{n}.mlp.fc1",
     "encoder.layer.{n}.output.dense":                 "blocks.{n}.mlp.fc2",
 }
-
-HEADS_OF_HF: dict[str, Row] = {
-    "classifier":                                     None,  # ViTForImageClassification's
-    "decoder":                                        None,  # ViTForMaskedImageModeling's
-}
-
-
-def with_a_head(table: Mapping[str, Row]) -> dict[str, Row]:
-    """The table for models with a head of their own, which keep ViTModel beneath `vit.`."""
-    return {f"vit.{theirs}": ours for theirs, ours in table.items()} | HEADS_OF_HF
-
 
 _numbers = numbers(r"(?:blocks|(?:vit\.)?encoder\.layer)\.(\d+)\.")
 
@@ -87,25 +75,13 @@ IN_TIMM = Options(                                 # model_args
     )},
     only={
         "act_layer": (None, "gelu"),
-        "attn_layer": (None,),
-        "block_fn": (None,),
-        "dynamic_img_pad": (False,),
-        "embed_layer": (None,),
-        "embed_norm_layer": (None,),
         "final_norm": (True,),
         "global_pool": ("token", "avg"),
         "init_values": (None, 0),
-        "mlp_layer": (None,),
-        "no_embed_class": (False,),
         "norm_layer": (None, "layernorm"),
-        "pool_include_prefix": (False,),
         "pos_embed": ("learn",),
-        "pre_norm": (False,),
         "proj_bias": (True,),
-        "qk_norm": (False,),
         "reg_tokens": (0,),
-        "scale_attn_norm": (False,),
-        "scale_mlp_norm": (False,),
     },
     defaults={"norm_eps": 1e-6},
     harmless={
@@ -124,12 +100,14 @@ OWN_SIZES = {  # embed_dim, depth, num_heads
 }
 
 
-def _timm(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """From timm's config.json: arguments that override what its architecture has by itself.
+def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """From Hugging Face's config.json, or timm's: arguments that override what its architecture has.
 
-    Where it leaves the pooling out, features are the class token, or the mean where there is none or the norm
-    is an `fc_norm`.
+    Where timm's leaves the pooling out, features are the class token, or the mean where there is none or the
+    norm is an `fc_norm`.
     """
+    if "architecture" not in config:
+        return IN_HF.read(config, where)
     architecture = config["architecture"].partition(".")[0]  # what follows the point names the training
     args = config.get("model_args") or {}
     pretrained = config.get("pretrained_cfg") or config      # older files have it all on one level
@@ -145,21 +123,18 @@ def _timm(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) 
         "global_pool": next((pool for pool in pools if pool is not None), "avg" if mean else "token"),
     }
     options = {name: value for name, value in options.items() if value is not None}
-    sizes = IN_TIMM.read(options, tensors, where)
+    sizes = IN_TIMM.read(options, where)
     if "mlp_ratio" in sizes:
         sizes["hidden_features"] = int(sizes["embed_dim"] * sizes["mlp_ratio"])
     return sizes
 
 
-def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    return (_timm if "architecture" in config else IN_HF.read)(config, tensors, where)
-
-
 KIND = Kind(
     name="vit", model=ViT, config=ViTConfig, configs=CONFIGS,
-    dialects=(
+    dialects=(  # a classifier: ViTForImageClassification's; a decoder: ViTForMaskedImageModeling's
         Dialect("timm", r"blocks\.\d+\.attn\.qkv\.", TIMM, pictures="timm"),
-        Dialect("hf", r"vit\.encoder\.layer\.", with_a_head(HF), _numbers, HF_EPS),
+        Dialect("hf", r"vit\.encoder\.layer\.", beneath("vit", HF, "classifier", "decoder"), _numbers,
+                HF_EPS),
         Dialect("hf-model", r"encoder\.layer\.\d+\.layernorm_before\.", HF, _numbers, HF_EPS),
     ),
     classes={"vit", "vit_", "deit_", "test_vit"},
