@@ -325,7 +325,10 @@ def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert generate.main(asked) == 0
     assert generate.main([*asked, "--grid", "0,1,3"]) == 0
     assert generate.main([*asked, "--swap", str(run), "--grid", "runs"]) == 0
-    assert Image.open(tmp_path / "grid.png").width == 3 * 196  # two runs of one name are two columns
+    page = Image.open(tmp_path / "grid.png")
+    assert page.width == 3 * 196  # two runs of one name are two columns, under their paths
+    titled = generate.grid_picture([[Image.new("RGB", (64, 64))] * 3], ["original", str(run), str(run)], [""])
+    assert page.crop((0, 0, 3 * 196, 16)).tobytes() == titled.crop((0, 0, 3 * 196, 16)).tobytes()
     assert generate.main([*asked, "--swap-after", "2"]) == 0
     assert "Swap: unet after 2" in Image.open(tmp_path / "000-seed0.png").info["parameters"]
     assert generate.main([*asked, "--attention"]) == 0

@@ -456,7 +456,7 @@ def test_a_new_run_has_the_first_free_name(tmp_path: Path, monkeypatch: pytest.M
     cbs = dataclasses.replace(config, backbone="vit", curriculum="cbs")
     names = [new_folder(c, None).name for c in (config, config, config, cbs)]
     assert names == ["unet-pairs-seed4", *(f"unet-pairs-seed4-{n}" for n in (2, 3)), "vit-pairs-cbs-seed4"]
-    assert new_folder(config, tmp_path / "new" / "deep").is_dir()
+    assert new_folder(config, tmp_path / "new" / "and" / "deep").is_dir()
 
 
 def test_resuming_on_other_pairs_is_refused(uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys):
@@ -734,8 +734,8 @@ def test_average_precision_of_a_perfect_and_of_a_known_ranking():
     assert average_precision(truth.astype(float), truth) == 1
     scores = np.array([[3.0, 3.0], [2.0, 1.0], [1.0, 2.0]])  # word 0: ranks 1 and 3; word 1: rank 3
     assert average_precision(scores, truth) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 3) / 2)
-    truth = np.array([[1, 0], [0, 0], [0, 1]], bool)  # equal scores are ranked in their order
-    assert average_precision(np.zeros((3, 2)), truth) == pytest.approx((1 + 1 / 3) / 2)
+    for row in range(3):  # equal scores are ranked in their order
+        assert average_precision(np.zeros((3, 1)), np.eye(3, dtype=bool)[:, row : row + 1]) == 1 / (row + 1)
 
 
 # -- real pairs ----------------------------------------
