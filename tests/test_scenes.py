@@ -12,7 +12,7 @@ from data import clean, read_pairs
 from mini import scenes
 from mini.backdrops import GROUNDS, SKIES
 from mini.pen import PAINT, pick, stream
-from mini.scenes import Scene, Thing, View, candidate, build, render, words_of
+from mini.scenes import Scene, Thing, View, build, candidate, render, words_of
 from mini.styles import STYLE_PAINT
 from mini.subjects import MATERIAL_PAINT, SHAPES
 

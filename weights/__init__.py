@@ -1,4 +1,4 @@
-"""Which checkpoint is what: the registry, fetching, second dialects, strict loading.
+"""Checkpoints: the registry, fetching, second dialects, strict loading.
 
     strict.py     every tensor accounted for, or an error
     files.py      safetensors, JSON and tokenizer files

@@ -176,7 +176,7 @@ def _stack(ours: str, held: Mapping[str, Recipe], theirs: Callable[[str], Tensor
 
 
 def to_theirs(dialect: Dialect, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `to_ours`. What a dialect holds and we drop is not invented: the result lacks it.
+    """The reverse of `to_ours`. Tensors that we drop are not invented: the result lacks them.
 
     Raises WeightsError for a q without its k and v where they are stored as one.
     """

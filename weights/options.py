@@ -70,7 +70,7 @@ def same_names(config: type) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Pictures:
-    """How pictures are usually prepared for a kind."""
+    """The usual preparation of pictures for a kind."""
 
     size: str  # the field of its configuration with their size
     processor: str  # of transformers
@@ -204,10 +204,10 @@ def recognise(kind: Kind, tensors: Mapping[str, Tensor], where: str) -> Any:
     different: dict[str, list[str]] = {}
     for entry, config in kind.configs.items():
         wanted = build_on_meta(kind, config, where).state_dict()
-        odd = found ^ {(name, tuple(tensor.shape)) for name, tensor in wanted.items()}
-        if not odd:
+        unequal = found ^ {(name, tuple(tensor.shape)) for name, tensor in wanted.items()}
+        if not unequal:
             return config
-        different[entry] = sorted({name for name, _ in odd})
+        different[entry] = sorted({name for name, _ in unequal})
     nearest = min(different, key=lambda entry: len(different[entry]))
     raise WeightsError(
         f"{where}: without a config.json only published sizes are read ({', '.join(different)}); nearest is "

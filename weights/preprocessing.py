@@ -1,4 +1,4 @@
-"""How a checkpoint's pictures are prepared: resize, crop, mean and deviation, from the files beside it.
+"""The preparation of a checkpoint's pictures: resize, crop, mean and deviation, from the files beside it.
 
 All functions give the fields of `data.Preprocessing` as a dict; this package does not import data.
 """
@@ -39,7 +39,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[str, Any]:
-    """How pictures are prepared for the `kind` ("vit", "swin", "clip-vision", "blip") in `source`.
+    """The preparation of pictures for the `kind` ("vit", "swin", "clip-vision", "blip") in `source`.
 
     From the processor's file beside the weights; where there is none, as the checkpoints of that dialect were
     published (`defaults`). Raises WeightsError, one line, for what data.Preprocessing cannot do, and where

@@ -106,7 +106,7 @@ def to_home(kind: str, tensors: Mapping[str, Tensor], dialect: str | None = None
 def from_home(kind: str, tensors: Mapping[str, Tensor], dialect: str = "diffusers") -> dict[str, Tensor]:
     """The reverse of `to_home`, for writing: tensors under our names -> under the names of `dialect`.
 
-    What a dialect holds and we drop is not invented. Raises WeightsError for a dialect that the kind does not
+    Tensors that we drop are not invented. Raises WeightsError for a dialect that the kind does not
     have, and for a q without its k and v where they are stored as one.
     """
     return to_theirs(find_kind(kind).dialect(dialect), tensors)

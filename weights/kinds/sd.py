@@ -1,4 +1,4 @@
-"""What the parts of Stable Diffusion share."""
+"""Shared by the parts of Stable Diffusion."""
 
 from weights.strict import WeightsError
 
