@@ -208,9 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     def make_exhibits() -> None:
         make(args, flags, f"python eval.py {shlex.join(argv)}")
 
-    return run_command(
-        make_exhibits if making else evaluate_runs, "stopped; repeat the command to resume"
-    )
+    return run_command(make_exhibits if making else evaluate_runs, "stopped; repeat the command to resume")
 
 
 if __name__ == "__main__":

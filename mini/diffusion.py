@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
+from files import write_json
 from generate import TRAIN_STEPS, alphas_bar
 from mini.loop import HELD_OUT, Recipe, World, batch_of, train
-from mini.write import write_json, write_part
+from mini.write import write_part
 from models import unet
 
 RECIPE = Recipe(steps=10_000, batch_size=64, lr=1e-3, warmup=500, betas=(0.9, 0.99))
@@ -126,4 +127,4 @@ def write_unet(model: unet.UNet, folder: Path) -> None:
         "steps_offset": 1,
         "timestep_spacing": "leading",
     }
-    write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
+from files import write_json
 from mini import scenes
 from mini.loop import HELD_OUT, Recipe, World, batch_of, train
 from mini.subjects import SHAPES
-from mini.write import write_json, write_tensors
+from mini.write import write_tensors
 from models import swin, vit
 
 FOLDER = Path(__file__).parent
@@ -170,18 +171,16 @@ def write_backbone(model: Namer, name: str, folder: Path) -> None:
     else:
         architecture, read = "swin_tiny_patch4_window7_224", ("depths", "window_size")
     read = ("img_size", "patch_size", "embed_dim", "num_heads", *read)
-    write_json(
-        {
-            "architecture": architecture,
-            "num_classes": 0,
-            "model_args": {field: config[field] for field in read},
-            "pretrained_cfg": {
-                "input_size": [3, 64, 64], "crop_pct": 1.0, "interpolation": "bicubic",
-                "mean": [HALF] * 3, "std": [HALF] * 3, "num_classes": 0,
-            },
+    content = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "model_args": {field: config[field] for field in read},
+        "pretrained_cfg": {
+            "input_size": [3, 64, 64], "crop_pct": 1.0, "interpolation": "bicubic",
+            "mean": [HALF] * 3, "std": [HALF] * 3, "num_classes": 0,
         },
-        folder / "config.json",
-    )  # fmt: skip
+    }  # fmt: skip
+    write_json(folder / "config.json", content)
     write_tensors(model.backbone.state_dict(), folder / "model.safetensors")
 
 

@@ -35,6 +35,7 @@ from mini import (
     scenes,
 )
 from mini.loop import Recipe, World
+from models import clip
 from tests.parity import randomise
 
 FOLDER = pretrain.FOLDER
@@ -355,7 +356,7 @@ def test_the_contrastive_loss_pairs_the_rows():
 
 def test_the_two_towers_learn_to_pair(world: World):
     """Gradients reach every parameter of both towers, the projection and the temperature."""
-    model = contrastive.CLIP(*contrastive.sizes())
+    model = contrastive.CLIP(clip.CONFIGS["sd-mini"], clip.VISION_CONFIGS["clip-mini"])
     randomise(model)
     ids = weights.load_tokenizer("sd-mini")(world.prompts[:4])
     images = model.embed_images(torch.randn(4, 3, 64, 64, dtype=torch.float64))

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 import data
 import weights
-from files import atomic_write
+from files import atomic_write, write_array, write_json
 from models.blip import BLIP, CONFIGS
 from training.cache import Encoder, cached_captions
 from training.inputs import Images
-from training.loop import Process, Trainer, epoch_batches, learning_rate, save_array
+from training.loop import Process, Trainer, epoch_batches, learning_rate
 from weights.kinds.blip import load_tokenizer, published
 from weights.preprocessing import from_files
 from weights.sources import read
@@ -119,7 +119,7 @@ def write_captioner(model: BLIP, folder: Path, beside: Path, dtype: torch.dtype 
     tensors = weights.from_home("blip", model.state_dict(), "hf")
     tensors = {name: tensor.cpu().to(dtype).contiguous() for name, tensor in tensors.items()}
     atomic_write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    atomic_write(folder / "config.json", json.dumps(published(model.config), indent=1) + "\n")
+    write_json(folder / "config.json", published(model.config))
     for name in ("vocab.txt", "tokenizer.json", "preprocessor_config.json", "processor_config.json"):
         if (beside / name).is_file() and beside != folder:
             atomic_write(folder / name, (beside / name).read_bytes())
@@ -261,15 +261,14 @@ def blip_regressor(
     """
     model, preprocessing, beside = open_captioner(config.source, device)
     finetune_captioner(model, preprocessing, config, pairs, splits, folder, device)
-    atomic_write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    write_json(folder / "config.json", dataclasses.asdict(config))
     write_captioner(model, folder / "blip", beside)
     minilm = weights.load("minilm", device=device)
-    (folder / "predictions").mkdir(exist_ok=True)
     predictions, prompts = {}, {}
     for split in predict:
         chosen = pairs.subset(splits[split])
         prompts[split] = written_prompts(model, preprocessing, config, chosen, device)
         predictions[split] = minilm.encode(prompts[split], progress=tqdm).numpy()
-        save_array(folder / "predictions" / f"{split}.npy", predictions[split])
-    atomic_write(folder / "predictions" / "prompts.json", json.dumps(prompts, indent=0) + "\n")
+        write_array(folder / "predictions" / f"{split}.npy", predictions[split])
+    write_json(folder / "predictions" / "prompts.json", prompts)
     return predictions

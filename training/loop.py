@@ -7,7 +7,6 @@ and learning rate.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import DataError
-from files import atomic_write
+from files import atomic_write, write_json
 
 log = logging.getLogger("train")
 
@@ -87,13 +86,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     os.replace(partial, path)
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file atomically."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    atomic_write(path, buffer.getvalue())
-
-
 class Checkpoint:
     """The last/ folder: one tensor file per saved step, and state.json, which names the valid one.
 
@@ -107,7 +99,7 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{state['step']:08d}.safetensors"
         save_tensors(self.folder / name, tensors)
-        atomic_write(self.folder / "state.json", json.dumps(state | {"tensors": name}, indent=1))
+        write_json(self.folder / "state.json", state | {"tensors": name})
         for pattern in ("step-*.safetensors*", ".state.json.*.tmp"):  # former tensors, half-written files
             for other in self.folder.glob(pattern):
                 if other.name != name:
