@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import weights
 from files import write_json
-from mini.loop import HELD_OUT, Recipe, World, batch_of, train
+from mini.loop import HELD_OUT, MiniTrainer, Recipe, World, batch_of
 from mini.write import write_part, write_tensors
 from models import clip
 
@@ -77,7 +77,7 @@ def train_clip(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
             right = (images @ texts.T).argmax(dim=1) == torch.arange(len(rows))
         return {"loss": contrastive_loss(images, texts, model.logit_scale), "right": right.float().mean()}
 
-    minutes = train("clip", model, loss, len(world) - HELD_OUT, recipe, seed)
+    minutes = MiniTrainer("clip", model, loss, len(world) - HELD_OUT, recipe, seed).fit()
     with torch.no_grad():
         images, texts = embeddings(torch.arange(len(world) - HELD_OUT, len(world)))
         right = (images @ texts.T).argmax(dim=1) == torch.arange(HELD_OUT)

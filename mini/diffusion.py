@@ -13,7 +13,7 @@ from tqdm import tqdm
 import weights
 from files import write_json
 from generate import TRAIN_STEPS, alphas_bar
-from mini.loop import HELD_OUT, Recipe, World, batch_of, train
+from mini.loop import HELD_OUT, MiniTrainer, Recipe, World, batch_of
 from mini.write import write_part
 from models import unet
 
@@ -84,7 +84,7 @@ def train_unet(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         return {"loss": F.mse_loss(model(noisy, t, states[rows].float()), noise)}
 
-    minutes = train("unet", model, loss, len(world) - HELD_OUT, recipe, seed)
+    minutes = MiniTrainer("unet", model, loss, len(world) - HELD_OUT, recipe, seed).fit()
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         held_out = torch.arange(len(world) - HELD_OUT, len(world)).repeat(8)

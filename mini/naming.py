@@ -23,7 +23,7 @@ from tqdm import tqdm
 import weights
 from files import write_json
 from mini import scenes
-from mini.loop import HELD_OUT, Recipe, World, batch_of, train
+from mini.loop import HELD_OUT, MiniTrainer, Recipe, World, batch_of
 from mini.subjects import SHAPES
 from mini.write import write_tensors
 from models import swin, vit
@@ -102,7 +102,7 @@ def train_namer(name: str, folder: Path, world: World, recipe: Recipe, seed: int
             x = torch.cat([batch_of(rebuilt, rows[:half]), x[half:]])
         return {"loss": naming_loss(model(x), truth[rows].float())}
 
-    minutes = train(name, model, loss, n, recipe, seed)
+    minutes = MiniTrainer(name, model, loss, n, recipe, seed).fit()
     held_out, views = world.images[-HELD_OUT:], world.views[-HELD_OUT:]
     quality = {"drawn": accuracy(model, held_out, views)}
     if name == "probe":

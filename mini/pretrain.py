@@ -187,7 +187,7 @@ def write_vocabulary(parts: int) -> None:
 
 
 def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train blip-mini from scratch by `captioner.finetune_captioner`, and write its folder.
+    """Train blip-mini from scratch by `captioner.CaptionerTrainer`, and write its folder.
 
     The card also reports its quality: the mean cosine between the sentence embeddings of its captions of
     held-out pictures and of the true prompts, and that of one vector for all pictures.
@@ -200,7 +200,7 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
     rows = np.arange(len(pairs))
     splits = {"train": rows[:-HELD_OUT], "val": rows[-HELD_OUT:]}
     folder = checkpoint_folder("captioner")
-    captioner.finetune_captioner(model, preprocessing, config, pairs, splits, folder)
+    captioner.CaptionerTrainer(model, preprocessing, config, pairs, splits, folder).fit()
     captioner.write_captioner(model, captioner.BLIP_MINI, captioner.BLIP_MINI, torch.float16)
 
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

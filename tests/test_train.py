@@ -660,7 +660,7 @@ def test_flags_that_just_agree_and_flags_that_just_do_not():
         assert flags.items() <= vars(resolve(TrainConfig(**flags))).items()
     for message, flags in {
         "--lerac-epochs: must be below": {"curriculum": "lerac", "epochs": 2, "lerac_epochs": 2.0},
-        "--random-start: all blocks": {"random_start": True, "train_blocks": 0},
+        "--random-start: trains all blocks": {"random_start": True, "train_blocks": 0},
     }.items():
         with pytest.raises(data.DataError, match=message):
             resolve(TrainConfig(**flags))

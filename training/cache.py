@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import DataError, Pairs, Preprocessing, image_tensor
-from files import exclusive, write_array, write_json
+from files import exclusive, json_object, write_array, write_json
 
 log = logging.getLogger("cache")
 
@@ -224,7 +224,8 @@ class RowCache:
                     stack.enter_context(exclusive(self.folder, waiting))
                     maps = self._open()
             self.rows, self.state = maps
-            self.skipped = _read_skipped(self.folder / "skipped.json")
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # none yet, or damaged
+                self.skipped = json_object((self.folder / "skipped.json").read_text("utf-8")) or {}
             self.committed = time.monotonic()
             n, missing = len(self.state), len(self.missing())
             with tqdm(
@@ -357,11 +358,3 @@ def _checksums(rows: np.ndarray) -> np.ndarray:
     """The CRC-32 of each block of rows, uint32."""
     blocks = (np.ascontiguousarray(rows[k : k + BLOCK]) for k in range(0, len(rows), BLOCK))
     return np.array([zlib.crc32(block) for block in blocks], np.uint32)
-
-
-def _read_skipped(path: Path) -> dict[str, str]:
-    try:
-        skipped = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return skipped if isinstance(skipped, dict) else {}

@@ -126,7 +126,12 @@ def write_captioner(model: BLIP, folder: Path, beside: Path, dtype: torch.dtype 
 
 
 class CaptionerTrainer(Trainer):
-    """Trains a captioner to write the prompts of the rows in `splits["train"]`."""
+    """Trains `model` in place to write the prompts of the rows in `splits["train"]`, on one process; bf16 on
+    CUDA.
+
+    `folder` holds last/, used to resume, and log.jsonl. `fit` raises data.DataError if `folder` belongs to
+    another configuration or other pairs, and if the loss is not finite.
+    """
 
     label = "captioner"
 
@@ -189,6 +194,10 @@ class CaptionerTrainer(Trainer):
             logits = self.model(images, ids)
         return {"loss": caption_loss(logits.float(), labels, self.config.label_smoothing)}
 
+    def fit(self) -> None:
+        super().fit()
+        self.model.eval()
+
     @torch.no_grad()
     def validate(self, epoch: int) -> dict[str, float]:
         """The mean validation loss, logged only."""
@@ -196,24 +205,6 @@ class CaptionerTrainer(Trainer):
         batches = np.array_split(rows, math.ceil(len(rows) / self.config.batch_size))
         losses = [self.loss(batch)["loss"].item() for batch in self.tensors(batches)]
         return {"val_loss": float(np.mean(losses))}
-
-
-def finetune_captioner(
-    model: BLIP,
-    preprocessing: data.Preprocessing,
-    config: CaptionerConfig,
-    pairs: data.Pairs,
-    splits: Mapping[str, np.ndarray],
-    folder: Path,
-    device: str = "cpu",
-) -> None:
-    """Train `model` in place to write the prompts of splits["train"], on one process; bf16 on CUDA.
-
-    `folder` holds last/, used to resume, and log.jsonl. Raises data.DataError if `folder` belongs to another
-    configuration or other pairs, and if the loss is not finite.
-    """
-    CaptionerTrainer(model, preprocessing, config, pairs, splits, folder, device).fit()
-    model.eval()
 
 
 def written_prompts(
@@ -260,7 +251,7 @@ def blip_regressor(
     weights.WeightsError, in one line.
     """
     model, preprocessing, beside = open_captioner(config.source, device)
-    finetune_captioner(model, preprocessing, config, pairs, splits, folder, device)
+    CaptionerTrainer(model, preprocessing, config, pairs, splits, folder, device).fit()
     write_json(folder / "config.json", dataclasses.asdict(config))
     write_captioner(model, folder / "blip", beside)
     minilm = weights.load("minilm", device=device)

@@ -136,21 +136,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
     optimizer.load_state_dict(slots)
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    """The states of torch's random number generators."""
-    return {"rng.cpu": torch.get_rng_state()} | (
-        {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    )
-
-
-def load_rng(tensors: dict[str, Tensor]) -> None:
-    """Restore the generators from the tensors that are present."""
-    if "rng.cpu" in tensors:
-        torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-
-
 # ============================================================================================================
 # The loop
 # ============================================================================================================
@@ -214,7 +199,9 @@ class Trainer(ABC):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """State for resuming: (JSON, tensors)."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer, self.names) | rng_tensors()
+        tensors |= optimizer_tensors(self.optimizer, self.names) | {"rng.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
         return {"step": self.step, "total": self.total, "data": self.identity}, tensors
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -222,7 +209,10 @@ class Trainer(ABC):
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         self.model.load_state_dict(own)
         load_optimizer(self.optimizer, self.names, tensors)
-        load_rng(tensors)
+        if "rng.cpu" in tensors:
+            torch.set_rng_state(tensors["rng.cpu"])
+        if torch.cuda.is_available() and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
         self.step = state["step"]
 
     # -- the loop ------------------------------------------------
@@ -231,7 +221,10 @@ class Trainer(ABC):
         """Train to the last step. Ctrl-C saves first; kill -9 loses the steps after the last checkpoint."""
         self.restore()
         self.model.train()
-        with self.recorder() as record, self.progress() as bar, self.stop_between_steps():
+        bar = tqdm(
+            total=self.total, initial=self.step, desc=self.label, unit="step", disable=not self.process.first
+        )
+        with self.recorder() as record, bar, self.stop_between_steps():
             while self.step < self.total:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 started = time.perf_counter()
@@ -317,10 +310,6 @@ class Trainer(ABC):
                 file.flush()
 
             yield record
-
-    def progress(self) -> tqdm:
-        quiet = not self.process.first
-        return tqdm(total=self.total, initial=self.step, desc=self.label, unit="step", disable=quiet)
 
     @contextlib.contextmanager
     def stop_between_steps(self) -> Iterator[None]:
