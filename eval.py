@@ -53,11 +53,6 @@ from training.inputs import prepare
 log = logging.getLogger("eval")
 
 
-# ============================================================================================================
-# Command line
-# ============================================================================================================
-
-
 def selected(flag: str, kind: str) -> dict[tuple[str, int | str], Exhibit]:
     """The exhibits of a flag, e.g. "1,2" or "all", by kind and number."""
     by_name = {str(number): number for number in EXHIBITS[kind]}
