@@ -53,11 +53,6 @@ from training.inputs import prepare
 log = logging.getLogger("eval")
 
 
-# ============================================================================================================
-# Command line
-# ============================================================================================================
-
-
 def selected(flag: str, kind: str) -> dict[tuple[str, int | str], Exhibit]:
     """The exhibits of a flag, e.g. "1,2" or "all", by kind and number."""
     by_name = {str(number): number for number in EXHIBITS[kind]}
@@ -208,9 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     def make_exhibits() -> None:
         make(args, flags, f"python eval.py {shlex.join(argv)}")
 
-    return run_command(
-        make_exhibits if making else evaluate_runs, "stopped; repeat the command to resume"
-    )
+    return run_command(make_exhibits if making else evaluate_runs, "stopped; repeat the command to resume")
 
 
 if __name__ == "__main__":

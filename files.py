@@ -4,6 +4,7 @@ atomic writes; the lock of a folder."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import lzma
@@ -107,7 +108,7 @@ def same_bytes(files: Sequence[tuple[Path, str]]) -> list[int]:
     """A number for each (zip or folder, name), equal where the bytes are.
 
     Compared are sizes and CRC-32, which zips have in their directories; on disk only those files are read
-    that have the size of another. What cannot be read is equal to nothing but itself.
+    that have the size of another. A file that cannot be read is equal only to itself.
     """
     marks: dict[tuple[Path, str], Any] = {}
     for home in dict.fromkeys(home for home, _ in files):
@@ -232,6 +233,20 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically, and its folder if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file atomically, and its folder if missing."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, buffer.getvalue())
 
 
 @contextmanager

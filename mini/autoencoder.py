@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini.loop import HELD_OUT, Recipe, World, batch_of, train
+from mini.loop import HELD_OUT, MiniTrainer, Recipe, World, batch_of
 from mini.write import write_part
 from models import vae
 
@@ -48,7 +48,7 @@ def train_vae(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
             "kl": kl.detach(),
         }
 
-    minutes = train("vae", model, loss, len(world) - HELD_OUT, recipe, seed)
+    minutes = MiniTrainer("vae", model, loss, len(world) - HELD_OUT, recipe, seed).fit()
     quality = vae_quality(model, world.images[-HELD_OUT:])
     config = replace(model.config, scale_factor=round(1 / quality["latent_deviation"], 5))
     write_part("vae", model, folder / "sd-mini" / "vae", published(config))

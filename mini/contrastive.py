@@ -15,17 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weights
-from mini.loop import HELD_OUT, Recipe, World, batch_of, train
-from mini.write import write_json, write_part, write_tensors
+from files import write_json
+from mini.loop import HELD_OUT, MiniTrainer, Recipe, World, batch_of
+from mini.write import write_part, write_tensors
 from models import clip
 
 RECIPE = Recipe(steps=2000, batch_size=192, lr=1e-3, warmup=200, weight_decay=0.1, betas=(0.9, 0.98))
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def sizes() -> tuple[clip.CLIPTextConfig, clip.CLIPVisionConfig]:
-    """Sizes of the two towers."""
-    return clip.CONFIGS["sd-mini"], clip.VISION_CONFIGS["clip-mini"]
 
 
 class CLIP(nn.Module):
@@ -63,7 +59,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tens
 def train_clip(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     """The card's fields; writes folder/clip-mini, and the text tower to folder/sd-mini/text_encoder."""
     torch.manual_seed(seed)
-    model = CLIP(*sizes())
+    model = CLIP(clip.CONFIGS["sd-mini"], clip.VISION_CONFIGS["clip-mini"])
     init_embeddings(model)
     tokenizer = weights.load_tokenizer("sd-mini")
     ids = tokenizer(world.prompts)
@@ -81,7 +77,7 @@ def train_clip(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
             right = (images @ texts.T).argmax(dim=1) == torch.arange(len(rows))
         return {"loss": contrastive_loss(images, texts, model.logit_scale), "right": right.float().mean()}
 
-    minutes = train("clip", model, loss, len(world) - HELD_OUT, recipe, seed)
+    minutes = MiniTrainer("clip", model, loss, len(world) - HELD_OUT, recipe, seed).fit()
     with torch.no_grad():
         images, texts = embeddings(torch.arange(len(world) - HELD_OUT, len(world)))
         right = (images @ texts.T).argmax(dim=1) == torch.arange(HELD_OUT)
@@ -102,24 +98,20 @@ def init_embeddings(model: CLIP) -> None:
 def write_clip(model: CLIP, folder: Path) -> None:
     text, vision = (model.towers[name].config for name in ("text", "vision"))
     both = {"text_config": asdict(text), "vision_config": asdict(vision)}
-    write_json(
-        {"model_type": "clip", "projection_dim": vision.projection_dim, **both},
-        folder / "clip-mini" / "config.json",
-    )
-    write_json(
-        {
-            "crop_size": 64,
-            "do_center_crop": True,
-            "do_normalize": True,
-            "do_resize": True,
-            "image_mean": list(CLIP_MEAN),
-            "image_processor_type": "CLIPImageProcessor",
-            "image_std": list(CLIP_STD),
-            "resample": 3,
-            "size": 64,
-        },
-        folder / "clip-mini" / "preprocessor_config.json",
-    )
+    config = {"model_type": "clip", "projection_dim": vision.projection_dim, **both}
+    write_json(folder / "clip-mini" / "config.json", config)
+    preprocessing = {
+        "crop_size": 64,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(CLIP_STD),
+        "resample": 3,
+        "size": 64,
+    }
+    write_json(folder / "clip-mini" / "preprocessor_config.json", preprocessing)
     # Only sd-mini holds the text tower.
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith("text_model.")}
     write_tensors(kept, folder / "clip-mini" / "model.safetensors")

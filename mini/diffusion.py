@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
+from files import write_json
 from generate import TRAIN_STEPS, alphas_bar
-from mini.loop import HELD_OUT, Recipe, World, batch_of, train
-from mini.write import write_json, write_part
+from mini.loop import HELD_OUT, MiniTrainer, Recipe, World, batch_of
+from mini.write import write_part
 from models import unet
 
 RECIPE = Recipe(steps=10_000, batch_size=64, lr=1e-3, warmup=500, betas=(0.9, 0.99))
@@ -83,7 +84,7 @@ def train_unet(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         return {"loss": F.mse_loss(model(noisy, t, states[rows].float()), noise)}
 
-    minutes = train("unet", model, loss, len(world) - HELD_OUT, recipe, seed)
+    minutes = MiniTrainer("unet", model, loss, len(world) - HELD_OUT, recipe, seed).fit()
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         held_out = torch.arange(len(world) - HELD_OUT, len(world)).repeat(8)
@@ -126,4 +127,4 @@ def write_unet(model: unet.UNet, folder: Path) -> None:
         "steps_offset": 1,
         "timestep_spacing": "leading",
     }
-    write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

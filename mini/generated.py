@@ -14,7 +14,6 @@ omitted on purpose). card.json holds settings, the probe's shares, and the sha25
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import io
 import sys
@@ -30,7 +29,7 @@ from data import read_pairs
 from files import atomic_write
 from mini import naming, scenes
 from mini.scenes import Scene
-from mini.write import write_json
+from mini.write import write_card
 
 FOLDER = Path(__file__).parent / "generated"
 STEPS, GUIDANCE, SAMPLER = 50, 7.5, "ddim"
@@ -94,7 +93,7 @@ def generate_parts(
     return images
 
 
-def card(folder: Path, command: str) -> dict:
+def card(folder: Path) -> dict:
     """The card of the parts in `folder`."""
     pairs, probe = read_pairs(folder / "images"), naming.load_probe(naming.FOLDER)
     views = {scene.prompt: scene.said for scene in chosen_scenes(len(pairs))}
@@ -105,7 +104,6 @@ def card(folder: Path, command: str) -> dict:
         accuracy = naming.accuracy(probe, images, [views[pairs.prompts[i]] for i in rows])
         shown[name] = {"pictures": len(rows), **accuracy}
     return {
-        "command": command,
         "pictures": len(pairs),
         "prompts": f"of the drawn default: mini scenes, version {scenes.VERSION}, seed 0",
         "steps": pairs.meta[0]["st"],
@@ -117,7 +115,6 @@ def card(folder: Path, command: str) -> dict:
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted((folder / "images").glob("part-*.zip"))
         },
-        "date": str(datetime.date.today()),
     }
 
 
@@ -138,7 +135,7 @@ def main() -> None:
         scenes.contact_sheet([(pairs.image(i), text) for i, text in enumerate(texts)]).save(args.sheet, "PNG")
         return
     generate_parts(args.folder, args.parts)
-    write_json(card(args.folder, f"python -m mini.generated --parts {args.parts}"), args.folder / "card.json")
+    write_card(args.folder, f"python -m mini.generated --parts {args.parts}", **card(args.folder))
     print(args.folder)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from PIL import Image
 
 import generate
 from command import positive, run_command
-from files import atomic_write
+from files import atomic_write, write_json
 from mini import drawbench, naming, scenes
 from mini.scenes import Scene
 
@@ -129,8 +128,7 @@ def main() -> None:
         "guidance": args.guidance,
         "shares": by_things,
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.results / "generated.json", json.dumps(result, indent=1) + "\n")
+    write_json(args.results / "generated.json", result)
     atomic_write(args.results / "generated.md", text_of(result))
     print(text_of(result))
 

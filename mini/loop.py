@@ -87,10 +87,12 @@ def batch_of(images: np.ndarray, rows: Tensor) -> Tensor:
 class MiniTrainer(Trainer):
     """Trains a miniature by its recipe; `average` holds the moving average of its parameters.
 
-    `terms(rows, generator)` takes the positions of a batch (B,) among `n` and returns the loss's terms.
+    `terms(rows, generator)` takes the positions of a batch (B,) among `n` and returns the loss's terms. The
+    checkpoint stays until `remove_checkpoint`.
     """
 
     clip_norm = 1.0
+
     def __init__(
         self,
         name: str,
@@ -119,6 +121,13 @@ class MiniTrainer(Trainer):
             rows = torch.randint(self.n, (self.recipe.batch_size,), generator=generator)
             yield len(rows), (rows, generator)
 
+    def fit(self) -> float:
+        """The minutes that training took; `model` then holds the averaged weights, in eval mode."""
+        super().fit()
+        self.model.load_state_dict(self.model.state_dict() | self.average)
+        self.model.eval()
+        return self.seconds / 60
+
     def rate(self) -> float:
         return self.recipe.rate(self.step)
 
@@ -143,25 +152,6 @@ class MiniTrainer(Trainer):
         super().load_state(state, tensors)
         self.average = {key: tensors[f"average.{key}"] for key in self.average}
         self.seconds = state["seconds"]
-
-
-def train(
-    name: str,
-    model: nn.Module,
-    terms: Callable[[Tensor, torch.Generator], dict[str, Tensor]],
-    n: int,
-    recipe: Recipe,
-    seed: int,
-) -> float:
-    """The minutes that training took; `model` then holds the averaged weights, in eval mode.
-
-    The arguments are those of `MiniTrainer`. Its checkpoint stays until `remove_checkpoint`.
-    """
-    trainer = MiniTrainer(name, model, terms, n, recipe, seed)
-    trainer.fit()
-    model.load_state_dict(model.state_dict() | trainer.average)
-    model.eval()
-    return trainer.seconds / 60
 
 
 def checkpoint_folder(name: str) -> Path:

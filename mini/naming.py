@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
+from files import write_json
 from mini import scenes
-from mini.loop import HELD_OUT, Recipe, World, batch_of, train
+from mini.loop import HELD_OUT, MiniTrainer, Recipe, World, batch_of
 from mini.subjects import SHAPES
-from mini.write import write_json, write_tensors
+from mini.write import write_tensors
 from models import swin, vit
 
 FOLDER = Path(__file__).parent
@@ -101,7 +102,7 @@ def train_namer(name: str, folder: Path, world: World, recipe: Recipe, seed: int
             x = torch.cat([batch_of(rebuilt, rows[:half]), x[half:]])
         return {"loss": naming_loss(model(x), truth[rows].float())}
 
-    minutes = train(name, model, loss, n, recipe, seed)
+    minutes = MiniTrainer(name, model, loss, n, recipe, seed).fit()
     held_out, views = world.images[-HELD_OUT:], world.views[-HELD_OUT:]
     quality = {"drawn": accuracy(model, held_out, views)}
     if name == "probe":
@@ -170,18 +171,16 @@ def write_backbone(model: Namer, name: str, folder: Path) -> None:
     else:
         architecture, read = "swin_tiny_patch4_window7_224", ("depths", "window_size")
     read = ("img_size", "patch_size", "embed_dim", "num_heads", *read)
-    write_json(
-        {
-            "architecture": architecture,
-            "num_classes": 0,
-            "model_args": {field: config[field] for field in read},
-            "pretrained_cfg": {
-                "input_size": [3, 64, 64], "crop_pct": 1.0, "interpolation": "bicubic",
-                "mean": [HALF] * 3, "std": [HALF] * 3, "num_classes": 0,
-            },
+    content = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "model_args": {field: config[field] for field in read},
+        "pretrained_cfg": {
+            "input_size": [3, 64, 64], "crop_pct": 1.0, "interpolation": "bicubic",
+            "mean": [HALF] * 3, "std": [HALF] * 3, "num_classes": 0,
         },
-        folder / "config.json",
-    )  # fmt: skip
+    }  # fmt: skip
+    write_json(folder / "config.json", content)
     write_tensors(model.backbone.state_dict(), folder / "model.safetensors")
 
 

@@ -25,7 +25,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from tokenizers.models import BPE
 
 import weights
 from command import positive, run_command
-from files import atomic_write
+from files import atomic_write, write_json
 from mini import scenes
 from mini.autoencoder import RECIPE as VAE_RECIPE
 from mini.autoencoder import train_vae
@@ -56,7 +55,7 @@ from mini.loop import (
 )
 from mini.naming import RECIPE as NAMING_RECIPE
 from mini.naming import train_namer
-from mini.write import write_json
+from mini.write import write_card
 from models import blip, clip
 from training import captioner
 
@@ -93,16 +92,8 @@ def train_part(name: str, recipe: Recipe, parts: int, seed: int) -> None:
     quality = part.train(MINI, world, recipe, seed)
     command = f"python -m mini.pretrain {name} --parts {parts} --steps {recipe.steps} "
     command += f"--batch-size {recipe.batch_size} --lr {recipe.lr:g} --seed {seed}"
-    card = {
-        "command": command,
-        "steps": recipe.steps,
-        "batch_size": recipe.batch_size,
-        "seed": seed,
-        "data": data_text(len(world) - HELD_OUT),
-        **quality,
-        "date": str(date.today()),
-    }
-    write_json(card, MINI / part.card / "card.json")
+    settings = {"steps": recipe.steps, "batch_size": recipe.batch_size, "seed": seed}
+    write_card(MINI / part.card, command, **settings, data=data_text(len(world) - HELD_OUT), **quality)
     remove_checkpoint(name)
 
 
@@ -139,8 +130,7 @@ def train_tokenizer(parts: int) -> None:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [pair for pair in merges if pair[0] + pair[1] in vocabulary]
     folder = FOLDER / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "vocab.json", json.dumps(vocabulary))
+    write_json(folder / "vocab.json", vocabulary)
     atomic_write(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -150,15 +140,9 @@ def train_tokenizer(parts: int) -> None:
         "pad_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
     }
-    atomic_write(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
-    card = {
-        "command": f"python -m mini.pretrain tokenizer --parts {parts}",
-        "data": f"{parts},000 mini prompts",
-        "tokens": len(vocabulary),
-        "merges": len(merges),
-        "date": str(date.today()),
-    }
-    write_json(card, folder / "card.json")
+    write_json(folder / "tokenizer_config.json", settings)
+    command, prompts = f"python -m mini.pretrain tokenizer --parts {parts}", f"{parts},000 mini prompts"
+    write_card(folder, command, data=prompts, tokens=len(vocabulary), merges=len(merges))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,11 +183,11 @@ def write_vocabulary(parts: int) -> None:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    atomic_write(folder / "preprocessor_config.json", json.dumps(settings, indent=1) + "\n")
+    write_json(folder / "preprocessor_config.json", settings)
 
 
 def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train blip-mini from scratch by `captioner.finetune_captioner`, and write its folder.
+    """Train blip-mini from scratch by `captioner.CaptionerTrainer`, and write its folder.
 
     The card also reports its quality: the mean cosine between the sentence embeddings of its captions of
     held-out pictures and of the true prompts, and that of one vector for all pictures.
@@ -216,7 +200,7 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
     rows = np.arange(len(pairs))
     splits = {"train": rows[:-HELD_OUT], "val": rows[-HELD_OUT:]}
     folder = checkpoint_folder("captioner")
-    captioner.finetune_captioner(model, preprocessing, config, pairs, splits, folder)
+    captioner.CaptionerTrainer(model, preprocessing, config, pairs, splits, folder).fit()
     captioner.write_captioner(model, captioner.BLIP_MINI, captioner.BLIP_MINI, torch.float16)
 
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -227,9 +211,9 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
     minilm = weights.load("minilm")
     predicted, true = minilm.encode(written), minilm.encode(held_out.prompts)
     mean = minilm.encode(pairs.prompts[: 10 * HELD_OUT]).mean(dim=0, keepdim=True)
+    command = f"python -m mini.pretrain captioner --parts {parts} --epochs {epochs} "
+    command += f"--batch-size {batch_size} --lr {lr:g} --seed {seed}"
     card = {
-        "command": f"python -m mini.pretrain captioner --parts {parts} --epochs {epochs} "
-        f"--batch-size {batch_size} --lr {lr:g} --seed {seed}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": seed,
         "epochs": epochs,
@@ -239,9 +223,8 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
         "val_loss": round(entries[-1]["val_loss"], 4),
         "prompt_cosine": round(F.cosine_similarity(predicted, true).mean().item(), 4),
         "mean_embedding_cosine": round(F.cosine_similarity(mean, true).mean().item(), 4),
-        "date": str(date.today()),
     }
-    write_json(card, captioner.BLIP_MINI / "card.json")
+    write_card(captioner.BLIP_MINI, command, **card)
     remove_checkpoint("captioner")
 
 

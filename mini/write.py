@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor, nn
 
 import weights
-from files import atomic_write
+from files import atomic_write, write_json
 
 
 def write_part(kind: str, model: nn.Module, folder: Path, config: dict) -> None:
     """Write a part of a diffusers folder: config.json and half-precision safetensors in its dialect."""
     name = "model" if kind == "clip-text" else "diffusion_pytorch_model"
     write_tensors(weights.from_home(kind, model.state_dict()), folder / f"{name}.safetensors")
-    write_json(config, folder / "config.json")
+    write_json(folder / "config.json", config)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -25,6 +26,6 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     atomic_write(path, save(halves, metadata={"format": "pt"}))
 
 
-def write_json(content: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(content, indent=1) + "\n")
+def write_card(folder: Path, command: str, **content: Any) -> None:
+    """Write card.json: the command that made the folder, `content`, and the date."""
+    write_json(folder / "card.json", {"command": command} | content | {"date": str(date.today())})

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from files import atomic_write
+from files import write_array, write_json
 from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text, short
 from tables.methods import Member, members_of
 from tables.rows import ROW_TABLES, Row, Table
 from tables.runs import MODELS, Plan, RunName, with_phase_1
 from training.folder import saved_fields
-from training.loop import save_array
 from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test
 
 log = logging.getLogger("tables")
@@ -46,10 +45,9 @@ def row_cosines(plan: Plan, row: Row, seed: int, like: Member) -> tuple[np.ndarr
     cached = plan.folder / "kept" / f"{key.hexdigest()[:16]}-seed{seed}"
     if not cached.with_suffix(".json").exists():
         log.info("%s, seed %d", row.name, seed)
-        cached.parent.mkdir(exist_ok=True)
         predicted, chosen = row.method(members, plan, seed)
-        save_array(cached.with_suffix(".npy"), predicted)
-        atomic_write(cached.with_suffix(".json"), json.dumps(chosen))
+        write_array(cached.with_suffix(".npy"), predicted)
+        write_json(cached.with_suffix(".json"), chosen)
     predicted = np.load(cached.with_suffix(".npy"), allow_pickle=False)
     return cosines(predicted, targets), json.loads(cached.with_suffix(".json").read_text())
 

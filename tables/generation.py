@@ -22,11 +22,11 @@ import data
 import generate
 import reverse_sd
 import weights
+from files import write_array
 from mini import drawbench, naming, scenes
 from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text
 from tables.probe import default_views
 from tables.runs import Plan, RunName
-from training.loop import save_array
 from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test
 
 log = logging.getLogger("tables")
@@ -111,8 +111,7 @@ def drawn(
         unet_at = generate.after(SWAP_AFTER, pipeline.unet, trained)
     options = {"steps": STEPS, "guidance": GUIDANCE, "unet_at": unet_at}
     pictures = pipeline.draw(prompts, seeds, (side, side), BATCH, **options).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_array(path, pictures)
+    write_array(path, pictures)
     return pictures
 
 

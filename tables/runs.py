@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,15 +173,22 @@ def result_text(folder: Path) -> str:
     return f"{folder.name}: test cosine {result['test_cosine']:.4f}, {result['seconds']:.0f} s"
 
 
-def last_line(path: Path) -> str:
-    """The last error in a training's output, else its last line."""
-    lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
+def output_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def failure_of(folder: Path, status: int) -> str | None:
+    """The last error, else the last line, in the output of a training that failed; None for any other."""
+    if status == 0 and (folder / "result.json").exists():
+        return None
+    lines = output_of(folder).read_text(errors="replace").replace("\r", "\n").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or ["no output"])[-1].removeprefix("error: ")
+    last = (errors or lines or ["no output"])[-1].removeprefix("error: ")
+    return f"{last} (full output: {output_of(folder)})"
 
 
-def start(plan: Plan, run: RunName, seed: int, output: Path) -> subprocess.Popen:
+def start(plan: Plan, run: RunName, seed: int) -> subprocess.Popen:
     """train.py for a new or stopped run; it appends its output to a file."""
     folder = plan.run_folder(run, seed)
     if (folder / "config.json").exists():
@@ -190,41 +196,15 @@ def start(plan: Plan, run: RunName, seed: int, output: Path) -> subprocess.Popen
     else:
         flags = ["--out", str(folder), *flags_of(plan.fields(run, seed))]
     threads = str(max(1, cores() // plan.jobs))
-    with output.open("ab") as file:
+    with output_of(folder).open("ab") as file:
         return subprocess.Popen(
             [sys.executable, str(TRAIN), *flags],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": threads, "TQDM_MININTERVAL": "30"} | os.environ,
-            start_new_session=True,  # only `stop` ends it on Ctrl-C, and once
+            start_new_session=True,  # Ctrl-C reaches it once, from `train_missing`
         )
-
-
-def train_one(
-    plan: Plan, run: RunName, seed: int, phase_1: Future | None, running: dict[Path, subprocess.Popen]
-) -> str | None:
-    """The reason if training failed. Trains a run after its phase 1 and lists its process in `running`."""
-    if phase_1 and phase_1.result():
-        return f"needs {run.phase_1.folder(seed)}"
-    folder = plan.run_folder(run, seed)
-    output = plan.folder / f"{folder.name}.log"
-    running[folder] = process = start(plan, run, seed, output)
-    process.wait()
-    running.pop(folder, None)
-    if process.returncode or not (folder / "result.json").exists():
-        return f"{last_line(output)} (full output: {output})"
-    return None
-
-
-def stop(pool: ThreadPoolExecutor, futures: Iterable[Future], running: dict[Path, subprocess.Popen]) -> None:
-    """Cancel waiting trainings, end running ones after their step, and wait for them."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    while any(future.running() for future in futures):
-        for folder in list(running):
-            if process := running.pop(folder, None):
-                process.terminate()
-        time.sleep(0.1)
 
 
 def train_missing(plan: Plan, runs: Iterable[RunName]) -> set[tuple[RunName, int]]:
@@ -233,39 +213,51 @@ def train_missing(plan: Plan, runs: Iterable[RunName]) -> set[tuple[RunName, int
     If a run fails, the others continue. Ctrl-C stops all, each after its step; a later call resumes them.
     """
     wanted = [(run, seed) for seed in plan.seeds for run in with_phase_1(runs)]
-    # Runs that need another's phase 1 come last, so that no thread waits for a run that has not started.
-    missing = sorted((job for job in wanted if not plan.finished(*job)), key=lambda job: bool(job[0].phase_1))
-    if not missing:
+    waiting = [job for job in wanted if not plan.finished(*job)]
+    if not waiting:
         return set()
     plan.folder.mkdir(parents=True, exist_ok=True)
-    configs = [plan.config(run, seed) for run, seed in missing]
+    configs = [plan.config(run, seed) for run, seed in waiting]
     for config in {(config.backbone, config.captions): config for config in configs}.values():
         prepare(config, plan.device)  # fills the caches once
-    counts = f"{len(missing)} of {len(wanted)} are missing"
+    counts = f"{len(waiting)} of {len(wanted)} are missing"
     log.info("trainings: %s; %d at once, logs in %s", counts, plan.jobs, plan.folder)
-    futures: dict[tuple[RunName, int], Future] = {}
-    running: dict[Path, subprocess.Popen] = {}
-    failed, interval = set(), 2 if sys.stderr.isatty() else 60
-    with ThreadPoolExecutor(plan.jobs) as pool, tqdm(total=len(missing), desc="trainings") as bar:
+    failed: set[tuple[RunName, int]] = set()
+    running: dict[tuple[RunName, int], subprocess.Popen] = {}
+    interval = 2 if sys.stderr.isatty() else 60
+    with tqdm(total=len(waiting), desc="trainings", mininterval=interval, miniters=0) as bar:
+
+        def end(job: tuple[RunName, int], failure: str | None) -> None:
+            folder = plan.run_folder(*job)
+            bar.write(f"failed: {folder.name}: {failure}" if failure else result_text(folder), sys.stderr)
+            bar.update()
+            if failure:
+                failed.add(job)
+
         try:
-            for run, seed in missing:
-                phase_1 = futures.get((run.phase_1, seed))
-                futures[run, seed] = pool.submit(train_one, plan, run, seed, phase_1, running)
-            jobs = {future: job for job, future in futures.items()}
-            pending = set(jobs)
-            while pending:
-                done, pending = wait(pending, interval, FIRST_COMPLETED)
-                for future in done:
-                    folder = plan.run_folder(*jobs[future])
-                    if reason := future.result():
-                        failed.add(jobs[future])
-                        bar.write(f"failed: {folder.name}: {reason}", sys.stderr)
+            while waiting or running:
+                for run, seed in waiting[:]:
+                    first = (run.phase_1, seed)
+                    if first in failed:
+                        end((run, seed), f"needs {run.phase_1.folder(seed)}")
+                    elif len(running) < plan.jobs and first not in waiting and first not in running:
+                        running[run, seed] = start(plan, run, seed)
                     else:
-                        bar.write(result_text(folder), sys.stderr)
-                bar.update(len(done))
-                bar.set_postfix_str(", ".join(map(step_text, list(running))))
+                        continue
+                    waiting.remove((run, seed))
+                for job, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[job]
+                        end(job, failure_of(plan.run_folder(*job), process.returncode))
+                bar.set_postfix_str(", ".join(step_text(plan.run_folder(*job)) for job in running), False)
+                bar.update(0)
+                if running:
+                    time.sleep(0.2)
         finally:
-            stop(pool, futures.values(), running)
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
     return failed
 
 

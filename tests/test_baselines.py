@@ -185,7 +185,7 @@ def test_the_captioner_is_trained_as_by_a_plain_loop(pairs: data.Pairs, tmp_path
     config = dataclasses.replace(SHORT, weight_decay=5.0, label_smoothing=0.2, max_tokens=10, seed=2)
     splits = {"train": np.arange(20), "val": np.arange(60, 72)}
     trained, how = captioner.new_captioner(0)
-    captioner.finetune_captioner(trained, how, config, pairs, splits, tmp_path)
+    captioner.CaptionerTrainer(trained, how, config, pairs, splits, tmp_path).fit()
 
     model, _ = captioner.new_captioner(0)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=5.0)
@@ -222,7 +222,7 @@ def test_stopped_and_resumed_training_ends_alike(
 
     def tune(name: str, config: CaptionerConfig = SHORT) -> dict[str, torch.Tensor]:
         model, how = captioner.new_captioner(0)
-        captioner.finetune_captioner(model, how, config, pairs, SPLITS, tmp_path / name)
+        captioner.CaptionerTrainer(model, how, config, pairs, SPLITS, tmp_path / name).fit()
         return model.state_dict()
 
     whole = tune("whole")

@@ -386,7 +386,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
     rows, _ = texts_cache(tmp_path, TEXTS, Lengths())
     monkeypatch.setattr(Path, "mkdir", refuse)
-    monkeypatch.setattr(caches, "atomic_write", refuse)
+    monkeypatch.setattr(caches, "write_json", refuse)
     with pytest.raises(DataError, match="Permission denied"):
         texts_cache(tmp_path / "other", TEXTS, Lengths())
     assert np.array_equal(texts_cache(tmp_path, TEXTS, Lengths(stop_after=0))[0], rows), (

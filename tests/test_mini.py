@@ -35,6 +35,7 @@ from mini import (
     scenes,
 )
 from mini.loop import Recipe, World
+from models import clip
 from tests.parity import randomise
 
 FOLDER = pretrain.FOLDER
@@ -121,10 +122,10 @@ def test_stopped_and_resumed_training_ends_alike(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
     monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
     whole, stopped, resumed = small_model(), small_model(), small_model()
-    loop.train("whole", whole, noisy(whole), 20, QUICK, seed=1)
+    loop.MiniTrainer("whole", whole, noisy(whole), 20, QUICK, seed=1).fit()
     with pytest.raises(KeyboardInterrupt):
-        loop.train("other", stopped, noisy(stopped, 3), 20, QUICK, seed=1)
-    loop.train("other", resumed, noisy(resumed), 20, QUICK, seed=1)
+        loop.MiniTrainer("other", stopped, noisy(stopped, 3), 20, QUICK, seed=1).fit()
+    loop.MiniTrainer("other", resumed, noisy(resumed), 20, QUICK, seed=1).fit()
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     steps = [json.loads(line)["step"] for line in (tmp_path / "pretrain-other/log.jsonl").open()]
@@ -135,9 +136,10 @@ def test_stopped_and_resumed_training_ends_alike(tmp_path: Path, monkeypatch: py
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
-    loop.train("part", model := small_model(), noisy(model), 20, QUICK, seed=1)
+    loop.MiniTrainer("part", model := small_model(), noisy(model), 20, QUICK, seed=1).fit()
     with pytest.raises(data.DataError, match="other pairs or options"):
-        loop.train("part", model := small_model(), noisy(model), 20, replace(QUICK, lr=1e-3), seed=1)
+        other = replace(QUICK, lr=1e-3)
+        loop.MiniTrainer("part", model := small_model(), noisy(model), 20, other, seed=1).fit()
 
 
 def test_the_averaged_weights_are_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -150,7 +152,7 @@ def test_the_averaged_weights_are_the_result(tmp_path: Path, monkeypatch: pytest
         seen.append(model[0].item())
         return {"loss": -model[0]}
 
-    loop.train("part", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0)
+    loop.MiniTrainer("part", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0).fit()
     last = load_file(tmp_path / "pretrain-part" / "last" / "step-00000030.safetensors")["model.0"]
     average = 0.0
     for step, value in enumerate([*seen[1:], float(last)], start=1):
@@ -159,7 +161,7 @@ def test_the_averaged_weights_are_the_result(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(loop, "AVERAGE_DECAY", 0.2)  # reached at the third step
     model, seen = nn.ParameterList([torch.zeros(())]), []
-    loop.train("warm", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0)
+    loop.MiniTrainer("warm", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0).fit()
     last = load_file(tmp_path / "pretrain-warm" / "last" / "step-00000030.safetensors")["model.0"]
     average = 0.0
     for step, value in enumerate([*seen[1:], float(last)], start=1):
@@ -171,10 +173,10 @@ def test_a_step_decays_weights_and_clips_the_gradient(tmp_path: Path, monkeypatc
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
     recipe = Recipe(steps=1, batch_size=1, lr=0.1, weight_decay=0.5)
     model = nn.ParameterList([torch.ones(())])
-    loop.train("still", model, lambda rows, generator: {"loss": 0 * model[0]}, 20, recipe, seed=0)
+    loop.MiniTrainer("still", model, lambda rows, generator: {"loss": 0 * model[0]}, 20, recipe, seed=0).fit()
     kept = load_file(tmp_path / "pretrain-still" / "last" / "step-00000001.safetensors")
     assert kept["model.0"].item() == pytest.approx(1 - 0.1 * 0.5)
-    loop.train("steep", model, lambda rows, generator: {"loss": -50 * model[0]}, 20, recipe, seed=0)
+    loop.MiniTrainer("steep", model, lambda *_: {"loss": -50 * model[0]}, 20, recipe, seed=0).fit()
     kept = load_file(tmp_path / "pretrain-steep" / "last" / "step-00000001.safetensors")
     assert kept["optimizer.exp_avg.0"].item() == pytest.approx(-0.1)  # 1 - beta_1 of a gradient of norm 1
 
@@ -188,9 +190,9 @@ def test_the_minutes_are_those_of_all_sittings(tmp_path: Path, monkeypatch: pyte
     if calls == 3:
         model = small_model()
         with pytest.raises(KeyboardInterrupt):
-            loop.train("part", model, noisy(model, calls), 20, QUICK, seed=1)
+            loop.MiniTrainer("part", model, noisy(model, calls), 20, QUICK, seed=1).fit()
     model = small_model()
-    assert loop.train("part", model, noisy(model), 20, QUICK, seed=1) == 3
+    assert loop.MiniTrainer("part", model, noisy(model), 20, QUICK, seed=1).fit() == 3
 
 
 def test_the_rate_rises_and_falls():
@@ -355,7 +357,7 @@ def test_the_contrastive_loss_pairs_the_rows():
 
 def test_the_two_towers_learn_to_pair(world: World):
     """Gradients reach every parameter of both towers, the projection and the temperature."""
-    model = contrastive.CLIP(*contrastive.sizes())
+    model = contrastive.CLIP(clip.CONFIGS["sd-mini"], clip.VISION_CONFIGS["clip-mini"])
     randomise(model)
     ids = weights.load_tokenizer("sd-mini")(world.prompts[:4])
     images = model.embed_images(torch.randn(4, 3, 64, 64, dtype=torch.float64))

@@ -8,10 +8,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,36 +50,14 @@ class Here:
         torch.set_num_threads(1)
         self.returncode = train.main(command[2:])
 
-    def wait(self) -> int:
+    def poll(self) -> int:
         return self.returncode
-
-
-class InTurn:
-    """In place of ThreadPoolExecutor: each call at once, in this thread, as train.py sets signal handlers."""
-
-    def __init__(self, workers: int):
-        pass
-
-    def __enter__(self) -> "InTurn":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, function: Callable, *args: object) -> Future:
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-    def shutdown(self, **_: object) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
 def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
     here = SimpleNamespace(Popen=Here, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr(runs, "subprocess", here)
-    monkeypatch.setattr(runs, "ThreadPoolExecutor", InTurn)
     Here.started = []
 
 
@@ -316,28 +292,25 @@ def test_ctrl_c_stops_what_runs_and_starts_no_more(tmp_path: Path, monkeypatch: 
         started: list["Endless"] = []
 
         def __init__(self, *_: object, **__: object):
-            self.returncode, self.terminated = 130, threading.Event()
+            self.ends: list[str] = []
             self.started.append(self)
 
-        def wait(self) -> None:
-            self.terminated.wait(60)
+        def poll(self) -> None:
+            if len(self.started) == 2:
+                raise KeyboardInterrupt
 
         def terminate(self) -> None:
-            self.terminated.set()
+            self.ends.append("terminated")
 
-    def interrupted(*_: object) -> None:
-        while len(Endless.started) < 2:
-            time.sleep(0.01)
-        raise KeyboardInterrupt
+        def wait(self) -> None:
+            self.ends.append("waited for")
 
     monkeypatch.setattr(runs.subprocess, "Popen", Endless)
-    monkeypatch.setattr(runs, "ThreadPoolExecutor", ThreadPoolExecutor)
-    monkeypatch.setattr(runs, "wait", interrupted)
     monkeypatch.setattr(runs, "prepare", lambda config, device: None)
     two_at_once = dataclasses.replace(plan(tmp_path), jobs=2)
     with pytest.raises(KeyboardInterrupt):
         runs.train_missing(two_at_once, [RunName("vit", recipe) for recipe in ("mlc-cl", "plain", "lerac")])
-    assert len(Endless.started) == 2 and all(process.terminated.is_set() for process in Endless.started)
+    assert [process.ends for process in Endless.started] == [["terminated", "waited for"]] * 2
 
 
 # -- what is told to train.py ----------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import DataError, Pairs, Preprocessing, image_tensor
-from files import atomic_write, exclusive
+from files import exclusive, json_object, write_array, write_json
 
 log = logging.getLogger("cache")
 
@@ -190,22 +189,14 @@ class RowCache:
 
     def __init__(self, folder: Path, encoder: Encoder, key: Any, content: str, n: int) -> None:
         if not n:
-            raise DataError(
-                f"no pairs to cache in {encoder.name!r}; give at least one pair"
-            )
+            raise DataError(f"no pairs to cache in {encoder.name!r}; give at least one pair")
         self.encoder, self.root = encoder, Path(folder)
         self.shape, self.dtype = (n, *encoder.shape), np.dtype(encoder.dtype)
         self.bytes = math.prod(self.shape) * self.dtype.itemsize
-        identity = {
-            "name": encoder.name,
-            "key": key,
-            "content": content,
-            "shape": self.shape,
-            "dtype": self.dtype.name,
-        }
-        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        self.identity = {"content": content, "dtype": self.dtype.name, "key": key, "name": encoder.name}
+        self.identity["shape"] = self.shape
+        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
         self.folder = self.root / f"{encoder.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
-        self.readable_key = json.dumps(identity, sort_keys=True, indent=1)
         self.pending: list[tuple[Any, int]] = []
         self.skipped: dict[str, str] = {}
 
@@ -233,7 +224,8 @@ class RowCache:
                     stack.enter_context(exclusive(self.folder, waiting))
                     maps = self._open()
             self.rows, self.state = maps
-            self.skipped = _read_skipped(self.folder / "skipped.json")
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # none yet, or damaged
+                self.skipped = json_object((self.folder / "skipped.json").read_text("utf-8")) or {}
             self.committed = time.monotonic()
             n, missing = len(self.state), len(self.missing())
             with tqdm(
@@ -247,7 +239,7 @@ class RowCache:
                 self.rows, self.state = self._map("r")
             if self.state.all() and not (self.folder / "sums.npy").exists():
                 with contextlib.suppress(OSError):  # an older cache, complete but read-only
-                    self._write_sums()
+                    write_array(self.folder / "sums.npy", _checksums(self.rows))
 
     def missing(self) -> np.ndarray:
         """Row numbers to encode."""
@@ -280,7 +272,7 @@ class RowCache:
         with self._disk():
             self.rows.flush()
             if self.skipped:
-                atomic_write(self.folder / "skipped.json", json.dumps(self.skipped, indent=1))
+                write_json(self.folder / "skipped.json", self.skipped)
             for rows, state in self.pending:
                 self.state[rows] = state
             self.state.flush()
@@ -307,7 +299,7 @@ class RowCache:
                 (self.folder / file).unlink(missing_ok=True)
             if shutil.disk_usage(self.folder).free < self.bytes + self.shape[0]:
                 raise self._no_space()
-            atomic_write(self.folder / "key.json", self.readable_key)
+            write_json(self.folder / "key.json", self.identity)
             np.lib.format.open_memmap(self.folder / "rows.npy", "w+", self.dtype, self.shape)
             self._reserve()
             np.lib.format.open_memmap(self.folder / "done.npy", "w+", np.uint8, self.shape[:1])
@@ -325,13 +317,8 @@ class RowCache:
             sums = np.load(self.folder / "sums.npy", allow_pickle=False)
         except (FileNotFoundError, ValueError, EOFError):
             return []
-        fits = np.array(_checksums(rows), np.uint32) == sums
+        fits = _checksums(rows) == sums
         return [row for row in np.flatnonzero(state == DONE).tolist() if not fits[row // BLOCK]]
-
-    def _write_sums(self) -> None:
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(_checksums(self.rows), np.uint32), allow_pickle=False)
-        atomic_write(self.folder / "sums.npy", buffer.getvalue())
 
     def _reserve(self) -> None:
         """Allocate the file's blocks: on a full disk, writing to a hole of a mapped file raises SIGBUS."""
@@ -367,14 +354,7 @@ class RowCache:
         )
 
 
-def _checksums(rows: np.ndarray) -> list[int]:
-    """The CRC-32 of each block of rows."""
-    return [zlib.crc32(np.ascontiguousarray(rows[k : k + BLOCK])) for k in range(0, len(rows), BLOCK)]
-
-
-def _read_skipped(path: Path) -> dict[str, str]:
-    try:
-        skipped = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return skipped if isinstance(skipped, dict) else {}
+def _checksums(rows: np.ndarray) -> np.ndarray:
+    """The CRC-32 of each block of rows, uint32."""
+    blocks = (np.ascontiguousarray(rows[k : k + BLOCK]) for k in range(0, len(rows), BLOCK))
+    return np.array([zlib.crc32(block) for block in blocks], np.uint32)

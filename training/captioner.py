@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 import data
 import weights
-from files import atomic_write
+from files import atomic_write, write_array, write_json
 from models.blip import BLIP, CONFIGS
 from training.cache import Encoder, cached_captions
 from training.inputs import Images
-from training.loop import Process, Trainer, epoch_batches, learning_rate, save_array
+from training.loop import Process, Trainer, epoch_batches, learning_rate
 from weights.kinds.blip import load_tokenizer, published
 from weights.preprocessing import from_files
 from weights.sources import read
@@ -119,14 +119,19 @@ def write_captioner(model: BLIP, folder: Path, beside: Path, dtype: torch.dtype 
     tensors = weights.from_home("blip", model.state_dict(), "hf")
     tensors = {name: tensor.cpu().to(dtype).contiguous() for name, tensor in tensors.items()}
     atomic_write(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    atomic_write(folder / "config.json", json.dumps(published(model.config), indent=1) + "\n")
+    write_json(folder / "config.json", published(model.config))
     for name in ("vocab.txt", "tokenizer.json", "preprocessor_config.json", "processor_config.json"):
         if (beside / name).is_file() and beside != folder:
             atomic_write(folder / name, (beside / name).read_bytes())
 
 
 class CaptionerTrainer(Trainer):
-    """Trains a captioner to write the prompts of the rows in `splits["train"]`."""
+    """Trains `model` in place to write the prompts of the rows in `splits["train"]`, on one process; bf16 on
+    CUDA.
+
+    `folder` holds last/, used to resume, and log.jsonl. `fit` raises data.DataError if `folder` belongs to
+    another configuration or other pairs, and if the loss is not finite.
+    """
 
     label = "captioner"
 
@@ -189,6 +194,10 @@ class CaptionerTrainer(Trainer):
             logits = self.model(images, ids)
         return {"loss": caption_loss(logits.float(), labels, self.config.label_smoothing)}
 
+    def fit(self) -> None:
+        super().fit()
+        self.model.eval()
+
     @torch.no_grad()
     def validate(self, epoch: int) -> dict[str, float]:
         """The mean validation loss, logged only."""
@@ -196,24 +205,6 @@ class CaptionerTrainer(Trainer):
         batches = np.array_split(rows, math.ceil(len(rows) / self.config.batch_size))
         losses = [self.loss(batch)["loss"].item() for batch in self.tensors(batches)]
         return {"val_loss": float(np.mean(losses))}
-
-
-def finetune_captioner(
-    model: BLIP,
-    preprocessing: data.Preprocessing,
-    config: CaptionerConfig,
-    pairs: data.Pairs,
-    splits: Mapping[str, np.ndarray],
-    folder: Path,
-    device: str = "cpu",
-) -> None:
-    """Train `model` in place to write the prompts of splits["train"], on one process; bf16 on CUDA.
-
-    `folder` holds last/, used to resume, and log.jsonl. Raises data.DataError if `folder` belongs to another
-    configuration or other pairs, and if the loss is not finite.
-    """
-    CaptionerTrainer(model, preprocessing, config, pairs, splits, folder, device).fit()
-    model.eval()
 
 
 def written_prompts(
@@ -260,16 +251,15 @@ def blip_regressor(
     weights.WeightsError, in one line.
     """
     model, preprocessing, beside = open_captioner(config.source, device)
-    finetune_captioner(model, preprocessing, config, pairs, splits, folder, device)
-    atomic_write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    CaptionerTrainer(model, preprocessing, config, pairs, splits, folder, device).fit()
+    write_json(folder / "config.json", dataclasses.asdict(config))
     write_captioner(model, folder / "blip", beside)
     minilm = weights.load("minilm", device=device)
-    (folder / "predictions").mkdir(exist_ok=True)
     predictions, prompts = {}, {}
     for split in predict:
         chosen = pairs.subset(splits[split])
         prompts[split] = written_prompts(model, preprocessing, config, chosen, device)
         predictions[split] = minilm.encode(prompts[split], progress=tqdm).numpy()
-        save_array(folder / "predictions" / f"{split}.npy", predictions[split])
-    atomic_write(folder / "predictions" / "prompts.json", json.dumps(prompts, indent=0) + "\n")
+        write_array(folder / "predictions" / f"{split}.npy", predictions[split])
+    write_json(folder / "predictions" / "prompts.json", prompts)
     return predictions

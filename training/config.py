@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,75 +47,58 @@ class TrainConfig:
     # fmt: off
     # -- data
     data: str = option(
-        "data", "mini",
-        "'mini', pictures that the miniature Stable Diffusion made; 'drawn', mini scenes drawn by program "
-        "at first use; or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt beside each image, "
-        "or images with an embedded prompt",
+        "data", "mini", "'mini', pictures that the miniature Stable Diffusion made; 'drawn', mini scenes "
+        "drawn by program at first use; or a folder: DiffusionDB parts, a JSONL or CSV manifest, a .txt "
+        "beside each image, or images with an embedded prompt"
     )
     clean: str = option(
-        "data", "auto",
-        "paper = section 4.1; duplicates = section 4.1 with equal prompts as the only duplicates; off = "
-        "none; auto = paper, or duplicates if paper keeps less than a tenth",
-        ("auto", "paper", "duplicates", "off"),
+        "data", "auto", "paper = section 4.1; duplicates = section 4.1 with equal prompts as the only "
+        "duplicates; off = none; auto = paper, or duplicates if paper keeps less than a tenth",
+        ("auto", "paper", "duplicates", "off")
     )
     val_size: int | None = option(
-        "data", None,
-        "validation pairs (default: an eighth of the pairs, at most 30,000)",
-        least=1,
-        most=10**9,
+        "data", None, "validation pairs (default: an eighth of the pairs, at most 30,000)",
+        least=1, most=10**9
     )
     test_size: int | None = option(
         "data", None, "test pairs (default: an eighth of the pairs, at most 30,000)", least=1, most=10**9
     )
     seed: int = option(
-        "data", 0,
-        "random seed for split, head initialisation and sample order",
-        least=0,
-        most=2**63 - 1,
+        "data", 0, "random seed for split, head initialisation and sample order", least=0, most=2**63 - 1
     )
     # -- model
     backbone: str = option(
-        "model", "unet",
-        "image encoder: unet = white box (the diffusion model's encoder); vit, swin, clip = black boxes",
-        tuple(BACKBONES),
+        "model", "unet", "image encoder: unet = white box (the diffusion model's encoder); vit, swin, clip "
+        "= black boxes", tuple(BACKBONES)
     )
     weights: str | None = option(
-        "model", None,
-        "pretrained weights: a name of `python -m weights list`, a file or a folder "
-        "(default: the backbone's miniature, e.g. sd-mini)",
+        "model", None, "pretrained weights: a name of `python -m weights list`, a file or a folder "
+        "(default: the backbone's miniature, e.g. sd-mini)"
     )
     random_start: bool = option("model", False, "ablation: same architecture, random weights")
     captions: str | None = option(
-        "model", None,
-        "text for the U-Net's cross-attention: a BLIP that captions the images (as in the paper); empty = "
-        "the empty text; prompt = the true prompt (upper bound only); or a file of captions (.jsonl, .csv, "
-        ".json, .txt) (default: blip-mini with sd-mini, else blip-base)",
+        "model", None, "text for the U-Net's cross-attention: a BLIP that captions the images (as in the "
+        "paper); empty = the empty text; prompt = the true prompt (upper bound only); or a file of captions "
+        "(.jsonl, .csv, .json, .txt) (default: blip-mini with sd-mini, else blip-base)"
     )
     image_size: int | None = option(
-        "model", None,
-        "side in pixels to which the U-Net's images are cropped (default: 64 with sd-mini, else 256)",
-        least=8,
-        most=4096,
+        "model", None, "side in pixels to which the U-Net's images are cropped (default: 64 with sd-mini, "
+        "else 256)", least=8, most=4096
     )
     train_blocks: int | None = option(
-        "model", None,
-        "train only the last N blocks of the backbone; 0 = train only the heads, on cached features "
-        "(default: all)",
-        least=0,
+        "model", None, "train only the last N blocks of the backbone; 0 = train only the heads, on cached "
+        "features (default: all)", least=0
     )
     heads: int = option("model", 3, "placement of the vocabulary head in figure 3; 0 = none", (0, 1, 2, 3))
     words: int = option("model", 1000, "vocabulary size m", least=1, most=10**6)
     # -- curriculum
     curriculum: str = option(
-        "curriculum", "none",
-        "difficulty = the paper's curriculum (two trainings, the second from easy to hard); lerac, cbs = "
-        "the compared methods of table 7",
-        ("none", "difficulty", "lerac", "cbs"),
+        "curriculum", "none", "difficulty = the paper's curriculum (two trainings, the second from easy to "
+        "hard); lerac, cbs = the compared methods of table 7", ("none", "difficulty", "lerac", "cbs")
     )
     chunks: str = option(
-        "curriculum", "thirds",
-        "how samples are split into easy, medium and hard: equal thirds, or two cosine thresholds",
-        ("thirds", "thresholds"),
+        "curriculum", "thirds", "how samples are split into easy, medium and hard: equal thirds, or two "
+        "cosine thresholds", ("thirds", "thresholds")
     )
     # Paper: "a significant portion" and "a small subset".
     easy_share: float = option(
@@ -126,63 +108,47 @@ class TrainConfig:
         "curriculum", 0.1, "with --chunks thresholds: share of samples that are hard", least=0, below=1
     )
     record_cosines: bool = option(
-        "curriculum", False,
-        "record each training sample's cosine after every epoch, as phase 1 of the curriculum does",
+        "curriculum", False, "record each training sample's cosine after every epoch, as phase 1 of the "
+        "curriculum does"
     )
     phase_1: str | None = option(
-        "curriculum", None,
-        "skip phase 1 and reuse the cosines of this run (same pairs and split, trained with "
-        "--record-cosines)",
+        "curriculum", None, "skip phase 1 and reuse the cosines of this run (same pairs and split, trained "
+        "with --record-cosines)"
     )
     epoch_weights: str | None = option(
-        "curriculum", None,
-        "weights of phase 1's epochs in the mean cosine, e.g. 0,0,0,.2,.3,.5, the authors' code (default: "
-        "equal, the paper's)",
+        "curriculum", None, "weights of phase 1's epochs in the mean cosine, e.g. 0,0,0,.2,.3,.5, the "
+        "authors' code (default: equal, the paper's)"
     )
     lerac_epochs: float = option("curriculum", 1.0, "epochs until LeRaC's learning rates meet", above=0)
     lerac_min_lr: float = option(
         "curriculum", 1e-8, "LeRaC: first learning rate of the output layer (input layer: --lr)", above=0
     )
     cbs_every: float | None = option(
-        "curriculum", None,
-        "epochs after which CBS multiplies sigma by 0.9; 5 in its authors' code (default: a twentieth of "
-        "the run, so that smoothing also ends in short runs)",
-        above=0,
+        "curriculum", None, "epochs after which CBS multiplies sigma by 0.9; 5 in its authors' code "
+        "(default: a twentieth of the run, so that smoothing also ends in short runs)", above=0
     )
     # -- optimisation
     epochs: int | None = option(
-        "optimisation", None,
-        "passes over the training pairs (default: 6 for miniatures, else 3, the paper's)",
-        least=1,
-        most=10**6,
+        "optimisation", None, "passes over the training pairs (default: 6 for miniatures, else 3, the "
+        "paper's)", least=1, most=10**6
     )
     batch_size: int | None = option(
-        "optimisation", None,
-        "samples per step over all processes (default: 32 for miniatures, else 64, the paper's)",
-        least=1,
-        most=10**6,
+        "optimisation", None, "samples per step over all processes (default: 32 for miniatures, else 64, "
+        "the paper's)", least=1, most=10**6
     )
     accumulate: int = option(
-        "optimisation", 1,
-        "gradient accumulation: micro-batches per step and process",
-        least=1,
+        "optimisation", 1, "gradient accumulation: micro-batches per step and process", least=1
     )
     optimizer: str = option(
         "optimisation", "adam", "adam (paper) or adamw (authors' code)", ("adam", "adamw")
     )
     lr: float | None = option(
-        "optimisation", None,
-        "peak learning rate of the cosine schedule (default: 2e-3 with sd-mini, 1e-3 for other miniatures, "
-        "else 1e-4, the paper's)",
-        above=0,
-        most=1e3,
+        "optimisation", None, "peak learning rate of the cosine schedule (default: 2e-3 with sd-mini, 1e-3 "
+        "for other miniatures, else 1e-4, the paper's)", above=0, most=1e3
     )
     layer_decay: float = option(
-        "optimisation", 1.0,
-        "factor between the learning rates of neighbouring blocks, falling towards the input; 1 = one rate "
-        "for all",
-        above=0,
-        most=1,
+        "optimisation", 1.0, "factor between the learning rates of neighbouring blocks, falling towards the "
+        "input; 1 = one rate for all", above=0, most=1
     )
     weight_decay: float = option(
         "optimisation", 0.0, "weight decay of adamw, or L2 penalty of adam", least=0, most=1e3
@@ -258,60 +224,41 @@ def resolve(config: TrainConfig) -> TrainConfig:
     backbone = BACKBONES[config.backbone]
     source = config.weights or backbone.mini
     if config.image_size and not backbone.white_box:
-        raise data.DataError(
-            "--image-size: the weights of a black box set the size; leave it out"
-        )
+        raise data.DataError("--image-size: the weights of a black box set the size; leave it out")
     defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
     if not backbone.white_box:
         del defaults["image_size"], defaults["captions"]
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, weights=source, **unset)
-    for occurs, message in conflicts(config):
+    for message, occurs in conflicts(config).items():
         if occurs:
             raise data.DataError(message)
     return config
 
 
-def conflicts(c: TrainConfig) -> list[tuple[bool, str]]:
-    """(whether it occurs, message) for each conflict between flags of a resolved configuration."""
-    weights = epoch_weights(c)
-    lerac, curriculum = c.curriculum == "lerac", f"--curriculum {c.curriculum}"
-    return [
-        (
-            bool(c.phase_1) and c.curriculum != "difficulty",
-            "--phase-1: only --curriculum difficulty uses it",
-        ),
-        (
-            bool(c.phase_1) and not os.path.isfile(os.path.join(c.phase_1 or "", "cosines.npy")),
-            f"--phase-1 {c.phase_1}: {NO_COSINES}",
-        ),
-        (
-            bool(weights) and not c.phase_1 and len(weights or ()) != c.epochs,
-            f"--epoch-weights: {len(weights or ())} weights for {c.epochs} epochs; give one for each",
-        ),
-        (c.easy_share + c.hard_share > 1, "--easy-share and --hard-share: together they are at most 1"),
-        (
+def conflicts(c: TrainConfig) -> dict[str, Any]:
+    """Whether each conflict between flags of a resolved configuration occurs, by its message."""
+    weights, lerac, compared = epoch_weights(c) or [], c.curriculum == "lerac", f"--curriculum {c.curriculum}"
+    recorded = c.phase_1 and (Path(c.phase_1) / "cosines.npy").is_file()
+    # fmt: off
+    return {
+        "--phase-1: only --curriculum difficulty uses it": c.phase_1 and c.curriculum != "difficulty",
+        f"--phase-1 {c.phase_1}: {NO_COSINES}": c.phase_1 and not recorded,
+        f"--epoch-weights: {len(weights)} weights for {c.epochs} epochs; give one for each":
+            weights and not c.phase_1 and len(weights) != c.epochs,
+        "--easy-share and --hard-share: together they are at most 1": c.easy_share + c.hard_share > 1,
+        f"{compared}: needs blocks that train; leave out --train-blocks 0":
             c.curriculum in ("lerac", "cbs") and c.train_blocks == 0,
-            f"{curriculum}: needs blocks that train; leave out --train-blocks 0",
-        ),
-        (
-            lerac and c.layer_decay != 1,
-            f"{curriculum}: sets the rates of all layers; remove --layer-decay",
-        ),
-        (lerac and c.lerac_min_lr > c.lr, f"--lerac-min-lr: must be at most --lr, {c.lr:g}"),
-        (
+        f"{compared}: sets the rates of all layers; remove --layer-decay": lerac and c.layer_decay != 1,
+        f"--lerac-min-lr: must be at most --lr, {c.lr:g}": lerac and c.lerac_min_lr > c.lr,
+        f"--lerac-epochs: must be below --epochs, {c.epochs}, when the rate is 0":
             lerac and c.lerac_epochs >= c.epochs,
-            f"--lerac-epochs: must be below --epochs, {c.epochs}, when the rate is 0",
-        ),
-        (
+        "--random-start: trains all blocks; remove --train-blocks":
             c.random_start and c.train_blocks is not None,
-            "--random-start: trains all blocks; remove --train-blocks",
-        ),
-        (
-            bool(c.image_size) and c.image_size % 8 != 0,
-            f"--image-size {c.image_size}: must be a multiple of 8, the latents' grid",
-        ),
-    ]
+        f"--image-size {c.image_size}: must be a multiple of 8, the latents' grid":
+            c.image_size and c.image_size % 8,
+    }
+    # fmt: on
 
 
 NO_COSINES = "has no recorded cosines; give a finished run trained with --record-cosines"
@@ -357,7 +304,5 @@ def parse_args(argv: list[str], description: str) -> tuple[dict[str, Any], Path 
     flags = vars(parser.parse_args(argv))
     out, resume = flags.pop("out", None), flags.pop("resume", None)
     if resume and (out or flags.keys() - RESUMABLE):
-        parser.error(
-            f"--resume uses the run's configuration; the only other flags are {sorted(RESUMABLE)}"
-        )
+        parser.error(f"--resume uses the run's configuration; the only other flags are {sorted(RESUMABLE)}")
     return flags, out, resume

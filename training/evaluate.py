@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 
-from files import atomic_write
+from files import write_array, write_json
 from reverse_sd import load_run, predict
 from training.inputs import Prepared, Samples, input_batches
-from training.loop import save_array
 from training.metrics import average_precision, bootstrap_interval, cosines
 from training.pictures import examples_picture
 
@@ -26,17 +24,16 @@ def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0
     """
     started = time.time()
     run = load_run(folder, device)
-    (folder / "predictions").mkdir(exist_ok=True)
     predictions, rows_by_split = {}, {}
     for split, rows in prepared.splits.items():
         samples = Samples(prepared, rows, run.vocabulary)
         predictions[split] = predict(run.regressor, input_batches(samples, device))
-        save_array(folder / "predictions" / f"{split}.npy", predictions[split][0])
-        save_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
+        write_array(folder / "predictions" / f"{split}.npy", predictions[split][0])
+        write_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
         rows_by_split[split] = [
             {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
         ]
-    atomic_write(folder / "predictions" / "rows.json", json.dumps(rows_by_split, indent=0))
+    write_json(folder / "predictions" / "rows.json", rows_by_split)
 
     test = prepared.splits["test"]
     targets = prepared.targets[test]
@@ -60,7 +57,7 @@ def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0
         truth = run.vocabulary.targets([prepared.pairs.prompts[i] for i in test]).numpy() > 0
         result["vocabulary_map"] = average_precision(probabilities, truth)
     result["seconds"] = round(seconds + time.time() - started, 1)
-    atomic_write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "result.json", result)
     examples_picture(folder / "examples.png", run, prepared, embedding, probabilities)
     print(summary(folder, result))
     return result

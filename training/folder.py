@@ -12,11 +12,10 @@ import numpy as np
 import data
 import weights
 from backbones import BACKBONES
-from files import atomic_write
+from files import write_array, write_json
 from reverse_sd import Vocabulary
 from training.config import NO_COSINES, RENAMED, TrainConfig
 from training.inputs import Prepared
-from training.loop import save_array
 
 
 def new_folder(config: TrainConfig, out: Path | None) -> Path:
@@ -41,8 +40,9 @@ def new_folder(config: TrainConfig, out: Path | None) -> Path:
                 return out
             else:
                 raise data.DataError(
-                    f"{out}: is a file; give a folder" if not out.is_dir() else
-                    f"{out}: holds a run already; continue it with --resume {out}, or give another --out"
+                    f"{out}: is a file; give a folder"
+                    if not out.is_dir()
+                    else f"{out}: holds a run already; continue it with --resume {out}, or give another --out"
                 ) from error
         except OSError as error:
             raise data.DataError(
@@ -61,31 +61,27 @@ def saved_fields(folder: Path) -> dict[str, Any]:
         saved = json.loads((folder / "config.json").read_text())
         saved = {RENAMED.get(name, name): value for name, value in saved.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise data.DataError(
-            f"{folder}: not a run of train.py ({error}); give a run's folder"
-        ) from error
+        raise data.DataError(f"{folder}: not a run of train.py ({error}); give a run's folder") from error
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     return {name: value for name, value in saved.items() if name in fields}
 
 
 def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary: Vocabulary) -> None:
     """Write a new run's description into its folder, config.json last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "vocabulary.json", json.dumps(vocabulary.words))
+    write_json(folder / "vocabulary.json", vocabulary.words)
     derived = {
         "model": weights.config(BACKBONES[config.backbone].kind, config.weights),
         "preprocessing": prepared.preprocessing,
     }
     content = dataclasses.asdict(config) | {k: dataclasses.asdict(value) for k, value in derived.items()}
-    atomic_write(folder / "config.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "config.json", content)
 
 
 def save_cosines(folder: Path, cosines: np.ndarray, easiness: np.ndarray, **about: Any) -> None:
     """Write easiness.npy (n,), curriculum.json and, to mark the set as complete, cosines.npy (epochs, n)."""
-    save_array(folder / "easiness.npy", easiness)
-    about = {"epochs": len(cosines)} | about
-    atomic_write(folder / "curriculum.json", json.dumps(about, indent=1) + "\n")
-    save_array(folder / "cosines.npy", cosines)
+    write_array(folder / "easiness.npy", easiness)
+    write_json(folder / "curriculum.json", {"epochs": len(cosines)} | about)
+    write_array(folder / "cosines.npy", cosines)
 
 
 def read_cosines(folder: Path, prepared: Prepared) -> np.ndarray:

@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -172,24 +172,34 @@ def unet_inputs(
     if config.train_blocks != 0:
         return (latents, contexts), readable
 
-    unet = functools.cache(lambda: load_backbone(config).to(device).eval())
-
-    @torch.no_grad()
-    def features_of(rows: np.ndarray) -> Tensor:
-        tensors = (torch.from_numpy(x[rows].astype(np.float32)).to(device) for x in (latents, contexts))
-        return unet()(*tensors)
-
     key = {
-        "model": weights.fingerprint(BACKBONES[config.backbone].kind, source),
         "vae": vae_key,
         "text": text_key,
         "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
         "preprocessing": dataclasses.asdict(preprocessing),
     }
-    features = Encoder(
-        f"{config.backbone}-features", key, (backbone_width(config),), np.float32, 32, features_of
-    )
-    return (cached_rows(cache, pairs, features),), readable
+
+    def inputs_of(rows: np.ndarray) -> list[Tensor]:
+        return [torch.from_numpy(x[rows].astype(np.float32)) for x in (latents, contexts)]
+
+    return (cached_rows(cache, pairs, features_encoder(config, device, key, inputs_of)),), readable
+
+
+def features_encoder(
+    config: TrainConfig, device: str, key: dict, inputs_of: Callable[[Any], Sequence[Tensor]]
+) -> Encoder:
+    """The encoder of a frozen backbone's features; `inputs_of` maps a batch to the backbone's inputs."""
+    kind, source = BACKBONES[config.backbone].kind, config.weights
+    backbone = functools.cache(lambda: load_backbone(config).to(device).eval())
+
+    @torch.no_grad()
+    def features(batch: Any) -> Tensor:
+        return backbone()(*(tensor.to(device) for tensor in inputs_of(batch)))
+
+    with torch.device("meta"):
+        width = weights.build(kind, weights.config(kind, source)).width
+    key = {"model": weights.fingerprint(kind, source)} | key
+    return Encoder(f"{config.backbone}-features", key, (width,), np.float32, 32, features)
 
 
 def captions_of(config: TrainConfig, pairs: data.Pairs, sd: SDReader) -> list[str]:
@@ -216,16 +226,7 @@ def image_inputs(
         readable = Encoder("readable", {}, (1,), np.uint8, 256, lambda images: torch.zeros(len(images), 1))
         _, ok = cached_images(weights.cache_dir(), pairs, preprocessing, readable, config.workers)
         return (Images(pairs, preprocessing),), ok
-    backbone = functools.cache(lambda: load_backbone(config).to(device).eval())
-
-    @torch.no_grad()
-    def features_of(images: Tensor) -> Tensor:
-        return backbone()(images.to(device))
-
-    key = {"model": weights.fingerprint(BACKBONES[config.backbone].kind, config.weights)}
-    encoder = Encoder(
-        f"{config.backbone}-features", key, (backbone_width(config),), np.float32, 32, features_of
-    )
+    encoder = features_encoder(config, device, {}, lambda images: [images])
     features, ok = cached_images(weights.cache_dir(), pairs, preprocessing, encoder, config.workers)
     return (features,), ok
 
@@ -241,13 +242,6 @@ def load_backbone(config: TrainConfig) -> nn.Module:
         model = weights.load(kind, config.weights)
     model.checkpointing = config.activation_checkpointing
     return as_backbone(config.backbone, model)
-
-
-def backbone_width(config: TrainConfig) -> int:
-    """The width of the backbone's features, without loading it."""
-    kind = BACKBONES[config.backbone].kind
-    with torch.device("meta"):
-        return weights.build(kind, weights.config(kind, config.weights)).width
 
 
 # ============================================================================================================

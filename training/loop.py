@@ -7,7 +7,6 @@ and learning rate.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import DataError
-from files import atomic_write
+from files import atomic_write, write_json
 
 log = logging.getLogger("train")
 
@@ -87,13 +86,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     os.replace(partial, path)
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file atomically."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    atomic_write(path, buffer.getvalue())
-
-
 class Checkpoint:
     """The last/ folder: one tensor file per saved step, and state.json, which names the valid one.
 
@@ -107,7 +99,7 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{state['step']:08d}.safetensors"
         save_tensors(self.folder / name, tensors)
-        atomic_write(self.folder / "state.json", json.dumps(state | {"tensors": name}, indent=1))
+        write_json(self.folder / "state.json", state | {"tensors": name})
         for pattern in ("step-*.safetensors*", ".state.json.*.tmp"):  # former tensors, half-written files
             for other in self.folder.glob(pattern):
                 if other.name != name:
@@ -142,21 +134,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
         for i, name in enumerate(names)
     }
     optimizer.load_state_dict(slots)
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """The states of torch's random number generators."""
-    return {"rng.cpu": torch.get_rng_state()} | (
-        {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    )
-
-
-def load_rng(tensors: dict[str, Tensor]) -> None:
-    """Restore the generators from the tensors that are present."""
-    if "rng.cpu" in tensors:
-        torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 # ============================================================================================================
@@ -222,7 +199,9 @@ class Trainer(ABC):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """State for resuming: (JSON, tensors)."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer, self.names) | rng_tensors()
+        tensors |= optimizer_tensors(self.optimizer, self.names) | {"rng.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
         return {"step": self.step, "total": self.total, "data": self.identity}, tensors
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -230,7 +209,10 @@ class Trainer(ABC):
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         self.model.load_state_dict(own)
         load_optimizer(self.optimizer, self.names, tensors)
-        load_rng(tensors)
+        if "rng.cpu" in tensors:
+            torch.set_rng_state(tensors["rng.cpu"])
+        if torch.cuda.is_available() and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
         self.step = state["step"]
 
     # -- the loop ------------------------------------------------
@@ -239,7 +221,10 @@ class Trainer(ABC):
         """Train to the last step. Ctrl-C saves first; kill -9 loses the steps after the last checkpoint."""
         self.restore()
         self.model.train()
-        with self.recorder() as record, self.progress() as bar, self.stop_between_steps():
+        bar = tqdm(
+            total=self.total, initial=self.step, desc=self.label, unit="step", disable=not self.process.first
+        )
+        with self.recorder() as record, bar, self.stop_between_steps():
             while self.step < self.total:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 started = time.perf_counter()
@@ -325,10 +310,6 @@ class Trainer(ABC):
                 file.flush()
 
             yield record
-
-    def progress(self) -> tqdm:
-        quiet = not self.process.first
-        return tqdm(total=self.total, initial=self.step, desc=self.label, unit="step", disable=quiet)
 
     @contextlib.contextmanager
     def stop_between_steps(self) -> Iterator[None]:
