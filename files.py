@@ -107,7 +107,7 @@ def same_bytes(files: Sequence[tuple[Path, str]]) -> list[int]:
     """A number for each (zip or folder, name), equal where the bytes are.
 
     Compared are sizes and CRC-32, which zips have in their directories; on disk only those files are read
-    that have the size of another. What cannot be read is equal to nothing but itself.
+    that have the size of another. A file that cannot be read equals only itself.
     """
     marks: dict[tuple[Path, str], Any] = {}
     for home in dict.fromkeys(home for home, _ in files):
