@@ -1,9 +1,10 @@
-"""Shared parts of the command lines: exit status, one-line errors, an integer type."""
+"""Shared parts of the command lines: exit status, one-line errors, types of numbers."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import signal
 import sys
@@ -49,3 +50,16 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) < 10**9:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1 to 999,999,999")
     return int(text)
+
+
+def number(kind: type, least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """A finite number of that kind from `least` to `most`, for argparse."""
+
+    def parsed(text: str) -> float:
+        value = kind(text)
+        if not (least <= value <= most and abs(value) < math.inf):
+            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
+        return value
+
+    parsed.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parsed

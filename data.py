@@ -224,7 +224,7 @@ def read_pairs(path: str | Path) -> Pairs:
         _read_parts([path], path, builder)
     elif path.suffix.lower() not in (".jsonl", ".csv"):
         raise DataError(f"{path}: neither a part's .zip nor a .jsonl or .csv manifest; give one of them")
-    elif not _is_manifest(path):
+    elif not _names_columns(_first_record(path)):
         raise DataError(f"{path}: its first line does not name {COLUMNS}; name them so")
     else:
         _read_manifest(path, builder)
@@ -351,8 +351,7 @@ def _manifests_among(files: list[Path], root: Path, builder: PairsBuilder) -> li
     return []
 
 
-def _is_manifest(path: Path) -> bool:
-    first = _first_record(path)
+def _names_columns(first: dict) -> bool:
     return any(key in first for key in IMAGE_KEYS) and any(key in first for key in TEXT_KEYS)
 
 
@@ -363,8 +362,8 @@ def _first_record(path: Path) -> dict:
 def _why_no_manifest(path: Path) -> str:
     """What a table has instead of a manifest's columns; "" for a manifest."""
     try:
-        columns = ", ".join(_first_record(path))[:100] or "no columns"
-        return "" if _is_manifest(path) else f"it has {columns}"
+        first = _first_record(path)
+        return "" if _names_columns(first) else "it has " + (", ".join(first)[:100] or "no columns")
     except DataError as error:
         return str(error)
 
@@ -772,10 +771,9 @@ def _captions_by_name(path: Path) -> dict[str, str]:
         if texts is None:
             raise DataError(f"{path}: is not a JSON object {{image: caption}}; write it so")
     else:
-        texts = {}
-        for _, row in records(path):
-            name = _value(row, IMAGE_KEYS) if isinstance(row, dict) else None
-            texts |= {name: _value(row, ("caption", *TEXT_KEYS))} if isinstance(name, str) else {}
+        rows = (row for _, row in records(path) if isinstance(row, dict))
+        texts = {_value(row, IMAGE_KEYS): _value(row, ("caption", *TEXT_KEYS)) for row in rows
+                 if isinstance(_value(row, IMAGE_KEYS), str)}
     return {name.replace("\\", "/"): text.strip() for name, text in texts.items() if isinstance(text, str)}
 
 

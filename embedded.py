@@ -14,7 +14,7 @@ import re
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -67,11 +67,7 @@ def texts_of(image: Image.Image, file: BinaryIO) -> dict[str, str]:
 
     file: the image's file, from which the chunks of a PNG are read.
     """
-    raw: list[tuple[str, bytes | str]] = []
-    file.seek(0)
-    if file.read(len(PNG)) == PNG:
-        raw += _png_texts(file)
-    raw += _exif_texts(image)
+    raw: list[tuple[str, bytes | str]] = [*_png_texts(file), *_exif_texts(image)]
     raw += [(key, value) for key, value in image.info.items() if key in ("comment", "xmp")]
     texts: dict[str, str] = {}
     room = MAX_TEXTS
@@ -115,16 +111,17 @@ def decoded(raw: bytes) -> str:
 
 
 def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, begin, end) of each chunk of a PNG, its length and checksum included; the last may be cut."""
+    """(kind, begin, end) of each chunk of a PNG, its length and checksum included; the last may be cut. None
+    of another file."""
+    file.seek(0)
     begin = len(PNG)
-    while True:
-        file.seek(begin)
-        head = file.read(8)
-        if len(head) < 8:
-            return
+    if file.read(begin) != PNG:
+        return
+    while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         yield kind, begin, begin + length + 12
         begin += length + 12
+        file.seek(begin)
 
 
 def png_pixels(file: BinaryIO, header: bool = False) -> io.BytesIO:
@@ -227,7 +224,9 @@ def _lowest_bits(columns: np.ndarray, begin: int, count: int) -> bytes:
 # Texts that hold a prompt
 # ============================================================================================================
 
-PROMPT_KEYS = ("positiveprompt", "prompt", "positive", "fullprompt", "basecaption")
+# Keys are compared in lower case, letters and digits alone; a key's partner must be beside it if it has one.
+PROMPT_KEYS = {"positiveprompt": "", "prompt": "", "positive": "", "fullprompt": "", "basecaption": "",
+               "c": "uc", "description": "uc"}  # Draw Things, NovelAI
 SETTINGS = {
     "se": ("seed", "noiseseed"),
     "st": ("steps", "numinferencesteps"),
@@ -235,16 +234,18 @@ SETTINGS = {
     "sa": ("sampler", "samplername", "scheduler"),
 }
 NUMBERS = {"se": int, "st": int, "c": float}
+DREAM = {"s": "steps", "S": "seed", "C": "cfg", "A": "sampler"}  # flags of InvokeAI's command line
 PLAIN_KEYS = ("parameters", "prompt")  # PNG's fields whose text is a prompt although nothing else shows it
 
 
 def find_prompt(texts: dict[str, str]) -> tuple[str, dict]:
     """(prompt, settings) of the best supported source. Raises NoPrompt where none is certain."""
-    candidates: list[Candidate] = []
+    fields = _from_row(texts)  # of Easy Diffusion and NovelAI
+    candidates = [fields] if fields and fields.prompt and fields.settings else []
     reasons: list[NoPrompt] = []
-    for key in (None, *texts):
+    for key, text in texts.items():
         try:
-            candidates += _from_fields(texts) if key is None else _from_text(key, texts[key])
+            candidates += _from_text(key, text)
         except NoPrompt as reason:
             reasons.append(reason)
     real = [c for c in candidates if c.prompt.lower() not in PLACEHOLDERS]
@@ -268,23 +269,11 @@ def sidecar_prompt(text: str) -> tuple[str, dict]:
     return (candidate.prompt, candidate.settings) if candidate else (text.strip(), {})
 
 
-def _from_fields(texts: dict[str, str]) -> list[Candidate]:
-    """The fields of an image as one object, as Easy Diffusion and NovelAI use them."""
-    fields = {key: text for key, text in texts.items() if isinstance(text, str) and _json(text) is None}
-    prompt, settings = _prompt_of(fields), _settings(fields)
-    if "Description" in fields and prompt is None:  # NovelAI has its settings in another field
-        comment = _json(str(texts.get("Comment")))
-        prompt, settings = fields["Description"], _settings(comment if isinstance(comment, dict) else {})
-    return [Candidate(prompt.strip(), settings, WITH_SETTINGS)] if prompt and settings else []
-
-
 def _from_text(key: str, text: str) -> list[Candidate]:
     value = _json(text)
     if value is not None:
         candidates = _from_object(value)
-    elif key == "Dream":
-        candidates = [_from_dream(text)]
-    elif candidate := _from_infotext(text):
+    elif candidate := _from_dream(text) if key == "Dream" else _from_infotext(text):
         candidates = [candidate]
     else:
         plain = key in PLAIN_KEYS and re.search(r"[^\W_]", text) and not text.lstrip().startswith("{")
@@ -308,63 +297,68 @@ def _json(text: str) -> Any:
     return value if isinstance(value, dict | list) else None
 
 
-def _key(name: Any) -> str:
-    return re.sub("[^a-z0-9]", "", str(name).lower())
-
-
 def _from_object(value: Any, depth: int = 0) -> list[Candidate]:
     """The prompts of an object: its own, or those of a graph and of objects (also as text) within it."""
     if not isinstance(value, dict) or depth > MAX_DEPTH or "edges" in value:  # InvokeAI's graph has edges
         return []
-    candidates = _from_fields(value) if "Description" in value else []
-    reason = None
-    nodes = graph_of(value)
-    if nodes:
-        try:
-            candidates.append(graph_prompt(nodes))
-        except NoPrompt as error:
-            reason = error
-    elif (prompt := _prompt_of(value)) is not None:
-        settings = _settings(value)
-        return [Candidate(prompt.strip(), settings, WITH_SETTINGS if settings else BARE)]
-    for key, inner in value.items():
-        inner = _json(inner) if isinstance(inner, str) else inner
-        if str(key) in (nodes or ()) or "negative" in _key(key):
+    nodes = graph_of(value) or {}
+    if not nodes and (own := _from_row(value)):
+        return [own]
+    candidates: list[Candidate] = []
+    reasons: list[NoPrompt] = []
+    for key, inner in (("", nodes), *value.items()):
+        if str(key) in nodes or "negative" in _key(key):
             continue
         try:
-            candidates += _from_object(inner, depth + 1)
-        except NoPrompt as error:
-            reason = reason or error
-    if reason and not candidates:
-        raise reason
+            if inner is nodes:
+                candidates += [graph_prompt(nodes)] if nodes else []
+            else:
+                candidates += _from_object(_json(inner) if isinstance(inner, str) else inner, depth + 1)
+        except NoPrompt as reason:
+            reasons.append(reason)
+    if reasons and not candidates:
+        raise reasons[0]
     return candidates
 
 
-def _prompt_of(row: dict) -> str | None:
-    """The text under a prompt's key; None where there is none or it is JSON itself."""
-    keys = {_key(name): value for name, value in row.items()}
-    short = ("c",) if "uc" in keys else ()  # Draw Things'
+def _from_row(row: dict) -> Candidate | None:
+    """The text under a prompt's key, unless it is JSON itself, and the settings beside it."""
+    keys = _by_key(row)
     texts = []
-    for value in (keys[key] for key in (*PROMPT_KEYS, *short) if key in keys):
+    there = (key for key, partner in PROMPT_KEYS.items() if key in keys and partner in ("", *keys))
+    for value in (keys[key] for key in there):
         if isinstance(value, list):  # InvokeAI 2: [{"prompt", "weight"}, ...]
             parts = [part.get("prompt") if isinstance(part, dict) else part for part in value]
             value = ", ".join(part for part in parts if isinstance(part, str)) or None
         if isinstance(value, str) and _json(value) is None:
-            texts.append(value)
-    return next(filter(None, texts), texts[0] if texts else None)
+            texts.append(value.strip())
+    return _candidate(next(filter(None, texts), ""), _settings(row)) if texts else None
+
+
+def _candidate(prompt: str, settings: dict) -> Candidate:
+    return Candidate(prompt, settings, WITH_SETTINGS if settings else BARE)
+
+
+def _by_key(row: dict) -> dict[str, Any]:
+    """The row by keys as they are compared, with NovelAI's, which are in a comment."""
+    comment = _json(row["Comment"]) if isinstance(row.get("Comment"), str) else None
+    return {_key(name): value for part in (comment, row) if isinstance(part, dict)
+            for name, value in part.items()}
+
+
+def _key(name: Any) -> str:
+    return re.sub("[^a-z0-9]", "", str(name).lower())
 
 
 def _settings(row: dict) -> dict:
-    keys = {_key(name): value for name, value in row.items()}
-    settings = {}
+    keys, settings = _by_key(row), {}
     for name, its_keys in SETTINGS.items():
         values = (keys[key] for key in its_keys if key in keys)
         value = next((value for value in values if type(value) in (int, float, str)), None)
-        if isinstance(value, str) and name in NUMBERS:
-            try:
-                value = NUMBERS[name](value)
-            except ValueError:
-                continue
+        try:
+            value = NUMBERS.get(name, str)(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
         settings |= {} if value is None else {name: value}
     return settings
 
@@ -375,60 +369,48 @@ SETTINGS_LINE = re.compile(r"^(?:Steps|Seed|Sampler|CFG scale|Size|Model): ", re
 SETTINGS_INSIDE = re.compile(r"(?<=[\s,.;])Steps: ?\d+, ")
 NEGATIVE_LINE = re.compile(r"^Negative prompt:", re.MULTILINE | re.IGNORECASE)
 NEGATIVE_INSIDE = re.compile(r"(?<=[\s,.;])Negative prompt:", re.IGNORECASE)
+LABEL = re.compile(r"\A\s*(?:Positive )?Prompt: ", re.IGNORECASE)
 
 
 def _from_infotext(text: str) -> Candidate | None:
-    """Prompt, `Negative prompt: ...` and `Steps: 20, Seed: 1, ...`, on lines of their own or all on one.
+    """Prompt, `Negative prompt: ...` and `Steps: 20, Seed: 1, ...`, on lines of their own or all on one; or
+    each setting and the prompt on a line that begins with its name.
 
     The last line of settings counts, as the prompt may have one that looks alike.
     """
     if "\n" not in text and re.search(r"\\n(?:Negative prompt|Steps): ", text):
         text = text.replace("\\n", "\n")  # its new lines were escaped once too often
-    if listed := _from_list(text):
-        return listed
-    start, settings, inside = len(text), {}, False
-    for pattern in (SETTINGS_LINE, SETTINGS_INSIDE):
-        for match in reversed(deque(pattern.finditer(text), maxlen=100)):
-            line = text[match.start():match.start() + 20_000].split("\n", 1)[0]
-            if settings := _line_settings(line):
-                start, inside = match.start(), pattern is SETTINGS_INSIDE
-                break
-        if settings:
-            break
+    if LABEL.match(text) and (listed := _from_row(_pairs(text.splitlines()))):
+        if listed.prompt and len(listed.settings) > 1:
+            return listed
+    start, settings, inside = _settings_begin(text)
     negative = NEGATIVE_LINE.search(text, 0, start)
     if negative is None and settings:
         negative = NEGATIVE_INSIDE.search(text, 0, start)
         inside = inside or negative is not None
     if not settings and negative is None:
         return None
-    prompt = text[:negative.start() if negative else start].strip()
-    if label := re.match(r"(?:Positive )?Prompt: ", prompt, re.IGNORECASE):
-        prompt = prompt[label.end():]
-    prompt = prompt.rstrip(" ,;") if inside else prompt
-    return Candidate(prompt, settings, WITH_SETTINGS if settings else BARE)
+    prompt = LABEL.sub("", text[:negative.start() if negative else start].strip(), count=1)
+    return _candidate(prompt.rstrip(" ,;") if inside else prompt, settings)
 
 
-def _line_settings(line: str) -> dict:
-    """The settings of such a line; {} unless it has two known ones, or steps and nothing but pairs."""
-    line = re.sub('"[^"]*"', '""', line)
-    row: dict[str, str] = {}
-    for pair in line.split(","):
-        name, _, value = pair.partition(":")
-        row.setdefault(name.strip(), value.strip())
-    settings = _settings({name: value for name, value in row.items() if name.lower() != "scheduler"})
-    return settings if len(settings) > 1 or ("st" in settings and all(row.values())) else {}
+def _settings_begin(text: str) -> tuple[int, dict, bool]:
+    """(where the last settings begin, the settings, whether within a line)."""
+    for pattern in (SETTINGS_LINE, SETTINGS_INSIDE):
+        for match in reversed(deque(pattern.finditer(text), maxlen=100)):
+            line = text[match.start():match.start() + 20_000].split("\n", 1)[0]
+            row = _pairs(re.sub('"[^"]*"', '""', line).split(","))
+            settings = _settings(row | {"Scheduler": None})
+            # Two known settings, or steps and nothing but pairs; else it is a line of the prompt.
+            if len(settings) > 1 or ("st" in settings and all(row.values())):
+                return match.start(), settings, pattern is SETTINGS_INSIDE
+    return len(text), {}, False
 
 
-def _from_list(text: str) -> Candidate | None:
-    """`Prompt: ...`, `Seed: 1` and others, each on its line."""
-    if not re.match(r"\s*(?:Positive )?Prompt: ", text, re.IGNORECASE):
-        return None
-    row: dict[str, str] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(": ")
-        row.setdefault(name.strip(), value.strip())
-    settings, prompt = _settings(row), _prompt_of(row)
-    return Candidate(prompt, settings, WITH_SETTINGS) if prompt and len(settings) > 1 else None
+def _pairs(parts: list[str]) -> dict[str, str]:
+    """{name: value} of parts `name: value`; the first of a name counts."""
+    pairs = (part.partition(":") for part in reversed(parts))
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _from_dream(text: str) -> Candidate:
@@ -440,10 +422,8 @@ def _from_dream(text: str) -> Candidate:
     else:
         cut = re.search(r"\s-[A-Za-z] ?[\d.k]", text)
         prompt, flags = (text[:cut.start()], text[cut.start():]) if cut else (text, "")
-    values = dict(reversed(re.findall(r"\s-([A-Za-z]) ?([\w.]+)", flags)))
-    names = {"s": "steps", "S": "seed", "C": "cfg", "A": "sampler"}
-    settings = _settings({name: values[flag] for flag, name in names.items() if flag in values})
-    return Candidate(prompt, settings, WITH_SETTINGS if settings else BARE)
+    values = reversed(re.findall(r"\s-([sSCA]) ?([\w.]+)", flags))
+    return _candidate(prompt, _settings({DREAM[flag]: value for flag, value in values}))
 
 
 # ============================================================================================================
@@ -461,8 +441,11 @@ TEXT = frozenset(("text", "prompt", "string", "caption", "positive", "wildcard",
 OPTION = frozenset(("name", "filename", "path", "file", "type", "mode", "device", "dtype", "style", "format",
                     "method", "system", "template", "normalization", "interpretation", "parser", "font",
                     "delimiter", "separator"))
-NEGATIVE = frozenset(("negative", "neg", "uncond"))
+NEGATIVE = frozenset(("negative",))
+SEPARATOR = frozenset(("delimiter", "separator"))
 SELECTOR = frozenset(("select", "selected", "index", "input", "choice"))
+SETTLED = PICTURES | TEXT | NEGATIVE | {"conditioning", "model", "vae"}  # no way to a painter's numbers
+SHORT = {"pos": "positive", "neg": "negative", "uncond": "negative"}
 SPELLED = {"comma": ", ", "space": " ", "newline": "\n", "none": "", "\\n": "\n"}
 
 
@@ -506,7 +489,7 @@ def _run_form(workflow: dict) -> dict:
             inputs |= {name: text for name, text in values.items() if name not in inputs}
         elif isinstance(values, list):
             texts = [text for text in values if isinstance(text, str)]
-            if len(texts) == 1 and TEXT & set(_words(str(node.get("type")))):
+            if len(texts) == 1 and _has(str(node.get("type")), TEXT):
                 inputs.setdefault("text", texts[0])
         graph[str(node.get("id"))] = {"class_type": node.get("type"), "inputs": inputs}
     return graph
@@ -521,15 +504,14 @@ def graph_prompt(nodes: dict[str, Node]) -> Candidate:
     """
     if len(nodes) > MAX_NODES:
         raise NoPrompt(f"its ComfyUI graph has more than {MAX_NODES:,} nodes")
-    texts = _Texts(nodes)
+    texts = _texts_at(nodes)
     prompts: dict[str, dict] = {}
     for saver in _savers(nodes):
-        paints = not _picture_links(nodes[saver]) and texts.at(saver)  # a graph without its last nodes
-        painters = [saver] if paints else _painters(nodes, texts, saver) or [saver]
-        for key in painters:
+        paints = not _pictures(nodes[saver]) and texts[saver]  # a graph without its last nodes
+        for key in [saver] if paints else _painters(nodes, texts, saver) or [saver]:
             first = _first_painter(nodes, texts, key)
             settings = _graph_settings(nodes, first) or _graph_settings(nodes, key)
-            prompts.setdefault(texts.at(first), settings)
+            prompts.setdefault(texts[first], settings)
     prompts.pop("", None)
     if not prompts:
         raise NoPrompt("in its ComfyUI graph no text leads to the picture")
@@ -540,146 +522,132 @@ def graph_prompt(nodes: dict[str, Node]) -> Candidate:
 
 
 def _words(name: str) -> list[str]:
-    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)]
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)
+    return [SHORT.get(word.lower(), word.lower()) for word in words]
+
+
+def _has(name: str, words: frozenset[str]) -> bool:
+    return not words.isdisjoint(_words(name))
+
+
+def _pictures(node: Node) -> list[str]:
+    return [end for name, end in node.links.items() if _has(name, PICTURES)]
 
 
 def _savers(nodes: dict[str, Node]) -> list[str]:
     """The nodes that save pictures, or else those that show them, or else the last of all."""
-    ends = set(nodes) - {key for node in nodes.values() for key in node.links.values()}
-    saving = [key for key, node in nodes.items() if "save" in node.kind.lower() and _picture_links(node)]
-    showing = [key for key in nodes if key in ends and _picture_links(nodes[key])]
-    return saving or showing or [key for key in nodes if key in ends]
+    used = {end for node in nodes.values() for end in node.links.values()}
+    last = [key for key in nodes if key not in used]
+    saving = [key for key, node in nodes.items() if "save" in node.kind.lower() and _pictures(node)]
+    return saving or [key for key in last if _pictures(nodes[key])] or last
 
 
-def _picture_links(node: Node) -> list[str]:
-    return [end for name, end in node.links.items() if PICTURES & set(_words(name))]
-
-
-def _painters(nodes: dict[str, Node], texts: _Texts, key: str) -> list[str]:
-    """The nearest nodes upstream of the picture at `key` to which a text leads."""
-    painters, seen, queue = [], {key}, deque([key])
+def _upstream(start: str, ends: Callable[[str], Iterable[str]]) -> Iterator[str]:
+    """`start` and the nodes that lead to it, nearest first; `ends`: those before a node, as far as wanted."""
+    found = {start}
+    queue = deque(found)
     while queue:
-        node = nodes[queue.popleft()]
-        unnamed = [end for name, end in node.links.items() if not (NO_TEXT | NEGATIVE) & set(_words(name))]
-        for end in dict.fromkeys(_picture_links(node) or unnamed):
-            if end not in seen:
-                seen.add(end)
-                painters.append(end) if texts.at(end) else queue.append(end)
-    return painters
+        key = queue.popleft()
+        yield key
+        new = [end for end in dict.fromkeys(ends(key)) if end not in found]
+        found.update(new)
+        queue += new
 
 
-def _first_painter(nodes: dict[str, Node], texts: _Texts, key: str) -> str:
+def _painters(nodes: dict[str, Node], texts: dict[str, str], start: str) -> list[str]:
+    """The nearest nodes upstream of the picture at `start` to which a text leads."""
+
+    def ends(key: str) -> list[str]:
+        links = nodes[key].links.items()
+        unnamed = [end for name, end in links if not _has(name, NO_TEXT | NEGATIVE)]
+        return [] if texts[key] and key != start else _pictures(nodes[key]) or unnamed
+
+    return [key for key in _upstream(start, ends) if texts[key] and key != start]
+
+
+def _first_painter(nodes: dict[str, Node], texts: dict[str, str], key: str) -> str:
     """The painter whose picture `key` paints over, as far back as there is one; of several, none."""
     seen = {key}
-    while _picture_links(nodes[key]) and len(seen) < MAX_PASSES:
+    while _pictures(nodes[key]) and len(seen) < MAX_PASSES:
         before = [end for end in _painters(nodes, texts, key) if end not in seen]
-        if len({texts.at(end) for end in before}) != 1:
+        if len({texts[end] for end in before}) != 1:
             break
         key = before[0]
         seen.add(key)
     return key
 
 
-class _Texts:
-    """The text that leads to a node through links of any kind but those of pictures, models and numbers."""
+def _graph_settings(nodes: dict[str, Node], painter: str) -> dict:
+    """The settings in a painter's inputs and in the nodes that lead to them."""
 
-    def __init__(self, nodes: dict[str, Node]) -> None:
-        self.nodes = nodes
-        self.known: dict[str, str] = {}
-        self.chosen: dict[str, dict[str, Any]] = {}
+    def ends(key: str) -> list[str]:
+        return [end for name, end in nodes[key].links.items() if not _has(name, SETTLED)]
 
-    def at(self, key: str) -> str:
-        """The text at a node that paints, "" if none leads there."""
-        self._walk(key)
-        return self._joined(key, guess=False)
+    settings: dict[str, Any] = {}
+    for key in _upstream(painter, ends):
+        values = nodes[key].values | {"scheduler": None}
+        for name, end in nodes[key].links.items():  # a number may come from a node of its own
+            numbers = (value for value in nodes[end].values.values() if type(value) in (int, float))
+            values |= {} if "sampler" in _words(name) else {name: next(numbers, None)}
+        settings = _settings(values) | settings
+        if len(settings) == len(SETTINGS):
+            break
+    return settings
 
-    def _walk(self, start: str) -> None:
-        stack, entered = [start], set()
-        while stack:
-            key = stack[-1]
-            if key in self.known or key in entered:
-                stack.pop()
-                if key not in self.known:
-                    self.known[key] = self._joined(key)
-                continue
+
+def _texts_at(nodes: dict[str, Node]) -> dict[str, str]:
+    """The text that leads to each node, through links of any kind but of pictures, models and numbers."""
+    inputs = {key: _text_inputs(node) for key, node in nodes.items()}
+    texts: dict[str, str] = {}
+    handed: dict[str, str] = {}  # also a text of no known name, which a node does not paint but may hand on
+    stack, entered = list(nodes), set()
+    while stack:
+        key = stack[-1]
+        node = nodes[key]
+        if key not in entered:
             entered.add(key)
-            self.chosen[key] = _text_inputs(self.nodes[key])
-            ends = [self.nodes[key].links[name] for name in self.chosen[key] if name in self.nodes[key].links]
-            stack += [end for end in ends if end not in self.known and end not in entered]
-
-    def _joined(self, key: str, guess: bool = True) -> str:
-        """The texts of a node's inputs as one: those named positive, or else all."""
-        node, texts = self.nodes[key], {}
-        for name in self.chosen[key]:
-            text = self.known.get(node.links[name], "") if name in node.links else node.values[name]
-            texts |= {name: text.strip()} if text.strip() else {}
-        for wanted in ("populated", "positive"):
-            texts = {name: text for name, text in texts.items() if wanted in _side(name)} or texts
-        if not texts and guess:
-            texts = {name: text.strip() for name, text in node.values.items() if _looks_like_text(name, text)}
-        parts = [texts[name] for name in sorted(texts, key=lambda name: "conditioning" not in _words(name))]
-        if "switch" in node.kind.lower():
-            parts = parts[:1]
-        between = next((value for name, value in node.values.items()
-                        if {"delimiter", "separator"} & set(_words(name)) and isinstance(value, str)), None)
-        parts = list(dict.fromkeys(parts)) if between is None else parts
-        joined = (", " if between is None else SPELLED.get(between, between)).join(parts)
-        if len(joined) > MAX_PROMPT:
-            raise NoPrompt(f"its prompt is longer than {MAX_PROMPT:,} characters")
-        return joined
+            ends = (node.links[name] for name in inputs[key] if name in node.links)
+            stack += [end for end in ends if end not in entered]
+        elif stack.pop() not in texts:
+            found = {name: handed.get(node.links[name], "") if name in node.links else value
+                     for name, value in inputs[key].items()}
+            texts[key] = _joined(node, found)
+            unnamed = {name: value for name, value in node.values.items() if isinstance(value, str)
+                       and " " in value.strip() and not _has(name, NO_TEXT | OPTION | NEGATIVE)}
+            handed[key] = texts[key] or _joined(node, unnamed)
+    return texts
 
 
-def _side(name: str) -> set[str]:
-    return {"positive" if word == "pos" else word for word in _words(name)}
+def _joined(node: Node, found: dict[str, str]) -> str:
+    """The texts of a node's inputs as one: those named positive, or else all."""
+    texts = {name: text.strip() for name, text in found.items() if text.strip()}
+    for wanted in ("populated", "positive"):
+        texts = {name: text for name, text in texts.items() if wanted in _words(name)} or texts
+    parts = [texts[name] for name in sorted(texts, key=lambda name: "conditioning" not in _words(name))]
+    if "switch" in node.kind.lower():
+        parts = parts[:1]
+    between = next((value for name, value in node.values.items()
+                    if _has(name, SEPARATOR) and isinstance(value, str)), None)
+    parts = list(dict.fromkeys(parts)) if between is None else parts
+    joined = (", " if between is None else SPELLED.get(between, between)).join(parts)
+    if len(joined) > MAX_PROMPT:
+        raise NoPrompt(f"its prompt is longer than {MAX_PROMPT:,} characters")
+    return joined
 
 
 def _text_inputs(node: Node) -> dict[str, Any]:
-    """The inputs, by name, that may hold or lead to the positive text."""
-    chosen = {}
-    for name, value in (node.values | node.links).items():
-        words = set(_words(name))
-        if NEGATIVE & words:
-            continue
-        if name in node.links:
-            if not NO_TEXT & words and _words(name)[-1:] != ["clip"] and f"{name}_0" not in node.values:
-                chosen[name] = value  # what a node shows of a linked text is beside it as `text_0`
-        elif isinstance(value, str) and TEXT & words and not OPTION & words:
-            chosen[name] = value
-    return _switched(node, chosen)
-
-
-def _switched(node: Node, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Of the inputs of a switch, which has a number or a truth value for it, the one that it hands on."""
+    """The inputs, by name, that may hold or lead to the positive text; of a switch, the one it hands on."""
+    chosen = {name: value for name, value in node.values.items()
+              if isinstance(value, str) and _has(name, TEXT) and not _has(name, OPTION | NEGATIVE)}
+    for name, end in node.links.items():  # the text of a link that a node shows is beside it as `text_0`
+        shown = f"{name}_0" in node.values
+        if not (shown or _has(name, NO_TEXT | NEGATIVE) or _words(name)[-1:] == ["clip"]):
+            chosen[name] = end
     numbers = {str(value) for name, value in node.values.items()
-               if type(value) is int and SELECTOR & set(_words(name))}
+               if type(value) is int and _has(name, SELECTOR)}
     truths = {str(value).lower() for value in node.values.values() if type(value) is bool}
     for wanted in (numbers, truths):
-        ends = {name: _words(name)[-1:] for name in chosen}
-        if len(wanted) == 1 and (one := [name for name, end in ends.items() if end == list(wanted)]):
-            return {name: chosen[name] for name in one}
+        one = {name: value for name, value in chosen.items() if _words(name)[-1:] == list(wanted)}
+        if one and wanted:
+            return one
     return chosen
-
-
-def _looks_like_text(name: str, value: Any) -> bool:
-    words = set(_words(name))
-    return isinstance(value, str) and " " in value.strip() and not words & (NO_TEXT | OPTION | NEGATIVE)
-
-
-def _graph_settings(nodes: dict[str, Node], painter: str) -> dict:
-    """What a painter's inputs, or the nodes that lead to them but for its texts and pictures, have."""
-    settings: dict[str, Any] = {}
-    seen, queue = {painter}, deque([painter])
-    while queue:
-        node = nodes[queue.popleft()]
-        values = {name: value for name, value in node.values.items() if name != "scheduler"}
-        for name, end in node.links.items():  # a number may come from a node of its own
-            numbers = (value for value in nodes[end].values.values() if type(value) in (int, float))
-            values |= {name: next(numbers, None)} if "sampler" not in _words(name) else {}
-        settings = _settings(values) | settings
-        for name, end in node.links.items():
-            words = set(_words(name))
-            passing = not words & (PICTURES | TEXT | NEGATIVE | {"conditioning", "model", "vae"})
-            if passing and end not in seen and len(settings) < len(SETTINGS):
-                seen.add(end)
-                queue.append(end)
-    return settings

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
-from command import run_command
+from command import number, run_command
 from files import atomic_write
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
@@ -405,86 +405,65 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
-    parser.add_argument(
-        "--weights",
-        default="sd-mini",
-        help="sd-1, sd-2, sd-mini, a diffusers folder or a single file (default sd-mini)",
-    )
-    parser.add_argument("--n", type=int, default=1, help="pictures for each prompt (default 1)")
-    parser.add_argument(
-        "--seed", type=int, default=0,
-        help="seed of each prompt's first picture, +1 for each further one (default 0)",
-    )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale, 1 = none (default 7.5)")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("H", "W"),
-        help="height and width in pixels, multiples of 8 (default: the training size)",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures per batch (default 8)")
-    parser.add_argument(
-        "--swap", action="append", metavar="RUN",
-        help="draw with the U-Net of this train.py run; repeat for --grid runs",
-    )
-    parser.add_argument(
-        "--swap-after",
-        type=int,
-        default=1,
-        metavar="N",
-        help="steps of the original U-Net before the swap (default 1, the paper's)",
-    )
-    parser.add_argument(
-        "--grid",
-        metavar="N,N,...|runs",
-        help="one image with a column per number of steps N,N,..., or per run",
-    )
-    parser.add_argument("--attention", action="store_true", help="also write cross-attention maps")
-    parser.add_argument(
-        "--predicts-v",
-        action="store_true",
-        default=None,
-        help="the U-Net predicts v (default: from the model)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--out", type=Path, default=Path("pictures"), metavar="FOLDER", help="(default pictures)"
-    )
+    add = parser.add_argument
+    count = number(int, 1)
+    add("prompts", nargs="+", metavar="PROMPT")
+    source = "sd-1, sd-2, sd-mini, a diffusers folder or a single file (default sd-mini)"
+    add("--weights", default="sd-mini", help=source)
+    add("--n", type=count, default=1, help="pictures for each prompt (default 1)")
+    seeds = "seed of each prompt's first picture, +1 for each further one (default 0)"
+    add("--seed", type=number(int, 0), default=0, help=seeds)
+    add("--steps", type=number(int, 1, TRAIN_STEPS - 1), default=50, help="DDIM steps (default 50)")
+    add("--guidance", type=number(float), default=7.5, help="guidance scale, 1 = none (default 7.5)")
+    add("--negative", default="", metavar="TEXT", help="negative prompt")
+    sides = "height and width in pixels, multiples of 8 (default: the training size)"
+    add("--size", type=number(int, 8), nargs=2, metavar=("H", "W"), help=sides)
+    add("--batch-size", type=count, default=8, help="pictures per batch (default 8)")
+    runs = "draw with the U-Net of this train.py run; repeat for --grid runs"
+    add("--swap", action="append", metavar="RUN", help=runs)
+    before = "steps of the original U-Net before the swap (default 1, the paper's)"
+    add("--swap-after", type=number(int, 0), default=1, metavar="N", help=before)
+    columns = "one image with a column per number of steps N,N,..., or per run"
+    add("--grid", metavar="N,N,...|runs", help=columns)
+    add("--attention", action="store_true", help="also write cross-attention maps")
+    target = "the U-Net predicts v (default: from the model)"
+    add("--predicts-v", action="store_true", default=None, help=target)
+    add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add("--out", type=Path, default=Path("pictures"), metavar="FOLDER", help="(default pictures)")
     args = parser.parse_args(argv)
-    if args.size and (min(args.size) < 8 or any(side % 8 for side in args.size)):
-        parser.error(f"--size {args.size[0]} {args.size[1]}: must be multiples of 8")
-    if not math.isfinite(args.guidance):
-        parser.error(f"--guidance {args.guidance}: must be a number")
-    if not 0 <= args.seed < 2**63 - args.n:
-        parser.error(f"--seed {args.seed}: must be from 0 to less than 2^63")
-    if not 1 <= args.steps < TRAIN_STEPS:
-        parser.error(f"--steps {args.steps}: must be 1 to {TRAIN_STEPS - 1}")
-    if min(args.n, args.batch_size) < 1:
-        parser.error("--n and --batch-size must be at least 1")
-    if not 0 <= args.swap_after <= args.steps:
-        parser.error(f"--swap-after {args.swap_after}: must be 0 to --steps ({args.steps})")
-    if args.attention and (args.grid is not None or args.n > 1):
-        parser.error("--attention draws one picture of each prompt: remove --grid and --n")
-    if args.attention and args.swap and args.swap_after == args.steps:
-        parser.error(f"--swap-after {args.swap_after}: leaves no step of the run's U-Net for --attention")
-    if args.grid is not None and not args.swap:
-        parser.error("--grid compares with a trained U-Net: give --swap RUN")
-    if args.swap and len(args.swap) > 1 and args.grid != "runs":
-        parser.error("several --swap runs need --grid runs")
     args.grid_steps = []
     if args.grid is not None and args.grid != "runs":
         try:
             args.grid_steps = [int(part) for part in args.grid.split(",")]
         except ValueError:
             parser.error(f"--grid {args.grid}: give numbers of steps, e.g. 1,5,25, or runs")
-        if not all(0 <= step <= args.steps for step in args.grid_steps):
-            parser.error(f"--grid {args.grid}: must be 0 to --steps ({args.steps})")
+    for occurs, message in conflicts(args):
+        if occurs:
+            parser.error(message)
     return args
+
+
+def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """(whether it occurs, message) for each conflict between options."""
+    grid, swap, after = args.grid is not None, args.swap or [], f"--swap-after {args.swap_after}:"
+    beyond = any(not 0 <= step <= args.steps for step in args.grid_steps)
+    return [
+        (any(side % 8 for side in args.size or ()), "--size: must be multiples of 8"),
+        (args.seed >= 2**63 - args.n, f"--seed {args.seed}: must be from 0 to less than 2^63"),
+        (args.swap_after > args.steps, f"{after} must be 0 to --steps ({args.steps})"),
+        (
+            args.attention and (grid or args.n > 1),
+            "--attention draws one picture of each prompt: remove --grid and --n",
+        ),
+        (
+            args.attention and bool(swap) and args.swap_after == args.steps,
+            f"{after} leaves no step of the run's U-Net for --attention",
+        ),
+        (grid and not swap, "--grid compares with a trained U-Net: give --swap RUN"),
+        (len(swap) > 1 and args.grid != "runs", "several --swap runs need --grid runs"),
+        (beyond, f"--grid {args.grid}: must be 0 to --steps ({args.steps})"),
+    ]
 
 
 def draw(

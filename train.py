@@ -412,6 +412,8 @@ def train_run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> P
         prepared = first_process_first(process, lambda: prepare(config, process.device))
         prompts = (prepared.pairs.prompts[i] for i in prepared.splits["train"])
         vocabulary = Vocabulary.of(prompts, config.words)
+        if config.heads and not len(vocabulary):
+            raise data.DataError("no training prompt has an English word for the vocabulary; give --heads 0")
         if config.phase_1 and not resume:
             # Check before the folder is created.
             easiness_of(config, read_cosines(Path(config.phase_1), prepared))

@@ -295,14 +295,14 @@ def test_the_command_writes_pictures_that_hold_their_prompts(tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--steps", "1000"], "--steps 1000"),
+        (["--steps", "1000"], "--steps: 1000"),
         (["--size", "60", "64"], "multiples of 8"),
         (["--swap-after", "60"], "--swap-after 60"),
         (["--grid", "1,5"], "--swap RUN"),
         (["--weights", "no-such-thing"], "no-such-thing"),
         (["--swap", "no-such-run"], "no-such-run"),
         (["--device", "nonsense"], "--device nonsense"),
-        (["--guidance", "nan"], "--guidance nan"),
+        (["--guidance", "nan"], "--guidance: nan"),
         (["--seed", str(2**63 - 1)], f"--seed {2**63 - 1}"),
         (["--attention", "--n", "2"], "remove --grid and --n"),
         (["--attention", "--swap", "no-such-run", "--swap-after", "50"], "--swap-after 50"),

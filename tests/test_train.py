@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -425,6 +426,20 @@ def test_the_embedded_pairs_go_by_name(cache: Path, monkeypatch: pytest.MonkeyPa
 def test_an_empty_folder(cache: Path, tmp_path: Path, capsys):
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in error_line(capsys, "--data", str(tmp_path / "empty"))
+
+
+def test_prompts_without_a_word_for_the_vocabulary(few_scenes: Path, cache: Path, tmp_path: Path, capsys):
+    with zipfile.ZipFile(next(few_scenes.rglob("*.zip"))) as archive:
+        content = archive.read(next(name for name in archive.namelist() if not name.endswith(".json")))
+    (tmp_path / "d").mkdir()
+    rows = []
+    for k in range(24):
+        (tmp_path / f"d/{k}.webp").write_bytes(content + bytes(k))
+        rows.append(json.dumps({"file_name": f"{k}.webp", "text": "红" * (k + 1)}))
+    (tmp_path / "d/metadata.jsonl").write_text("\n".join(rows))
+    flags = ["--clean", "off", "--val-size", "3", "--test-size", "3", "--out", str(tmp_path / "run")]
+    line = error_line(capsys, *SMALL, *flags, "--data", str(tmp_path / "d"))
+    assert "no training prompt has an English word" in line and not (tmp_path / "run").exists()
 
 
 def test_no_run_to_resume(tmp_path: Path, capsys):
