@@ -19,11 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
-import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import embedded
@@ -692,7 +689,6 @@ class Preprocessing:
 
 
 STRIP = 8  # a picture so many times longer than what is kept of it is cropped before it is enlarged
-TENSORS_BY_LANCZOS = tuple(map(int, torchvision.__version__.split(".")[:2])) >= (0, 27)
 
 
 def image_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
@@ -701,6 +697,11 @@ def image_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     Pillow resizes strips, and by lanczos before torchvision 0.27, under either rules: hard edges and noise
     may differ by some grey levels there, as they do between versions of Pillow.
     """
+    import torchvision  # here, since it takes 1.5 s: most commands read rows of caches alone
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as TF
+
+    tensors_by_lanczos = tuple(map(int, torchvision.__version__.split(".")[:2])) >= (0, 27)
     image = _rgb(image)
     height, width = preprocessing.scaled(image.height, image.width)
     h, w = preprocessing.size
@@ -710,7 +711,7 @@ def image_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
         rows, columns = (max(top, 0), min(top + h, height)), (max(left, 0), min(left + w, width))
         image = _resized_part(image, (height, width), rows, columns, preprocessing.filter)
         levels, top, left = TF.pil_to_tensor(image), min(top, 0), min(left, 0)
-    elif preprocessing.rules == "transformers" and (preprocessing.filter != "lanczos" or TENSORS_BY_LANCZOS):
+    elif preprocessing.rules == "transformers" and (preprocessing.filter != "lanczos" or tensors_by_lanczos):
         levels = TF.resize(TF.pil_to_tensor(image), [height, width], interpolation, antialias=True)
     else:
         levels = TF.pil_to_tensor(TF.resize(image, [height, width], interpolation))

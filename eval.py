@@ -23,11 +23,6 @@ tables/ defines the tables and figures.
 
 from __future__ import annotations
 
-import os
-
-if __name__ == "__main__":  # read once, when torch is imported: threads that wait give way to other processes
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # chosen by benchmarks/busy.py
-
 import argparse
 import contextlib
 import io

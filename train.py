@@ -14,14 +14,12 @@ last/ (the state for resuming) and, after training, result.json, predictions/ an
 --record-cosines or --curriculum difficulty also cosines.npy (epochs, n), each training sample's cosine after
 each epoch of phase 1, easiness.npy (n,), their mean, and curriculum.json, which describes both; phase 1 is a
 separate run in phase-1/.
+
+On a machine with other busy processes set GOMP_SPINCOUNT=1000: threads then wait less long for each other,
+at the cost of some 6 % where it is quiet (benchmarks/busy.py).
 """
 
 from __future__ import annotations
-
-import os
-
-if __name__ == "__main__":  # read once, when torch is imported: threads that wait give way to other processes
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # chosen by benchmarks/busy.py
 
 import contextlib
 import dataclasses

@@ -3,8 +3,8 @@
     python benchmarks/busy.py                 drawing with sd-mini, a few training steps of its U-Net encoder
     python benchmarks/busy.py draw --rounds 5
 
-Each line is one setting of OMP_WAIT_POLICY and OMP_NUM_THREADS; "default" sets neither, so that it measures
-the commands' own choice. Each round times every setting once, quiet and beside one process
+Each line is one setting of OMP_WAIT_POLICY and OMP_NUM_THREADS; "default" sets nothing: for drawing it is
+generate.py's own choice. Each round times every setting once, quiet and beside one process
 that computes without pause; the numbers are medians of the seconds that the task took after its start.
 """
 
