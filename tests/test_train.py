@@ -416,7 +416,7 @@ def test_no_such_data(cache: Path, tmp_path: Path, capsys):
 
 def test_the_embedded_pairs_go_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch):
     built: list[Path] = []
-    monkeypatch.setattr(scenes, "draw_parts", built.append)
+    monkeypatch.setattr(scenes, "build", built.append)
     assert pairs_folder("mini") == ROOT / "mini" / "generated"
     assert pairs_folder("somewhere/mini") == Path("somewhere/mini") and built == []
     assert pairs_folder("drawn") == built[0] and cache in built[0].parents
