@@ -229,7 +229,7 @@ class Trainer(ABC):
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 started = time.perf_counter()
                 for samples, batch in self.batches(epoch, first):
-                    lr = self.rate()
+                    lr = self.rate()  # by the step's number alone, so that resuming continues the schedule
                     for group in self.optimizer.param_groups:
                         group["lr"] = self.group_rate(lr, group.get("scale", 1.0))
                     terms = self.train_step(batch)
@@ -241,6 +241,7 @@ class Trainer(ABC):
                     bar.update()
                     bar.set_postfix(self.bar_text(terms), refresh=False)
 
+                    # Validation comes before saving: a checkpoint must hold the best cosine so far.
                     end_of_epoch = self.step % self.steps_per_epoch == 0
                     if end_of_epoch and (measured := self.validate(epoch)):
                         record(epoch=epoch, **measured)
