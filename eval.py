@@ -110,8 +110,8 @@ def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
 
 def exhibits_of(args: argparse.Namespace, plan: Plan) -> dict[tuple[str, int | str], Exhibit]:
     """The tables and figures to make; "all" skips tables that the data do not allow."""
-    exhibits = selected(args.table, "table") if args.table else {}
-    exhibits |= selected(args.figure, "figure") if args.figure else {}
+    exhibits = selected(args.table, "table") if args.table is not None else {}
+    exhibits |= selected(args.figure, "figure") if args.figure is not None else {}
     needs_probe = [key for key, exhibit in exhibits.items() if exhibit.needs_probe]
     if needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
         if args.table != "all":
