@@ -68,6 +68,7 @@ def process_group(device: str) -> Iterator[Process]:
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # all leave together: a process that is gone can abort those still connected to it
     finally:
         dist.destroy_process_group()
 
