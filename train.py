@@ -30,7 +30,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ import weights
 from backbones import BACKBONES
 from baselines import Smoothing, cbs_sigma, lerac_initial, lerac_rate
 from command import run_command
-from files import atomic_write, exclusive
+from files import atomic_write, exclusive, write_json
 from reverse_sd import (
     Regressor,
     Vocabulary,
@@ -290,7 +290,7 @@ class RegressorTrainer(Trainer):
                 if self.smoothing:  # part of the network that was validated: `load_run` applies it again
                     content = json.loads((self.folder / "config.json").read_text())
                     content["smoothing"] = self.smoothing.sigma
-                    atomic_write(self.folder / "config.json", json.dumps(content, indent=1) + "\n")
+                    write_json(self.folder / "config.json", content)
         return {"val_cosine": cosine}
 
     @torch.no_grad()
@@ -463,7 +463,7 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def first_process_first(process: Process, task: Any) -> Any:
+def first_process_first(process: Process, task: Callable[[], Any]) -> Any:
     """The task's result in every process; the first one runs it before the others, to fill the caches."""
     if not process.first:
         process.wait()

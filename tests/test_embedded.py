@@ -276,13 +276,11 @@ OBJECTS = {
     ),
     "civitai": (
         {
-            "UserComment": json.dumps(
-                GRAPH
-                | {
-                    "extra": {"airs": []},
-                    "extraMetadata": json.dumps({"prompt": WANT, "negativePrompt": "ugly", "steps": 9}),
-                }
-            )
+            "UserComment": GRAPH
+            | {
+                "extra": {"airs": []},
+                "extraMetadata": json.dumps({"prompt": WANT, "negativePrompt": "ugly", "steps": 9}),
+            }
         },
         {"st": 9},
     ),
@@ -292,32 +290,25 @@ OBJECTS = {
     ),
     "stability matrix": (
         {
-            "parameters-json": json.dumps(
-                {"PositivePrompt": WANT, "NegativePrompt": "ugly", "Steps": 5, "CfgScale": 2.5}
-            )
+            "parameters-json": {"PositivePrompt": WANT, "NegativePrompt": "ugly", "Steps": 5, "CfgScale": 2.5}
         },
         {"st": 5, "c": 2.5},
     ),
-    "ruined fooocus": (
-        {"parameters": json.dumps({"Prompt": WANT, "Negative": "ugly", "steps": 5})},
-        {"st": 5},
-    ),
+    "ruined fooocus": ({"parameters": {"Prompt": WANT, "Negative": "ugly", "steps": 5}}, {"st": 5}),
     "space": (
         {
-            "parameters": json.dumps(
-                {"prompt": WANT, "negative_prompt": "ugly", "guidance_scale": 7.0, "num_inference_steps": 28}
-            )
+            "parameters": {
+                "prompt": WANT, "negative_prompt": "ugly", "guidance_scale": 7.0, "num_inference_steps": 28
+            }
         },
         {"st": 28, "c": 7.0},
     ),
     "swarmui": (
         {
-            "UserComment": json.dumps(
-                {
-                    "sui_image_params": {"prompt": WANT, "negativeprompt": "ugly", "seed": 3},
-                    "sui_extra_data": {},
-                }
-            )
+            "UserComment": {
+                "sui_image_params": {"prompt": WANT, "negativeprompt": "ugly", "seed": 3},
+                "sui_extra_data": {},
+            }
         },
         {"se": 3},
     ),
@@ -394,6 +385,7 @@ OBJECTS = {
 @pytest.mark.parametrize("kind", OBJECTS)
 def test_every_kind_of_source(kind):
     texts, settings = OBJECTS[kind]
+    texts = {name: text if isinstance(text, str) else json.dumps(text) for name, text in texts.items()}
     assert find_prompt(texts) == (WANT, settings)
 
 

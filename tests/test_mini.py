@@ -145,28 +145,20 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, monkeypatch: 
 def test_the_averaged_weights_are_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A parameter that the optimizer moves by 1 at every step, beside its moving average by hand."""
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
-    model = nn.ParameterList([torch.zeros(())])
-    seen: list[float] = []
 
     def loss(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         seen.append(model[0].item())
         return {"loss": -model[0]}
 
-    loop.MiniTrainer("part", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0).fit()
-    last = load_file(tmp_path / "pretrain-part" / "last" / "step-00000030.safetensors")["model.0"]
-    average = 0.0
-    for step, value in enumerate([*seen[1:], float(last)], start=1):
-        average += (value - average) * (1 - min(0.999, step / (step + 9)))
-    assert model[0].item() == pytest.approx(average, rel=1e-5)
-
-    monkeypatch.setattr(loop, "AVERAGE_DECAY", 0.2)  # reached at the third step
-    model, seen = nn.ParameterList([torch.zeros(())]), []
-    loop.MiniTrainer("warm", model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0).fit()
-    last = load_file(tmp_path / "pretrain-warm" / "last" / "step-00000030.safetensors")["model.0"]
-    average = 0.0
-    for step, value in enumerate([*seen[1:], float(last)], start=1):
-        average += (value - average) * (1 - min(0.2, step / (step + 9)))
-    assert model[0].item() == pytest.approx(average, rel=1e-5)
+    for name, cap in (("part", 0.999), ("warm", 0.2)):  # .2 is reached at the third step
+        monkeypatch.setattr(loop, "AVERAGE_DECAY", cap)
+        model, seen = nn.ParameterList([torch.zeros(())]), []
+        loop.MiniTrainer(name, model, loss, 20, Recipe(steps=30, batch_size=1, lr=1.0), seed=0).fit()
+        last = load_file(tmp_path / f"pretrain-{name}" / "last" / "step-00000030.safetensors")["model.0"]
+        average = 0.0
+        for step, value in enumerate([*seen[1:], float(last)], start=1):
+            average += (value - average) * (1 - min(cap, step / (step + 9)))
+        assert model[0].item() == pytest.approx(average, rel=1e-5)
 
 
 def test_a_step_decays_weights_and_clips_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

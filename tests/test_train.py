@@ -26,6 +26,7 @@ import eval
 import reverse_sd
 import train
 import weights
+from files import exclusive
 from mini import scenes
 from models import blip
 from training import loop
@@ -472,6 +473,22 @@ def test_a_new_run_has_the_first_free_name(tmp_path: Path, monkeypatch: pytest.M
     names = [new_folder(c, None).name for c in (config, config, config, cbs)]
     assert names == ["unet-pairs-seed4", *(f"unet-pairs-seed4-{n}" for n in (2, 3)), "vit-pairs-cbs-seed4"]
     assert new_folder(config, tmp_path / "new" / "and" / "deep").is_dir()
+
+
+def test_a_new_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("")
+    Path("mine").mkdir()
+    (Path("mine") / "notes.txt").write_text("")
+    assert new_folder(TrainConfig(), Path("mine")) == Path("mine")  # a folder without a run serves
+    for out in (None, Path("runs"), Path("runs/below")):
+        with pytest.raises(data.DataError, match="^runs.*(cannot be created|is a file).*give a"):
+            new_folder(TrainConfig(), out)
+
+
+def test_a_run_that_another_process_uses_is_refused(uninterrupted: Path, capsys):
+    with exclusive(uninterrupted):
+        assert "another process uses this run" in error_line(capsys, "--resume", str(uninterrupted))
 
 
 def test_resuming_on_other_pairs_is_refused(uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys):

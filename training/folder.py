@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -26,28 +27,28 @@ def new_folder(config: TrainConfig, out: Path | None) -> Path:
     """
     kind = "" if config.curriculum == "none" else f"-{config.curriculum}"
     name = f"{config.backbone}-{Path(config.data).resolve().name}{kind}-seed{config.seed}"
-    number = 1
-    while True:
-        folder = out or Path("runs") / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-            return folder
-        except FileExistsError as error:
-            if out is None:
-                number += 1
-            elif out.is_dir() and not (out / "config.json").exists():
-                return out
-            else:
-                raise data.DataError(
-                    f"{out}: is a file; give a folder"
-                    if not out.is_dir()
-                    else f"{out}: holds a run already; continue it with --resume {out}, or give another --out"
-                ) from error
-        except OSError as error:
-            raise data.DataError(
-                f"{folder}: cannot be created ({error.strerror or error}); give another --out"
-            ) from error
+    folder = out or Path("runs") / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                if out:
+                    break
+                folder = folder.with_name(f"{name}-{number}")
+    except OSError as error:
+        raise data.DataError(
+            f"{folder}: cannot be created ({error.strerror or error}); give another --out"
+        ) from error
+    if not folder.is_dir():
+        raise data.DataError(f"{folder}: is a file; give a folder")
+    if (folder / "config.json").exists():
+        raise data.DataError(
+            f"{folder}: holds a run already; continue it with --resume {folder}, or give another --out"
+        )
+    return folder
 
 
 def saved_config(folder: Path) -> TrainConfig:

@@ -1,0 +1,58 @@
+"""The end of every command: one line and a status for what a user can mend, a traceback for the rest."""
+
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+
+import pytest
+from conftest import ROOT, environment
+from safetensors import SafetensorError
+
+from command import number, positive, run_command
+from data import DataError
+from weights import WeightsError
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (DataError("a.png: broken; replace it"), "error: a.png: broken; replace it"),
+        (WeightsError("two\nlines"), "error: two lines"),
+        (SafetensorError("truncated"), "error: truncated"),
+        (PermissionError(13, "Permission denied", "runs"), "error: [Errno 13] Permission denied: 'runs'"),
+    ],
+)
+def test_errors_of_input_and_disk_are_one_line_and_status_2(error: Exception, line: str, capsys):
+    def command() -> None:
+        raise error
+
+    assert run_command(command) == 2
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_a_status_is_kept_and_an_error_of_the_program_is_not_caught():
+    assert (run_command(lambda: None), run_command(lambda: 2)) == (0, 2)
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+
+
+def test_a_closed_or_ascii_standard_output_is_no_traceback():
+    code = "from command import run_command; raise SystemExit(run_command(lambda: print('é' * {n})))"
+    python, options = [sys.executable, "-c"], {"cwd": ROOT, "text": True}
+    ascii_only = environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    done = subprocess.run([*python, code.format(n=1)], env=ascii_only, capture_output=True, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xe9\n", "")
+    process = subprocess.Popen(
+        [*python, code.format(n=10**6)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        **options,
+    )  # fmt: skip
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("error: standard output was closed\n", 2)
+
+
+def test_numbers_of_options():
+    assert positive("7") == 7 and number(float, 0, 1)("1") == 1.0 and number(int)("-3") == -3
+    share = number(float, 0, 1)
+    for parse, text in ((positive, "0"), (positive, "²"), (share, "1.1"), (share, "nan")):
+        with pytest.raises(ArgumentTypeError, match=f"{text}: must be"):
+            parse(text)

@@ -1,0 +1,232 @@
+"""Readers alter and lose nothing in silence, and refuse what would wait or fill the memory."""
+
+import json
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data_readers import chunk, part, picture
+
+import data
+import embedded
+import files
+from data import (
+    DataError,
+    Preprocessing,
+    image_tensor,
+    load_image,
+    read_captions,
+    read_pairs,
+)
+
+# nothing altered or lost in silence -------------------------------------------------------------------------
+
+
+def folder_of(tmp_path, *names, table=None, **texts):
+    for k, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(k))
+    for name, text in texts.items():
+        (tmp_path / name.replace("__", ".")).write_text(text)
+    return tmp_path
+
+
+def test_rows_that_a_table_would_alter_are_passed_over(tmp_path):
+    folder_of(tmp_path, *"abcdef")
+    (tmp_path / "list.csv").write_text(
+        'file_name,text\na,one\nb,two, with a comma\nc,"three" and more\nd,"four, quoted"\ne,five\n'
+        'f,"six\nopen\n'
+    )
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["one", "four, quoted", "five"]
+    reasons = [line.split(", line ")[1] for line in pairs.skipped]
+    assert [line[:20] for line in reasons] == [
+        "3: has more fields t",
+        "4: does not parse ('",
+        "8: does not parse (u",
+    ]
+
+
+def test_lists_numbers_and_lone_surrogates_as_texts(tmp_path):
+    folder_of(tmp_path, *"abcd")
+    rows = [("a", ["one", " two "]), ("b", 5), ("c", [None, 1]), ("d", "x \ud83d y")]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["one", "two", "", "x \ufffd y"] and pairs.names == ["a", "a", "c", "d"]
+    assert [line.rsplit(": ", 1)[1] for line in pairs.skipped] == ["its text is no string (int)"] * 2
+    (tmp_path / "list.jsonl").unlink()
+    (tmp_path / "list.csv").write_text('file_name,text\na,"[""one"", ""two""]"\nb,[not json]\n')
+    assert read_pairs(tmp_path).prompts == ["one", "two", "[not json]"]
+
+
+def test_texts_beside_images_under_every_name(tmp_path):
+    folder_of(tmp_path, "a.png", "b.png", "c.png", "d.png", "d.jpg", "e.JFIF", "f.PNG")
+    names = {
+        "a.txt": "a",
+        "a.caption": "not this",
+        "b.png.txt": "b",
+        "c.caption": "c",
+        "d.png.txt": "dp",
+        "d.txt": "d",
+        "e.TXT": "e",
+        "f.txt": "f",
+        "._a.txt": "\0",
+        "._a.png": "\0",
+    }
+    for name, text in names.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "x.png").write_text("junk")
+    pairs = read_pairs(tmp_path)
+    assert dict(zip(pairs.names, pairs.prompts, strict=True)) == {
+        "a.png": "a",
+        "b.png": "b",
+        "c.png": "c",
+        "d.jpg": "d",
+        "d.png": "dp",
+        "e.JFIF": "e",
+        "f.PNG": "f",
+    }
+    assert pairs.skipped == []
+
+
+def test_other_formats_are_counted(tmp_path):
+    folder_of(tmp_path, "a.png", "b.avif", "c.heic", "d.mp4", "e", a__txt="a", e__txt="e", readme__md="x")
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["a"]
+    assert sorted(Path(line.split(":")[0]).name for line in pairs.skipped) == [
+        "b.avif",
+        "c.heic",
+        "d.mp4",
+        "e",
+    ]
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    root = folder_of(tmp_path / "root", "own/a.png", "own/a.txt")
+    (root / "own/a.txt").write_text("a")
+    other = folder_of(tmp_path / "other", "b.png")
+    (other / "b.txt").write_text("b")
+    (root / "again").symlink_to(root / "own")
+    (root / "own/up").symlink_to(root)
+    (root / "linked").symlink_to(other)
+    (root / "twice").symlink_to(other)
+    (root / "nowhere").symlink_to(tmp_path / "gone")
+    pairs = read_pairs(root)
+    assert pairs.names == ["linked/b.png", "own/a.png"] and pairs.prompts == ["b", "a"]
+    assert pairs.image(0).size == (12, 8)
+
+
+def test_names_written_on_windows(tmp_path):
+    folder_of(tmp_path, "images/a.png")
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\r\nimages\\a.png,one\r\n")
+    pairs = read_pairs(tmp_path)
+    assert pairs.names == ["images/a.png"] and pairs.image(0).size == (12, 8)
+    (tmp_path / "c.jsonl").write_text('{"image": "x\\\\images\\\\a.png", "caption": "first"}\n')
+    assert read_captions(tmp_path / "c.jsonl", pairs) == ["first"]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("prompts.csv", "imgId,prompt\n1,a\n"),
+        ("metadata.jsonl", '{"id": 1}\n'),
+        ("metadata.json", "[]"),
+        ("list.csv", "file_name;text\na.png;x\n"),
+        ("list.tsv", "file_name\ttext\n"),
+        ("x.parquet", "PAR1"),
+        ("list.csv", ""),
+        ("metadata.csv", "file_name,text\na.png,\xff\n"),
+    ],
+)
+def test_tables_that_are_not_understood_are_named(tmp_path, name, text):
+    folder_of(tmp_path, "images/a.png")
+    (tmp_path / name).write_text(text, "latin-1")
+    with pytest.raises(DataError, match=rf"{name}: (no manifest|not understood).*a.png: no text beside it"):
+        read_pairs(tmp_path)
+    (tmp_path / "images/a.txt").write_text("a")
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["a"] and len(pairs.skipped) == 1 and name in pairs.skipped[0]
+
+
+# borders ----------------------------------------------------------------------------------------------------
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    for name in ("part-000001.zip", "a.png", "b.txt", "list.jsonl"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name}: is no regular file"):
+            read_pairs(tmp_path / name)
+    with pytest.raises(DataError, match="regular"):
+        load_image(tmp_path / "a.png")
+    with pytest.raises(DataError, match="part-000001.zip: cannot be read.*no regular file"):
+        read_pairs(tmp_path)
+    (tmp_path / "part-000001.zip").unlink()
+    (tmp_path / "list.jsonl").unlink()
+    (tmp_path / "b.png").write_bytes(picture())
+    (tmp_path / "c.png").write_bytes(picture())
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="3 passed over: .*a.png.*b.txt.*c.txt.*no regular file"):
+        read_pairs(tmp_path)
+
+
+def test_large_files_and_texts_are_refused(tmp_path, monkeypatch):
+    folder_of(tmp_path, *"ab")
+    long = "x" * (embedded.MAX_PROMPT + 1)
+    (tmp_path / "list.csv").write_text(f"file_name,text\na,{long}\nb,short\n")
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["short"] and "longer than 500,000 characters" in pairs.skipped[0]
+    part(
+        tmp_path / "zips/part-000001.zip",
+        {"a.png": {"p": long}, "b.png": {"p": "b"}},
+        {"a.png": picture(), "b.png": picture(1)},
+    )
+    assert read_pairs(tmp_path / "zips").prompts == ["b"]
+    monkeypatch.setattr(files, "MAX_LINE", 1000)
+    with pytest.raises(DataError, match="list.csv: a line has 1,000 characters"):
+        read_pairs(tmp_path / "list.csv")
+    monkeypatch.setattr(data, "MAX_JSON", 1000)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        read_pairs(tmp_path / "zips")
+    (tmp_path / "c.json").write_text(json.dumps({"b": long}))
+    with pytest.raises(DataError, match="c.json: is larger than"):
+        read_captions(tmp_path / "c.json", pairs)
+
+
+def test_damaged_lzma_streams(tmp_path):
+    generator = np.random.default_rng(0)
+    path = tmp_path / "part-000001.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.png", generator.bytes(5000))
+        archive.writestr("part-000001.json", json.dumps({"a.png": {"p": "x" * 900}}))
+    whole = path.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[generator.integers(0, len(whole) - 200)] ^= 1 << generator.integers(8)
+        path.write_bytes(damaged)
+        try:
+            read_pairs(path).image(0)
+        except DataError:
+            continue
+
+
+def thin_png(width, height):
+    rows = zlib.compress(bytes(((width + 7) // 8 + 1) * height), 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [(1, 66_000), (66_000, 1)])
+def test_pictures_however_thin(tmp_path, side):
+    (tmp_path / "a.png").write_bytes(thin_png(*side))
+    with pytest.raises(DataError, match="a.png: a side of 66,000 pixels"):
+        load_image(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(thin_png(*(min(n, 65_535) for n in side)))
+    for rules in ("torchvision", "transformers"):
+        how = Preprocessing((64, 64), 64, "bicubic", (0, 0, 0), (1, 1, 1), rules)
+        assert image_tensor(load_image(tmp_path / "a.png"), how).shape == (3, 64, 64)
