@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import re
@@ -60,7 +59,8 @@ from reverse_sd import (
     thirds,
     vocabulary_loss,
 )
-from training.config import TrainConfig, epoch_weights, parse_args, resolve
+from schema import NULL, OBJECT, number, read_json
+from training.config import RESUMABLE, TrainConfig, epoch_weights, parse_args, resolve
 from training.evaluate import evaluate
 from training.folder import new_folder, read_cosines, save_cosines, saved_fields, write_run
 from training.inputs import EVALUATION_BATCH, Images, Prepared, Samples, load_backbone, prepare
@@ -137,6 +137,8 @@ class RegressorTrainer(Trainer):
 
     `chunks`: positions among the training samples, easy, medium, hard, for phase 2 of the curriculum.
     """
+
+    state_fields = {"best": number(least=-1.01, most=1.01) | NULL, "config": OBJECT.or_else({})}
 
     def __init__(
         self,
@@ -288,7 +290,7 @@ class RegressorTrainer(Trainer):
             if self.process.first:
                 save_tensors(self.folder / "model.safetensors", self.model.state_dict())
                 if self.smoothing:  # part of the network that was validated: `load_run` applies it again
-                    content = json.loads((self.folder / "config.json").read_text())
+                    content = read_json(self.folder / "config.json")
                     content["smoothing"] = self.smoothing.sigma
                     write_json(self.folder / "config.json", content)
         return {"val_cosine": cosine}
@@ -320,9 +322,17 @@ class RegressorTrainer(Trainer):
         state, tensors = super().state()
         if self.recording:
             tensors["cosines"] = torch.from_numpy(self.cosines)
-        return state | {"best": self.best if math.isfinite(self.best) else None}, tensors
+        best = self.best if math.isfinite(self.best) else None
+        return state | {"best": best, "config": self.fixed_options()}, tensors
+
+    def fixed_options(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self.config).items() if name not in RESUMABLE}
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name, value in state["config"].items():
+            if value != (today := vars(self.config).get(name, value)):
+                path = self.folder / "config.json"
+                raise data.DataError(f"{path}: {name} is {today}, and the run began with {value}; restore it")
         super().load_state(state, tensors)
         if self.recording:
             self.cosines = tensors["cosines"].numpy()

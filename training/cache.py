@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import DataError, Pairs, Preprocessing, image_tensor
-from files import exclusive, json_object, write_array, write_json
+from files import exclusive, write_array, write_json
+from schema import TEXT, by_name, read_value
 
 log = logging.getLogger("cache")
 
@@ -224,8 +226,8 @@ class RowCache:
                     stack.enter_context(exclusive(self.folder, waiting))
                     maps = self._open()
             self.rows, self.state = maps
-            with contextlib.suppress(OSError, UnicodeDecodeError):  # none yet, or damaged
-                self.skipped = json_object((self.folder / "skipped.json").read_text("utf-8")) or {}
+            with contextlib.suppress(DataError):  # none yet, or damaged
+                self.skipped = read_value(self.folder / "skipped.json", by_name(TEXT), sys.maxsize)
             self.committed = time.monotonic()
             n, missing = len(self.state), len(self.missing())
             with tqdm(

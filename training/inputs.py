@@ -73,10 +73,10 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     backbone = BACKBONES[config.backbone]
     # Read first: missing weights then stop the run before slow work. The encoders are loaded only if their
     # cache lacks rows.
-    for kind in (backbone.kind, *(("vae", "clip-text") if backbone.white_box else ())):
-        weights.config(kind, config.weights)
+    weights.require_fed(config.weights, backbone.kind, *(("vae", "clip-text") if backbone.white_box else ()))
+    weights.require_fed(None, "minilm")
     if backbone.white_box and (captioner := captioner_of(config.captions)):
-        weights.config("blip", captioner)
+        weights.require_fed(captioner, "blip")
     preprocessing = preprocessing_of(config)
     path = pairs_folder(config.data)
     pairs = data.read_pairs(path)
