@@ -49,7 +49,8 @@ ALLOWED = {
     **{f"mini/{name}.py": MINIATURES for name in ("loop", "write", "autoencoder", "contrastive", "naming")},
     "mini/*.py": {"numpy", "PIL", "tqdm", "data", "files", "mini", "command"},
     "training/metrics.py": {"numpy"},
-    "training/cache.py": {"torch", "numpy", "tqdm", "data", "files", "schema"},
+    "training/rows.py": {"torch", "numpy", "tqdm", "data", "files", "schema"},
+    "training/cache.py": {"torch", "numpy", "data", "training"},
     "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
     "training/*.py": TENSORS
     | {"models", "weights", "data", "files", "schema", "backbones", "reverse_sd", "training"},

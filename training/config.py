@@ -160,13 +160,18 @@ class TrainConfig:
     # -- machine
     device: str = option("machine", "auto", "auto, cpu, cuda")
     precision: str = option(
-        "machine", "auto", "auto = bf16 on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
+        "machine", "auto", "of training and, on CUDA, of the cached latents, caption states and black boxes' "
+        "features: auto = bf16 on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
     )
     compile: bool = option("machine", False, "torch.compile the regressor")
     activation_checkpointing: bool = option(
         "machine", False, "recompute activations in the backward pass to save memory"
     )
-    workers: int = option("machine", 0, "processes that read images", least=0, most=1024)
+    workers: int | None = option(
+        "machine", None, "processes that read images, for each training process (default: 0 where all inputs "
+        "are cached or reading an image takes less than 1 ms on a GPU, 20 ms on a CPU; else the machine's "
+        "cores / training processes)", least=0, most=1024
+    )
     checkpoint_every: int = option("machine", 100, "optimizer steps between checkpoints", least=1)
     # fmt: on
 

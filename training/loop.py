@@ -56,20 +56,36 @@ class Process:
         if self.world > 1:
             dist.barrier()
 
+    def gathered(self, part: Tensor, places: np.ndarray, n: int) -> Tensor:
+        """Rows (n, ...) in every process, of which each has computed a part, at its places."""
+        rows = part.new_zeros(n, *part.shape[1:])
+        rows[places] = part
+        if self.world > 1:
+            dist.all_reduce(rows)
+        return rows
+
+    def restarted(self) -> bool:
+        """Whether torchrun has started one of the processes again, after a failure."""
+        count = torch.tensor([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], device=self.device)
+        return bool(self.gathered(count, np.zeros(1, int), 1))
+
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Process]:
-    """Context manager: torchrun's process group (gloo on CPUs, nccl on GPUs)."""
+    """Context manager: torchrun's process group (gloo on CPUs, nccl on GPUs). Only the first process logs
+    more than errors."""
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    # The first process may fill the caches for hours while the others wait.
+    # One process may write the results, or draw the data, for long while the others wait.
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
     try:
-        yield Process(dist.get_rank(), dist.get_world_size(), device)
+        process = Process(dist.get_rank(), dist.get_world_size(), device)
+        logging.getLogger().setLevel(logging.INFO if process.first else logging.ERROR)
+        yield process
         dist.barrier()  # all leave together: a process that is gone can abort those still connected to it
     finally:
         dist.destroy_process_group()
