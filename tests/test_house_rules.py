@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
-OURS |= {"backbones", "baselines", "command", "data", "embedded", "files", "generate", "reverse_sd", "words"}
+OURS |= {"archives", "backbones", "baselines", "columns", "command", "data", "embedded", "files", "generate"}
+OURS |= {"reverse_sd", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
@@ -30,6 +31,7 @@ ALLOWED = {
         "tqdm",
         "models",
         "weights",
+        "files",
     },
     "words.py": set(),
     "command.py": {"safetensors", "data", "weights"},
@@ -37,7 +39,9 @@ ALLOWED = {
     "reverse_sd.py": {"torch", "numpy", "backbones", "words"},
     "files.py": {"numpy"},
     "embedded.py": {"PIL", "numpy"},
-    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files"},
+    "archives.py": {"numpy", "files"},
+    "columns.py": {"numpy", "files", "embedded", "archives"},
+    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files", "archives", "columns"},
     "mini/pretrain.py": MINIATURES | {"tokenizers"},
     "mini/diffusion.py": MINIATURES | {"generate"},
     **{f"mini/{name}.py": MINIATURES | {"PIL", "generate"} for name in ("judge", "generated")},

