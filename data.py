@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -9,12 +10,12 @@ import math
 import os
 import re
 import sys
-import threading
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -24,7 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import embedded
-from embedded import MAX_PROMPT, NoPrompt, sidecar_prompt
+from archives import LOOSE, Zips, members_of
+from columns import Arrays, PairsBuilder, Records, Texts, is_zip, kept, place_of
+from embedded import NoPrompt, sidecar_prompt
 from files import (
     MAX_JSON,
     MAX_LINE,
@@ -39,7 +42,9 @@ from files import (
     read_text,
     records,
     require_file,
-    same_bytes,
+    sha256,
+    sizes_and_sums,
+    stamp,
     unzip,
 )
 
@@ -50,130 +55,73 @@ logger = logging.getLogger(__name__)
 # Pairs
 # ============================================================================================================
 
-OPEN_ARCHIVES = 32  # zips held open at once by one process
-
-
 class Pairs:
     """n image-prompt pairs as columns, so that millions of them fit; images are read when asked for.
 
-    prompts  n strings, stripped; "" where the source gave none
-    names    n member names (in a zip) or paths relative to the folder
+    prompts  Texts: n strings, stripped; "" where the source gave none
+    names    Texts: n member names (in a zip) or paths relative to the folder
+    meta     Records: n dicts of what else the source said: se seed, c guidance, st steps, sa sampler, ...
     archives the zips and folders that the names live in; archive (n,) int32 says which
-    meta     n dicts of what else the source said: se seed, c guidance, st steps, sa sampler, ...
+    member   (n,) MEMBER: where an image lies in its zip, and its CRC-32
     skipped  "where: why" for everything that was passed over in reading
     row      (n,) int64 position among the n_read pairs first read, kept through `subset`
 
-    Safe to use from threads, after a fork and after pickling: each process opens its own archives.
+    A subset has a `row` of its own and shares all else, as forked workers do. Safe to use from threads, after
+    a fork and after pickling.
     """
 
-    def __init__(self, prompts: list[str], names: list[str], archives: list[Path], archive: np.ndarray,
-                 meta: list[dict], skipped: Iterable[str] = (), row: np.ndarray | None = None,
-                 n_read: int | None = None) -> None:
-        self.prompts, self.names, self.archives, self.meta = prompts, names, archives, meta
-        self.archive = np.asarray(archive, np.int32)
-        self.skipped = list(skipped)
-        self.row = np.arange(len(prompts)) if row is None else row
-        self.n_read = len(prompts) if n_read is None else n_read
-        self._reopen()
-
-    def _reopen(self) -> None:
-        self._open: OrderedDict[int, zipfile.ZipFile] = OrderedDict()
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_lock", "_pid")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._reopen()
+    def __init__(self, columns: Arrays, words: list[str], zips: Zips, skipped: list[str],
+                 row: np.ndarray | None = None) -> None:
+        self.n_read = len(columns["archive"])
+        self.row = row = np.arange(self.n_read) if row is None else row
+        self.prompts, self.names = Texts.of(columns, "prompts", row), Texts.of(columns, "names", row)
+        self.meta = Records.of(columns, "meta", words, row)
+        self.archives, self.skipped = zips.paths, skipped
+        self._columns, self._zips = columns, zips
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.row)
+
+    @property
+    def archive(self) -> np.ndarray:
+        return self._columns["archive"][self.row]
+
+    @property
+    def member(self) -> np.ndarray:
+        return self._columns["member"][self.row]
 
     def subset(self, indices: Iterable[int]) -> Pairs:
         """The pairs at `indices`, in that order."""
         index = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), np.int64)
-        prompts, names, meta = ([column[i] for i in index.tolist()]
-                                for column in (self.prompts, self.names, self.meta))
-        return Pairs(prompts, names, self.archives, self.archive[index], meta, self.skipped,
-                     self.row[index], self.n_read)
+        return Pairs(self._columns, self.meta.words, self._zips, self.skipped, self.row[index])
 
     def where(self, i: int) -> str:
         """How errors name image i: `archive.zip!member`, or the file's path."""
-        return _place(self.archives[self.archive[i]], self.names[i])
+        return place_of(self.archives[self._columns["archive"][self.row[i]]], self.names[i])
 
     def image(self, i: int) -> Image.Image:
         """Image i as `load_image` gives it. Raises DataError with the image's `where`."""
-        k = int(self.archive[i])
-        if self.archives[k].suffix.lower() != ".zip":
-            return load_image(self.archives[k] / self.names[i])
-        if self._pid != os.getpid():
-            self._reopen()  # a forked child shares its parent's file offsets: never read through them
+        name, row = self.names[i], self.row[i]
+        k, member = (self._columns[column][row].item() for column in ("archive", "member"))
+        if not is_zip(self.archives[k]):
+            return load_image(self.archives[k] / name)
         try:
-            with self._lock:
-                if k not in self._open:
-                    self._open[k] = zipfile.ZipFile(self.archives[k])
-                    if len(self._open) > OPEN_ARCHIVES:
-                        self._open.popitem(last=False)[1].close()
-                self._open.move_to_end(k)
-                content = unzip(self._open[k], self.names[i], MAX_BYTES)
+            content = self._zips.read(k, name, member, MAX_BYTES)
         except ZIP_ERRORS as error:
             raise DataError(f"{self.where(i)}: cannot be read ({error}); fetch the zip again") from error
         return load_image(content, self.where(i))
 
 
-def _place(archive: Path, name: str) -> str:
-    """How errors name an image: `archive.zip!member`, or the file's path."""
-    return f"{archive}!{name}" if archive.suffix.lower() == ".zip" else str(archive / name)
-
-
-class PairsBuilder:
-    """The pairs that a reader has gathered so far, and what it has passed over."""
-
-    def __init__(self) -> None:
-        self.prompts: list[str] = []
-        self.names: list[str] = []
-        self.meta: list[dict] = []
-        self.archive: list[int] = []
-        self.archives: list[Path] = []
-        self.skipped: list[str] = []
-        self.reasons: Counter[str] = Counter()
-
-    def add(self, archive: Path, name: str, text: Any, meta: dict) -> None:
-        """One pair, or one for each of a list of texts; "" stands for a missing one (None, NaN)."""
-        texts = text if isinstance(text, list) and text else [text]
-        for text in texts:
-            if text is None or text != text:
-                text = ""
-            if not isinstance(text, str):
-                self.skip(_place(archive, name), "its text is no string", type(text).__name__)
-            elif len(text) > MAX_PROMPT:
-                self.skip(_place(archive, name), f"its prompt is longer than {MAX_PROMPT:,} characters")
-            else:
-                self._append(archive, name, LONE_SURROGATE.sub("\ufffd", text.strip()), meta)
-
-    def _append(self, archive: Path, name: str, prompt: str, meta: dict) -> None:
-        if not self.archives or self.archives[-1] != archive:
-            self.archives.append(archive)
-        self.prompts.append(prompt)
-        self.names.append(name)
-        self.meta.append(meta)
-        self.archive.append(len(self.archives) - 1)
-
-    def skip(self, where: object, why: str, detail: object = None) -> None:
-        self.skipped.append(f"{where}: {why}" + ("" if detail is None else f" ({detail})"))
-        self.reasons[why] += 1
-
-    def pairs(self, path: Path) -> Pairs:
-        first = "; ".join(self.skipped[:3]) + (" ..." if len(self.skipped) > 3 else "")
-        if not self.prompts:
-            raise DataError(f"{path}: no usable image-prompt pair; {len(self.skipped)} passed over: {first}")
-        if self.skipped:
-            why = ", ".join(f"{n} {reason}" for reason, n in self.reasons.most_common())
-            logger.warning("%s: %d passed over (%s): %s", path, len(self.skipped), why, first)
-        archive = np.asarray(self.archive, np.int32)
-        return Pairs(self.prompts, self.names, self.archives, archive, self.meta, self.skipped)
+def _pairs(path: Path, columns: Arrays, facts: dict) -> Pairs:
+    """The pairs that a builder gathered; one warning counts what it has passed over."""
+    skipped, reasons = facts["skipped"], Counter(facts["reasons"])
+    first = "; ".join(skipped[:3]) + (" ..." if len(skipped) > 3 else "")
+    if not len(columns["archive"]):
+        raise DataError(f"{path}: no usable image-prompt pair; {len(skipped)} passed over: {first}")
+    if skipped:
+        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+        logger.warning("%s: %d passed over (%s): %s", path, len(skipped), why, first)
+    return Pairs(columns, facts["words"], Zips(list(map(Path, facts["archives"]))), skipped)
 
 
 # ============================================================================================================
@@ -190,7 +138,7 @@ IMAGE_KEYS = ("file_name", "image", "path", "filename", "name")
 TEXT_KEYS = ("text", "prompt", "caption", "p")
 COLUMNS = f"the image ({', '.join(IMAGE_KEYS)}) and the prompt ({', '.join(TEXT_KEYS)})"
 OUTSIDE = "the name leaves the archive"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON allows them; no tokenizer does
+KEEP, KEPT = 50, 1  # parts from which on their columns are kept; version of what is kept
 
 
 def read_pairs(path: str | Path) -> Pairs:
@@ -214,10 +162,9 @@ def read_pairs(path: str | Path) -> Pairs:
     """
     path, builder = Path(path), PairsBuilder()
     if path.is_dir():
-        _read_folder(path, builder)
-        return builder.pairs(path)
+        return _pairs(path, *_read_folder(path, builder))
     require_file(path)
-    if path.suffix.lower() == ".zip":
+    if is_zip(path):
         _read_parts([path], path, builder)
     elif path.suffix.lower() not in (".jsonl", ".csv"):
         raise DataError(f"{path}: neither a part's .zip nor a .jsonl or .csv manifest; give one of them")
@@ -225,23 +172,24 @@ def read_pairs(path: str | Path) -> Pairs:
         raise DataError(f"{path}: its first line does not name {COLUMNS}; name them so")
     else:
         _read_manifest(path, builder)
-    return builder.pairs(path)
+    return _pairs(path, *builder.columns())
 
 
-def _read_folder(path: Path, builder: PairsBuilder) -> None:
+def _read_folder(path: Path, builder: PairsBuilder) -> tuple[Arrays, dict]:
     files = files_below(path, lambda folder, why: builder.skip(folder, "the folder cannot be listed", why))
     if parts := _parts_among(files):
-        _read_parts(parts, path, builder)
-    elif manifests := _manifests_among(files, path, builder):
+        return _kept_parts(parts, path, builder)
+    if manifests := _manifests_among(files, path, builder):
         for manifest in manifests:
             _read_manifest(manifest, builder)
     else:
         _read_images(files, path, builder)
-    if not builder.prompts and not builder.skipped:
+    if not len(builder.prompts) and not builder.skipped:
         kinds = Counter(f.suffix or f.name for f in files).most_common(5)
         raise DataError(f"{path}: no image-prompt pairs. Looked for part-*.zip, part-*.json, a .jsonl or "
                         f".csv with {COLUMNS}, and images with a .txt beside or a prompt inside; found "
                         + (", ".join(f"{n} {kind}" for kind, n in kinds) or "no file"))
+    return builder.columns()
 
 
 # DiffusionDB ------------------------------------------------------------------------------------------------
@@ -254,13 +202,34 @@ def _parts_among(files: list[Path]) -> list[Path]:
                    and f.parent not in zipped and f.with_suffix("") not in zipped]
 
 
+def _kept_parts(parts: list[Path], root: Path, builder: PairsBuilder) -> tuple[Arrays, dict]:
+    """The columns of parts; those of many zips are kept in the cache's folder pairs-HASH, a hash of the path.
+
+    They are read again when the names, sizes or times of the zips, or of metadata.parquet, have changed.
+    """
+    def read() -> tuple[Arrays, dict]:
+        _read_parts(parts, root, builder)
+        builder.archives = [archive.relative_to(root) for archive in builder.archives]
+        return builder.columns()
+
+    if len(parts) < KEEP or not all(map(is_zip, parts)):
+        _read_parts(parts, root, builder)
+        return builder.columns()
+    files = parts + _metadata_tables(root)
+    stamps = [f"{os.path.relpath(file.parent, root)} {stamp(file)}" for file in files]
+    state = [KEPT, importlib.util.find_spec("pyarrow") is not None, builder.skipped, stamps]
+    columns, facts = kept(f"pairs-{sha256(str(root.resolve()))[:16]}", sha256(json.dumps(state)), read)
+    return columns, facts | {"archives": [root / archive for archive in facts["archives"]]}
+
+
 def _read_parts(parts: list[Path], root: Path, builder: PairsBuilder) -> None:
     blurred = _blurred_names(root)
     for part in tqdm(parts, desc="reading parts", unit="part", disable=len(parts) < 50):
         try:
             if part.suffix == ".json":
                 require_file(part, MAX_JSON)
-                members = sorted(name for name in os.listdir(part.parent) if not is_junk(name))
+                names = sorted(name for name in os.listdir(part.parent) if not is_junk(name))
+                members = dict.fromkeys(names, LOOSE)
                 listing, content = part.name, part.read_bytes()
             else:
                 members, listing, content = _zip_listing(part)
@@ -274,11 +243,11 @@ def _read_parts(parts: list[Path], root: Path, builder: PairsBuilder) -> None:
             _read_part(home, members, listing, content, blurred, builder)
 
 
-def _zip_listing(part: Path) -> tuple[list[str], str | None, Any]:
-    """(names in the zip, name of the JSON with its prompts, its bytes); (names, None, why) without one."""
+def _zip_listing(part: Path) -> tuple[dict[str, bytes], str | None, Any]:
+    """(members of the zip, name of the JSON with its prompts, its bytes), or (members, None, why)."""
     require_file(part)
     with zipfile.ZipFile(part) as archive:
-        members = [m for m in archive.namelist() if not is_junk(m)]
+        members = {name: member for name, member in members_of(archive).items() if not is_junk(name)}
         listings = [m for m in members if m.endswith(".json")]
         named = [m for m in listings if PurePosixPath(m).stem == part.stem] or listings
         if len(named) != 1:
@@ -286,42 +255,46 @@ def _zip_listing(part: Path) -> tuple[list[str], str | None, Any]:
         return members, named[0], unzip(archive, named[0], MAX_JSON)
 
 
-def _read_part(part: Path, members: list[str], listing: str, content: bytes, blurred: set[str],
+def _read_part(part: Path, members: dict[str, bytes], listing: str, content: bytes, blurred: set[str],
                builder: PairsBuilder) -> None:
     """One part, zipped or not: `content` is the JSON `listing` that lies among `members`."""
     try:
         entries = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        builder.skip(_place(part, listing), "the JSON does not parse", error)
+        builder.skip(place_of(part, listing), "the JSON does not parse", error)
         return
     if not isinstance(entries, dict):
-        builder.skip(_place(part, listing), "the JSON is not an object {image: {...}}")
+        builder.skip(place_of(part, listing), "the JSON is not an object {image: {...}}")
         return
     folder = listing[:-len(PurePosixPath(listing).name)]
-    there, listed = set(members), {folder + name for name in entries}
+    listed = {folder + name for name in entries}
     for name, entry in entries.items():
         if not is_safe(name):
-            builder.skip(_place(part, name), OUTSIDE)
-        elif folder + name not in there:
-            builder.skip(_place(part, folder + name), "in the JSON but not there")
+            builder.skip(place_of(part, name), OUTSIDE)
+        elif folder + name not in members:
+            builder.skip(place_of(part, folder + name), "in the JSON but not there")
         elif not isinstance(entry, dict | str):
-            builder.skip(_place(part, folder + name), "its JSON entry is no object")
+            builder.skip(place_of(part, folder + name), "its JSON entry is no object")
         elif name in blurred:
-            builder.skip(_place(part, folder + name), "blurred by DiffusionDB, image_nsfw 2.0")
+            builder.skip(place_of(part, folder + name), "blurred by DiffusionDB, image_nsfw 2.0")
         else:
             entry = {"p": entry} if isinstance(entry, str) else entry
-            builder.add(part, folder + name, entry.pop("p", None), entry)
+            builder.add(part, folder + name, entry.pop("p", None), entry, members[folder + name])
     for member in members:
         if member not in listed and PurePosixPath(member).suffix.lower() in IMAGE_SUFFIXES:
-            builder.skip(_place(part, member), "not in the JSON" if is_safe(member) else OUTSIDE)
+            builder.skip(place_of(part, member), "not in the JSON" if is_safe(member) else OUTSIDE)
 
 
 def _blurred_names(root: Path) -> set[str]:
     """The images to which DiffusionDB's metadata gives image_nsfw 2.0: its maker replaced them by a blur."""
+    return set().union(*(parquet_names(table, "image_name", "image_nsfw", 2.0)
+                         for table in _metadata_tables(root)))
+
+
+def _metadata_tables(root: Path) -> list[Path]:
     tables = (folder / name for folder in (root, *root.parents[:2])
               for name in ("metadata.parquet", "metadata-large.parquet"))
-    return set().union(*(parquet_names(table, "image_name", "image_nsfw", 2.0)
-                         for table in tables if table.is_file()))
+    return [table for table in tables if table.is_file()]
 
 
 # manifests --------------------------------------------------------------------------------------------------
@@ -506,58 +479,76 @@ def split(prompts: Sequence[str], seed: int, val: int | None = None, test: int |
     n = len(prompts)
     if any(not isinstance(x, int | np.integer) for x in (seed, val or 0, test or 0)) or seed < 0:
         raise DataError(f"seed {seed}, {val} for validation, {test} for test: give whole numbers from 0 on")
-    groups = _groups([" ".join((prompt or "").casefold().split()) for prompt in prompts], pictures)
+    groups = _groups(_prompt_numbers(prompts), *([] if pictures is None else [np.asarray(pictures)]))
+    sizes = np.bincount(groups)
     default = max(1, min(30_000, n // 8))
     wanted = {"test": default if test is None else test, "val": default if val is None else val}
-    if len(groups) < 3 or min(wanted.values()) < 1 or sum(wanted.values()) >= n:
-        raise DataError(f"{n} pairs with {len(groups)} distinct prompts and pictures cannot give "
+    if len(sizes) < 3 or min(wanted.values()) < 1 or sum(wanted.values()) >= n:
+        raise DataError(f"{n} pairs with {len(sizes)} distinct prompts and pictures cannot give "
                         f"{wanted['val']} for validation, {wanted['test']} for test and more for training; "
                         "give more pairs or ask for fewer")
-    chosen: dict[str, list[list[int]]] = {"test": [], "val": [], "train": []}
-    room = dict(wanted)
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(groups))
-    for group in (groups[g] for g in order.tolist()):
-        name = next((name for name in wanted if len(group) <= room[name]), "train")
-        chosen[name].append(group)
-        if name != "train":
-            room[name] -= len(group)
-    for name in (name for name in wanted if not chosen[name]):  # all groups were too large: take the smallest
-        smallest = min(range(len(chosen["train"])), key=lambda g: len(chosen["train"][g]))
-        chosen[name].append(chosen["train"].pop(smallest))
-    if not chosen["train"]:
-        raise DataError(f"{n} pairs with {len(groups)} distinct prompts leave none to train on; give more")
-    return {name: np.sort(np.asarray([i for group in chosen[name] for i in group], np.int64))
-            for name in ("train", "val", "test")}
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(sizes))
+    chosen, room = np.full(len(sizes), "train"), dict(wanted)
+    for group, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        if name := next((name for name in wanted if size <= room[name]), None):
+            chosen[group] = name
+            room[name] -= size
+        elif not any(room.values()):
+            break
+    for name in (name for name in wanted if name not in chosen):  # all groups were too large: the smallest
+        rest = order[chosen[order] == "train"]
+        chosen[rest[np.argmin(sizes[rest])]] = name
+    if "train" not in chosen:
+        raise DataError(f"{n} pairs with {len(sizes)} distinct prompts leave none to train on; give more")
+    return {name: np.flatnonzero((chosen == name)[groups]) for name in ("train", "val", "test")}
 
 
-def _groups(*columns: Sequence[Any] | None) -> list[list[int]]:
-    """The rows that equal values in any column join, in the order of their first rows."""
-    root = list(range(len(columns[0] or ())))
-
-    def root_of(i: int) -> int:
-        while root[i] != i:
-            root[i] = i = root[root[i]]
-        return i
-
-    for column in columns:
-        first: dict[Any, int] = {}
-        for i, value in enumerate(column or ()):
-            a, b = root_of(first.setdefault(value, i)), root_of(i)
-            root[max(a, b)] = min(a, b)
-    groups: dict[int, list[int]] = {}
-    for i in range(len(root)):
-        groups.setdefault(root_of(i), []).append(i)
-    return list(groups.values())
+def _prompt_numbers(prompts: Iterable[Any]) -> np.ndarray:
+    """(n,) equal numbers for prompts that are equal but for case and spacing: by hashes of 16 bytes, since
+    14 million strings would take 3 GB."""
+    texts = (" ".join((prompt or "").casefold().split()) for prompt in prompts)
+    digests = (blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts)
+    return _numbers(np.frombuffer(b"".join(digests), "S16"))
 
 
-def same_pictures(pairs: Pairs) -> list[int]:
-    """A number for each row, equal where the picture is: the same file, or another of the same bytes.
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """(n,) int64: equal numbers for equal values, in the order of their first."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
-    Where that leaves fewer than three pictures, files are told apart by name: they are blanks.
+
+def _groups(*columns: np.ndarray) -> np.ndarray:
+    """(n,) int64: equal numbers for rows that equal values in any column join, also through other rows."""
+    first = np.arange(len(columns[0]))  # the first row known to be of the same group
+    columns, before = [_numbers(column) for column in columns], None
+    while not np.array_equal(first, before):
+        before = first
+        for column in columns:
+            least = np.full(len(column), len(column))
+            np.minimum.at(least, column, first)
+            first = least[column]
+        first = first[first]
+    return _numbers(first)
+
+
+def same_pictures(pairs: Pairs) -> np.ndarray:
+    """(n,) int64: equal numbers where the picture is the same: one file, or files of the same bytes.
+
+    Compared are sizes and CRC-32, which zips have in their directories; on disk only those files are read
+    that have the size of another. A file that cannot be read is equal only to itself. Where that leaves fewer
+    than three pictures, files are told apart by name: they are blanks.
     """
-    files = [(pairs.archives[k], name) for k, name in zip(pairs.archive.tolist(), pairs.names, strict=True)]
-    numbers = same_bytes(files)
-    return numbers if len(set(numbers)) > 2 else numbered(files)
+    archive, member = pairs.archive, pairs.member
+    loose = np.flatnonzero(~np.array(list(map(is_zip, pairs.archives)))[archive])
+    sizes, sums = member["size"].astype(np.int64), member["crc"].astype(np.int64)
+    if len(loose):
+        files = [pairs.archives[archive[i]] / pairs.names[i] for i in loose.tolist()]
+        sizes[loose], sums[loose] = np.array(sizes_and_sums(files, set(np.delete(sizes, loose).tolist()))).T
+    numbers = _numbers(_numbers(sizes) << 32 | sums)
+    if len(numbers) and numbers.max() > 1:
+        return numbers
+    homes = (pairs.archives[k] for k in archive.tolist())
+    return np.asarray(numbered(zip(homes, pairs.names, strict=True)))
 
 
 # ============================================================================================================

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -35,10 +36,39 @@ MAX_LINE = 1 << 24  # characters of a line of a table
 NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # NFS locks no folder
 ZIP_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, RuntimeError,
               ValueError)
+has_drive = re.compile("[A-Za-z]:").match
 
 
 class DataError(ValueError):
     """Something is wrong with the user's data or disk; one line says which file, what, and what to do."""
+
+
+def cache_dir() -> Path:
+    """The folder of everything that is built or fetched once: $REVERSE_SD_CACHE, or ~/.cache/reverse-sd."""
+    return expanded(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd")
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with the home folder for its ~. Raises DataError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: there is no such home folder; write the folder out, or set "
+                        "REVERSE_SD_CACHE to one for everything that is fetched or built") from error
+
+
+def sha256(text: str) -> str:
+    """The hexadecimal SHA-256 of a text's UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def stamp(path: Path) -> str:
+    """A file's name, size and time of change, equal while the file is the same."""
+    try:
+        state = path.stat()
+    except OSError:
+        return f"{path.name} is missing"
+    return f"{path.name} {state.st_size} {state.st_mtime_ns}"
 
 
 def files_below(root: Path, unreadable: Callable[[str, str], None]) -> list[Path]:
@@ -67,6 +97,8 @@ def files_below(root: Path, unreadable: Callable[[str, str], None]) -> list[Path
 
 def is_junk(name: str) -> bool:
     """Whether a Mac wrote the file for itself, beside one of the same name."""
+    if "__MACOSX" not in name and "._" not in name:
+        return False
     parts = name.replace("\\", "/").split("/")
     return "__MACOSX" in parts or parts[-1].startswith("._")
 
@@ -74,7 +106,7 @@ def is_junk(name: str) -> bool:
 def is_safe(name: str) -> bool:
     """Whether the name of a member stays within its archive."""
     parts = name.replace("\\", "/").split("/")
-    return bool(parts[0]) and ".." not in parts and not re.match("[A-Za-z]:", name)
+    return bool(parts[0]) and ".." not in parts and not has_drive(name)
 
 
 def require_file(path: Path, limit: int = sys.maxsize) -> None:
@@ -106,30 +138,15 @@ def unzip(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     return archive.read(name)
 
 
-def same_bytes(files: Sequence[tuple[Path, str]]) -> list[int]:
-    """A number for each (zip or folder, name), equal where the bytes are.
-
-    Compared are sizes and CRC-32, which zips have in their directories; on disk only those files are read
-    that have the size of another. A file that cannot be read is equal only to itself.
-    """
-    marks: dict[tuple[Path, str], Any] = {}
-    for home in dict.fromkeys(home for home, _ in files):
-        if home.suffix.lower() == ".zip":
-            try:
-                with zipfile.ZipFile(home) as archive:
-                    marks |= {(home, member.filename): (member.file_size, member.CRC)
-                              for member in archive.infolist()}
-            except ZIP_ERRORS:
-                continue
-    loose = [file for file in dict.fromkeys(files) if file not in marks]
-    for home, name in loose:
-        marks[home, name] = (_size(home / name), None)
-    sizes = Counter(marks[file][0] for file in dict.fromkeys(files))
-    for home, name in loose:
-        size = marks[home, name][0]
-        if size is not None and sizes[size] > 1:
-            marks[home, name] = (size, zlib.crc32((home / name).read_bytes()))
-    return numbered(marks[file] if marks[file][0] is not None else file for file in files)
+def sizes_and_sums(files: Sequence[Path], others: set[int]) -> list[tuple[int, int]]:
+    """(size, CRC-32) of each file. Only those are read that have the size of another or one of `others`; a
+    file that cannot be read has a size below zero that no other has."""
+    sizes = {file: _size(file) for file in dict.fromkeys(files)}
+    count, marks = Counter(sizes.values()), {}
+    for k, (file, size) in enumerate(sizes.items()):
+        alike = size is not None and (count[size] > 1 or size in others)
+        marks[file] = (-1 - k if size is None else size, zlib.crc32(file.read_bytes()) if alike else 0)
+    return [marks[file] for file in files]
 
 
 def _size(path: Path) -> int | None:

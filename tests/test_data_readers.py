@@ -19,6 +19,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin
 
+import archives
 import data
 from data import (
     DataError,
@@ -214,7 +215,7 @@ def test_more_archives_than_are_held_open_from_threads_and_workers(tmp_path, mon
     for k in range(9):
         images = {f"{k}-{j}.png": picture(10 * k + j) for j in range(3)}
         part(tmp_path / f"part-00000{k}.zip", {name: {"p": name} for name in images}, images)
-    monkeypatch.setattr(data, "OPEN_ARCHIVES", 2)
+    monkeypatch.setattr(archives, "most_open", lambda: 2)
     pairs = read_pairs(tmp_path)
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(27), 4)).tolist()
     wrong = []
@@ -230,7 +231,7 @@ def test_more_archives_than_are_held_open_from_threads_and_workers(tmp_path, mon
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(pairs._open) <= 2
+    assert not wrong and len(pairs._zips._open) <= 2
     copied = copy.deepcopy(pairs)
     assert np.array_equal(np.asarray(copied.image(13)), np.asarray(pairs.image(13)))
     # after the parent opened archives, forked workers must not share its file offsets

