@@ -34,7 +34,6 @@ ALLOWED = {
         "tqdm",
         "models",
         "weights",
-        "files",
     },
     "words.py": set(),
     "command.py": {"safetensors", "data", "weights"},
