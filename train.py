@@ -44,10 +44,11 @@ from torch.utils.data import DataLoader, Subset
 import data
 import weights
 from backbones import BACKBONES
-from baselines import Smoothing, cbs_sigma, lerac_initial, lerac_rate
+from baselines import RidgeSums, Smoothing, cbs_sigma, lerac_initial, lerac_rate, ridge
 from command import run_command
 from files import atomic_write, exclusive, write_json
 from reverse_sd import (
+    EMBEDDING_WIDTH,
     Regressor,
     Vocabulary,
     by_thresholds,
@@ -84,7 +85,7 @@ def build_regressor(config: TrainConfig, prepared: Prepared, n_words: int) -> Re
         backbone = load_backbone(config)
         width = backbone.width
     torch.manual_seed(config.seed)
-    return Regressor(backbone, width, n_words, config.heads)
+    return Regressor(backbone, width, n_words, config.heads, standardise=config.head_start == "ridge")
 
 
 def depths_of(names: list[str], blocks: str) -> list[int]:
@@ -121,7 +122,10 @@ def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, d
     groups: dict[float, dict[str, nn.Parameter]] = {}
     for depth, (name, parameter) in zip(depths, named.items(), strict=True):
         if depth >= first:
-            groups.setdefault(factors[depth - first], {})[name] = parameter
+            factor = factors[depth - first]
+            if config.head_lr and name.startswith("heads."):
+                factor = config.head_lr / config.lr
+            groups.setdefault(factor, {})[name] = parameter
         else:
             parameter.requires_grad_(False)
     return groups
@@ -296,23 +300,61 @@ class RegressorTrainer(Trainer):
     @torch.no_grad()
     def cosines_of(self, samples: Samples) -> np.ndarray:
         """The cosine of each sample's prediction and target, (n,) float64; each process computes a share."""
-        self.model.eval()
+        parts = [
+            1 - cosine_loss(prediction.embedding.float(), target)
+            for prediction, target in self.outputs(self.model, samples)
+        ]
+        cosines = torch.zeros(len(samples), dtype=torch.float64, device=self.process.device)
+        if parts:
+            cosines[self.process.rank :: self.process.world] = torch.cat(parts).double()
+        return self.summed(cosines).cpu().numpy()
+
+    def outputs(self, module: nn.Module, samples: Samples) -> Iterator[tuple[Any, Tensor]]:
+        """The outputs of a part of the regressor, in eval mode, and the targets, for each batch of this
+        process's share of the samples."""
         device, mine = self.process.device, range(self.process.rank, len(samples), self.process.world)
         loader = DataLoader(
             Subset(samples, mine), EVALUATION_BATCH, num_workers=self.workers, generator=torch.Generator()
         )
-        parts = []
+        self.model.eval()
         for *inputs, target, _, _ in loader:
             with self.autocast():
-                embedding = self.model(*(x.to(device) for x in inputs)).embedding
-            parts.append(1 - cosine_loss(embedding.float(), target.to(device)))
+                output = module(*(x.to(device) for x in inputs))
+            yield output, target.to(device)
         self.model.train()
-        cosines = torch.zeros(len(samples), dtype=torch.float64, device=device)
-        if parts:
-            cosines[mine.start :: mine.step] = torch.cat(parts).double()
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes."""
         if self.process.world > 1:
-            dist.all_reduce(cosines)
-        return cosines.cpu().numpy()
+            dist.all_reduce(values)
+        return values
+
+    @torch.no_grad()
+    def start_heads(self) -> None:
+        """Standardise the features and set the embedding head to ridge regression on the pretrained
+        backbone's features, with the penalty that has the highest cosine on validation.
+
+        Paper: the heads start at random. Kumar et al. 2022 (linear probing, then fine-tuning).
+        """
+        backbone, (standardise, heads) = self.model.backbone, (self.model.standardise, self.model.heads)
+        sums = RidgeSums(len(standardise.mean), EMBEDDING_WIDTH, self.process.device)
+        for features, target in self.outputs(backbone, self.train_samples):
+            sums.add(features, target)
+        self.summed(sums.products)
+        held_out = [(f.float(), target) for f, target in self.outputs(backbone, self.val_samples)]
+        rows, targets = map(torch.cat, zip(*held_out, strict=True)) if held_out else (None, None)
+        solution = ridge(sums, rows, targets, self.summed)
+        standardise.set(solution.mean, solution.deviation)
+        heads.start_at(solution.weight, solution.bias)
+        log.info(
+            "heads: ridge regression on the pretrained features, penalty %.1e, validation cosine %.4f",
+            *(solution.penalty, max(cosine for _, cosine in solution.tried)),
+        )
+
+    def restore(self) -> None:
+        super().restore()
+        if self.step == 0 and self.config.head_start == "ridge":
+            self.start_heads()
 
     # -- state ------------------------------------------------
 

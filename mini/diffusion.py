@@ -24,7 +24,7 @@ CHUNK = 256
 
 @torch.no_grad()
 def latent_moments(images: np.ndarray, source: str, device: str) -> tuple[Tensor, Tensor]:
-    """Scaled posterior mean and deviation of all pictures by the autoencoder of `source`, (n, 4, 8, 8) each."""
+    """Posterior mean and deviation of all pictures by the autoencoder of `source`, (n, 4, 8, 8), scaled."""
     vae = weights.load("vae", source, device=device)
     means, deviations = [], []
     for rows in tqdm(torch.arange(len(images), device=device).split(CHUNK), "encoding pictures"):

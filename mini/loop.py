@@ -87,8 +87,8 @@ def batch_of(images: np.ndarray, rows: Tensor) -> Tensor:
 class MiniTrainer(Trainer):
     """Trains a miniature by its recipe; `average` holds the moving average of its parameters.
 
-    Batches are drawn on the device of the parameters. `terms(rows, generator)` takes the positions of a batch (B,) among `n` and returns the loss's terms. The
-    checkpoint stays until `remove_checkpoint`.
+    `terms(rows, generator)` takes the positions of a batch (B,) among `n`, on the parameters' device, and
+    returns the loss's terms. The checkpoint stays until `remove_checkpoint`.
     """
 
     clip_norm = 1.0

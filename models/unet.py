@@ -246,6 +246,11 @@ class UNetEncoder(nn.Module):
         """The middle block's output, (B, width, h/8, w/8), for the arguments of `UNet.forward`."""
         return self._encode(latents, timesteps, context)[0]
 
+    def levels(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
+        """The outputs of all input blocks, finest first, and of the middle block, each (B, C, h', w')."""
+        middle, skips, _ = self._encode(latents, timesteps, context)
+        return [*skips, middle]
+
     def _encode(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> tuple:
         """Middle block's output, skips (finest first) and time embedding (B, 4 model_channels)."""
         sinusoids = timestep_embedding(timesteps, self.config.model_channels)
