@@ -49,13 +49,13 @@ class UNetFeatures(nn.Module):
     mean and the maximum of the outputs of all blocks.
     """
 
-    def __init__(self, unet: nn.Module, features: str = "middle"):
+    def __init__(self, unet: nn.Module, features: str = "middle", timestep: int = 0):
         super().__init__()
-        self.unet, self.features = unet, features
+        self.unet, self.features, self.timestep = unet, features, timestep
         self.width = unet.width if features == "middle" else 2 * (sum(unet.skip_widths) + unet.width)
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
-        timesteps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+        timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
         if self.features == "middle":
             middle = self.unet.encode(latents, timesteps, context)  # (B, D, h/8, w/8)
             return middle.amax(dim=(2, 3))  # (B, D)

@@ -52,6 +52,18 @@ def student_p(t: float, df: int) -> float:
     return min(1.0, float(area) / whole)
 
 
+def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean of `values`, one a seed, by Student's t; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    low, high = 0.0, 1e3  # t, by bisection
+    for _ in range(60):
+        t = (low + high) / 2
+        low, high = (t, high) if student_p(t, len(values) - 1) > 0.05 else (low, t)
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
 def paired_test(ours: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> dict:
     """Student's paired test that two methods' cosines have the same mean, over the test pairs of all seeds.
 
