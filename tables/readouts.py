@@ -171,8 +171,8 @@ def text(result: dict) -> str:
     ]
     columns = "features | numbers | validation | test | 95 % interval over seeds"
     notes = (
-        "Ridge regression from standardised features to the prompt's embedding, fitted on the training pairs; "
-        "the penalty has the highest cosine on validation. No network is trained.",
+        "Ridge regression from standardised features to the prompt's embedding, fitted on the training "
+        "pairs; the penalty has the highest cosine on validation. No network is trained.",
         "Each seed has its own split. Intervals are Student's over seeds.",
         "Caption: the sentence embedding of the captioner's text, without an image model. The miniature's "
         "captioner was trained on prompts of this grammar.",
