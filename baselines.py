@@ -95,6 +95,28 @@ def ridge(
 
 
 # ============================================================================================================
+# Controls of the curriculum
+# ============================================================================================================
+
+
+def control_scores(easiness: np.ndarray, order: str, seed: int) -> np.ndarray:
+    """The scores (n,) by which samples are ordered: those of other samples if `order` is "shuffled", with the
+    opposite sign if it is "hard-first"."""
+    if order == "shuffled":
+        return np.random.default_rng(seed).permutation(easiness)
+    return -easiness if order == "hard-first" else easiness
+
+
+def mixed(chunks: Sequence[np.ndarray]) -> np.ndarray:
+    """One pool of three equal chunks with each sample as often as in the paper's three stages.
+
+    A third of the steps is on chunk 1, a third on chunks 1 and 2, a third on all: 1 + 1/2 + 1/3, 1/2 + 1/3
+    and 1/3 visits, as 11 to 5 to 2.
+    """
+    return np.concatenate([np.repeat(chunk, n) for chunk, n in zip(chunks, (11, 5, 2), strict=True)])
+
+
+# ============================================================================================================
 # Section 4.8: LeRaC, Learning Rate Curriculum (Croitoru et al., 2024)
 # ============================================================================================================
 

@@ -44,7 +44,16 @@ from torch.utils.data import DataLoader, Subset
 import data
 import weights
 from backbones import BACKBONES
-from baselines import RidgeSums, Smoothing, cbs_sigma, lerac_initial, lerac_rate, ridge
+from baselines import (
+    RidgeSums,
+    Smoothing,
+    cbs_sigma,
+    control_scores,
+    lerac_initial,
+    lerac_rate,
+    mixed,
+    ridge,
+)
 from command import run_command
 from files import atomic_write, exclusive, write_json
 from reverse_sd import (
@@ -421,18 +430,22 @@ def chunks_of(
 ) -> list[np.ndarray]:
     """Easy, medium and hard positions among the training samples; curriculum.json describes them."""
     easiness, thresholds = easiness_of(config, cosines), None
+    scores = control_scores(easiness, config.order, config.seed)
     if config.chunks == "thresholds":
-        thresholds = easiness_thresholds(easiness, config.easy_share, config.hard_share)
+        thresholds = easiness_thresholds(scores, config.easy_share, config.hard_share)
         log.info("curriculum: easy from cosine %.4f, hard below %.4f", *thresholds)
-    chunks = by_thresholds(easiness, *thresholds) if thresholds else thirds(easiness)
+    chunks = by_thresholds(scores, *thresholds) if thresholds else thirds(scores)
     total = math.ceil(len(easiness) / config.batch_size) * config.epochs
+    if config.order == "mixed":
+        chunks = [mixed(chunks)]
     stages = [
         {"first_step": start, "last_step": stop - 1, "samples": len(pool)}
         for start, stop, pool in curriculum_stages(chunks, total)
     ]
-    log.info("curriculum: %d easy, %d medium, %d hard; phase 2", *map(len, chunks))
+    sizes = ", ".join(f"{stage['samples']:,}" for stage in stages)
+    log.info("curriculum, %s: stages of %s samples; phase 2", config.order, sizes)
     if process.first and not (folder / "cosines.npy").exists():
-        about = {"chunks": config.chunks, "thresholds": thresholds, "stages": stages}
+        about = {"chunks": config.chunks, "order": config.order, "thresholds": thresholds, "stages": stages}
         save_cosines(folder, cosines, easiness, data=prepared.fingerprint, **about)
     return chunks
 

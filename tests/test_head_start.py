@@ -11,10 +11,13 @@ from conftest import entries, train_here
 from sklearn.linear_model import Ridge as TheirRidge
 from torch import nn
 
+import eval
 import weights
 from backbones import UNetFeatures
 from baselines import PENALTIES, RidgeSums, ridge
-from reverse_sd import Heads, Regressor, load_run
+from reverse_sd import Heads, Regressor, Vocabulary, load_run
+from tables import readouts
+from tables.readouts import POOLED, fitted, pooled
 from training.config import TrainConfig, resolve
 from training.folder import saved_config
 from training.inputs import Samples, input_batches, prepare
@@ -134,3 +137,48 @@ def test_the_heads_have_their_own_rate(few_scenes: Path, cache: Path, tmp_path: 
     pretrained = weights.load("unet-encoder", "sd-mini").state_dict()
     name = "middle_block.0.in_layers.2.weight"
     assert not torch.equal(moved[f"backbone.unet.{name}"], pretrained[name])
+
+
+# -- the table of frozen features ----------------------------------------
+
+
+def test_pooled_takes_the_columns_of_its_blocks():
+    """Two blocks of 2 and 1 channels: mean, maximum of the first, then of the middle block."""
+    levels = np.array([[1, 2, 3, 4, 5, 6]])
+    found = {
+        (middle, pooling): pooled(levels, [2, 1], middle, pooling).tolist()[0]
+        for middle in (False, True)
+        for pooling in POOLED
+    }
+    assert found == {
+        (False, "mean"): [1, 2, 5],
+        (False, "maximum"): [3, 4, 6],
+        (False, "mean and maximum"): [1, 2, 3, 4, 5, 6],
+        (True, "mean"): [5],
+        (True, "maximum"): [6],
+        (True, "mean and maximum"): [5, 6],
+    }
+
+
+def test_the_table_of_frozen_features(few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(readouts, "TIMESTEPS", (0,))
+    argv = ["--table", "readouts", "--data", str(few_scenes), "--seeds", "1", "--results", str(tmp_path)]
+    assert eval.main([*argv, "--val-size", "12", "--test-size", "12", "--captions", "empty"]) == 0
+    result = json.loads((tmp_path / "table-readouts.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {"mean training embedding", "caption", "Swin", "Swin + caption"} < rows.keys()
+    assert rows["Swin + caption"]["width"] == rows["Swin"]["width"] + 384
+    for name, width in (("middle block, maximum", 256), ("all blocks, mean and maximum", 1920)):
+        assert rows[f"U-Net, empty text, {name}"]["width"] == width
+
+    config = resolve(TrainConfig(data=str(few_scenes), captions="empty", val_size=12, test_size=12, seed=1))
+    prepared = prepare(config)
+    backbone = UNetFeatures(weights.load("unet-encoder", "sd-mini").eval())
+    every = Samples(prepared, np.arange(len(prepared.pairs)), Vocabulary([]))
+    with torch.no_grad():
+        features = torch.cat([backbone(*inputs) for inputs in input_batches(every, "cpu")]).numpy()
+    _, expected = fitted(features, prepared, "cpu")
+    found = rows["U-Net, empty text, middle block, maximum"]["per_seed"]
+    assert found == pytest.approx([expected], abs=1e-4)
+    swin = f"| {rows['Swin']['cosine']:.4f}".replace("0.", ".")
+    assert swin in (tmp_path / "table-readouts.md").read_text()

@@ -109,6 +109,11 @@ class TrainConfig:
         "curriculum", "thirds", "how samples are split into easy, medium and hard: equal thirds, or two "
         "cosine thresholds", ("thirds", "thresholds")
     )
+    order: str = option(
+        "curriculum", "easy-first", "order of the chunks: easy-first = the paper's; controls: hard-first; "
+        "shuffled = by the scores of other samples; mixed = each sample as often as easy-first, in one stage",
+        ("easy-first", "hard-first", "shuffled", "mixed")
+    )
     # Paper: "a significant portion" and "a small subset".
     easy_share: float = option(
         "curriculum", 0.5, "with --chunks thresholds: share of samples that are easy", above=0, most=1
@@ -266,6 +271,9 @@ def conflicts(c: TrainConfig) -> dict[str, Any]:
         f"--phase-1 {c.phase_1}: {NO_COSINES}": c.phase_1 and not recorded,
         f"--epoch-weights: {len(weights)} weights for {c.epochs} epochs; give one for each":
             weights and not c.phase_1 and len(weights) != c.epochs,
+        "--order mixed: needs --chunks thirds": c.order == "mixed" and c.chunks != "thirds",
+        f"--order {c.order}: only --curriculum difficulty uses it":
+            c.order != "easy-first" and c.curriculum != "difficulty",
         "--easy-share and --hard-share: together they are at most 1": c.easy_share + c.hard_share > 1,
         f"{compared}: needs blocks that train; leave out --train-blocks 0":
             c.curriculum in ("lerac", "cbs") and c.train_blocks == 0,
