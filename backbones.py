@@ -41,26 +41,49 @@ BACKBONES = {  # in the paper's order
 
 
 class UNetFeatures(nn.Module):
-    """The white-box backbone: the encoder half of Stable Diffusion's U-Net and a global max-pooling.
+    """The white-box backbone: the encoder half of Stable Diffusion's U-Net and a global pooling.
 
     Inputs: VAE latents, scaled as in diffusion training, and the text states of a caption of the image, for
     cross-attention. Paper: timestep and pooling are not stated; timestep 0 (no noise) and the maximum follow
-    the authors' code.
+    the authors' code. `features` "middle" is the paper's: the maximum of the middle block. "levels" is the
+    mean and the maximum of the outputs of all blocks.
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: nn.Module, features: str = "middle", timestep: int = 0):
         super().__init__()
-        self.unet, self.width = unet, unet.width
+        self.unet, self.features, self.timestep = unet, features, timestep
+        self.width = unet.width if features == "middle" else 2 * (sum(unet.skip_widths) + unet.width)
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
-        timesteps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
-        middle = self.unet.encode(latents, timesteps, context)  # (B, D, h/8, w/8)
-        return middle.amax(dim=(2, 3))  # (B, D)
+        timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
+        if self.features == "middle":
+            middle = self.unet.encode(latents, timesteps, context)  # (B, D, h/8, w/8)
+            return middle.amax(dim=(2, 3))  # (B, D)
+        levels = self.unet.levels(latents, timesteps, context)
+        pooled = [pool(level, dim=(2, 3)) for level in levels for pool in (torch.mean, torch.amax)]
+        return torch.cat(pooled, dim=1)
 
 
-def as_backbone(name: str, model: nn.Module) -> nn.Module:
+class Standardise(nn.Module):
+    """Features (B, width) less their mean, divided by their deviation; unchanged before `set`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    def set(self, mean: Tensor, deviation: Tensor) -> None:
+        """Set the mean (width,) and deviation (width,) of the training features."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.deviation
+
+
+def as_backbone(name: str, model: nn.Module, unet_features: str | None) -> nn.Module:
     """A model of kind BACKBONES[name].kind as a module from inputs to features (B, width)."""
-    return UNetFeatures(model) if BACKBONES[name].white_box else model
+    return UNetFeatures(model, unet_features or "middle") if BACKBONES[name].white_box else model
 
 
 def captioner_of(captions: str) -> str | None:

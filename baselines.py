@@ -1,4 +1,4 @@
-"""The methods compared with the paper's: LeRaC and CBS (section 4.8), k-NN (section 4.10).
+"""Methods compared with the paper's: ridge regression, LeRaC and CBS (section 4.8), k-NN (section 4.10).
 
 LeRaC and CBS are the other curricula: `python train.py --curriculum lerac` or `cbs`. Letters in shape
 comments as in reverse_sd.py.
@@ -7,7 +7,8 @@ comments as in reverse_sd.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,105 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.swin import PatchMerging
+
+# ============================================================================================================
+# Ridge regression on the features of a frozen backbone
+# ============================================================================================================
+
+PENALTIES = tuple(10 ** (half / 2) for half in range(2, -13, -1))
+
+
+class RidgeSums:
+    """Sums over training rows, all that `ridge` needs of them: any number of rows in (width + E)^2 memory.
+
+    products (1 + width, 1 + width + E) float64: [1, x]' [1, x, y], summed over features x and targets y.
+    """
+
+    def __init__(self, width: int, embedding_width: int, device: str = "cpu"):
+        self.width = width
+        self.products = torch.zeros(
+            1 + width, 1 + width + embedding_width, dtype=torch.float64, device=device
+        )
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Add rows (b, width) with their targets (b, E)."""
+        x = F.pad(features.double(), (1, 0), value=1.0)
+        self.products.addmm_(x.T, torch.cat([x, targets.double()], dim=1))
+
+
+@dataclass
+class Ridge:
+    """Standardised features @ weight + bias; `tried`: (penalty, validation cosine) of each penalty.
+
+    mean, deviation (width,), of the training features; weight (width, E); bias (E,); all float64.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+    tried: list[tuple[float, float]]
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Features (b, width) -> embeddings (b, E), not normalised."""
+        return (features.double() - self.mean) / self.deviation @ self.weight + self.bias
+
+
+def ridge(
+    sums: RidgeSums,
+    rows: Tensor | None,
+    targets: Tensor | None,
+    summed: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Ridge:
+    """Ridge regression from features to prompt embeddings in closed form, features standardised.
+
+    Minimises |y - x W - b|^2 / n + penalty |W|^2, with the one of PENALTIES that has the highest mean cosine
+    on validation rows (v, width) and targets (v, E). Several processes give their shares of the rows (None =
+    no row) and a function that sums a tensor over them.
+    """
+    w, n = sums.width, sums.products[0, 0]
+    mean, bias = sums.products[0, 1 : w + 1] / n, sums.products[0, w + 1 :] / n
+    covariance = sums.products[1:, 1 : w + 1] / n - mean[:, None] * mean
+    deviation = covariance.diagonal().clamp_min(0).sqrt()
+    deviation[deviation <= 1e-6 * deviation.max()] = 1.0  # constant features
+    values, vectors = torch.linalg.eigh(covariance / deviation / deviation[:, None])
+    right = vectors.T @ ((sums.products[1:, w + 1 :] / n - mean[:, None] * bias) / deviation[:, None])
+    cosines = torch.zeros(len(PENALTIES) + 1, dtype=torch.float64, device=mean.device)
+    if rows is not None and targets is not None:
+        projected = (rows.double() - mean) / deviation @ vectors
+        for k, penalty in enumerate(PENALTIES):
+            predicted = projected @ (right / (values.clamp_min(0) + penalty)[:, None]) + bias
+            cosines[k] = F.cosine_similarity(predicted, targets.double()).sum()
+        cosines[-1] = len(rows)
+    cosines = summed(cosines)
+    best = int(cosines[:-1].argmax())
+    weight = vectors @ (right / (values.clamp_min(0) + PENALTIES[best])[:, None])
+    tried = list(zip(PENALTIES, (cosines[:-1] / cosines[-1]).tolist(), strict=True))
+    return Ridge(mean, deviation, weight, bias, PENALTIES[best], tried)
+
+
+# ============================================================================================================
+# Controls of the curriculum
+# ============================================================================================================
+
+
+def control_scores(easiness: np.ndarray, order: str, seed: int) -> np.ndarray:
+    """The scores (n,) by which samples are ordered: those of other samples if `order` is "shuffled", with the
+    opposite sign if it is "hard-first"."""
+    if order == "shuffled":
+        return np.random.default_rng(seed).permutation(easiness)
+    return -easiness if order == "hard-first" else easiness
+
+
+def mixed(chunks: Sequence[np.ndarray]) -> np.ndarray:
+    """One pool of three equal chunks with each sample as often as in the paper's three stages.
+
+    A third of the steps is on chunk 1, a third on chunks 1 and 2, a third on all: 1 + 1/2 + 1/3, 1/2 + 1/3
+    and 1/3 visits, as 11 to 5 to 2.
+    """
+    return np.concatenate([np.repeat(chunk, n) for chunk, n in zip(chunks, (11, 5, 2), strict=True)])
+
 
 # ============================================================================================================
 # Section 4.8: LeRaC, Learning Rate Curriculum (Croitoru et al., 2024)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones import BACKBONES, Backbone, SDReader, as_backbone, captioner_of
+from backbones import BACKBONES, Backbone, SDReader, Standardise, as_backbone, captioner_of
 from schema import TEXT, many, read_value, record
 from words import is_content_word, words
 
@@ -141,21 +141,30 @@ class Heads(nn.Module):
                 embedding = self.embedding(features)
                 return Prediction(embedding, self.vocabulary(embedding))
 
+    @torch.no_grad()
+    def start_at(self, weight: Tensor, bias: Tensor) -> None:
+        """Set the embedding head to features @ weight + bias: (width, E), (E,); logits get no weight."""
+        self.embedding.weight.zero_()[:, : len(weight)] = weight.T
+        self.embedding.bias.copy_(bias)
+
 
 class Regressor(nn.Module):
     """Any backbone with the heads of figure 3 on top.
 
     `backbone(*inputs)` must return features (B, width); inputs: images for the black boxes, latents and
-    caption states for the U-Net.
+    caption states for the U-Net. With `standardise` the heads read standardised features.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, n_words: int, placement: int = 3):
+    def __init__(
+        self, backbone: nn.Module, width: int, n_words: int, placement: int = 3, standardise: bool = False
+    ):
         super().__init__()
         self.backbone = backbone
+        self.standardise = Standardise(width) if standardise else nn.Identity()
         self.heads = Heads(width, n_words, placement)
 
     def forward(self, *inputs: Tensor) -> Prediction:
-        return self.heads(self.backbone(*inputs))
+        return self.heads(self.standardise(self.backbone(*inputs)))
 
 
 # ============================================================================================================
@@ -621,8 +630,14 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):
         model = weights.build(run.backbone.kind, config["model"])
-        backbone = nn.Identity() if run.frozen else as_backbone(config["backbone"], model)
-        run.regressor = Regressor(backbone, model.width, len(vocabulary), config["heads"])
+        backbone = as_backbone(config["backbone"], model, config.get("unet_features"))
+        run.regressor = Regressor(
+            nn.Identity() if run.frozen else backbone,
+            backbone.width,
+            len(vocabulary),
+            config["heads"],
+            standardise=config.get("head_start") == "ridge",
+        )
     weights.load_strict(run.regressor, weights.read_tensors(folder / "model.safetensors"))
     if config["smoothing"] is not None:  # the network of --curriculum cbs
         from baselines import Smoothing
@@ -670,7 +685,8 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
     weights.require_fed(source, *kinds, *(("vae", "clip-text") if run.backbone.white_box else ()))
     backbone = None
     if run.frozen:
-        backbone = as_backbone(name, weights.load(run.backbone.kind, source, device=device))
+        model = weights.load(run.backbone.kind, source, device=device)
+        backbone = as_backbone(name, model, run.config.get("unet_features"))
 
     def tensors(images: Sequence[Any], preprocessing: data.Preprocessing) -> Tensor:
         return torch.stack([data.image_tensor(image, preprocessing) for image in images]).to(device)

@@ -43,10 +43,20 @@ from torch.utils.data import DataLoader
 import data
 import weights
 from backbones import BACKBONES
-from baselines import Smoothing, cbs_sigma, lerac_initial, lerac_rate
+from baselines import (
+    RidgeSums,
+    Smoothing,
+    cbs_sigma,
+    control_scores,
+    lerac_initial,
+    lerac_rate,
+    mixed,
+    ridge,
+)
 from command import run_command
 from files import atomic_write, exclusive, write_json
 from reverse_sd import (
+    EMBEDDING_WIDTH,
     Regressor,
     Vocabulary,
     by_thresholds,
@@ -91,7 +101,7 @@ def build_regressor(config: TrainConfig, prepared: Prepared, n_words: int) -> Re
         backbone = load_backbone(config)
         width = backbone.width
     torch.manual_seed(config.seed)
-    return Regressor(backbone, width, n_words, config.heads)
+    return Regressor(backbone, width, n_words, config.heads, standardise=config.head_start == "ridge")
 
 
 def depths_of(names: list[str], blocks: str) -> list[int]:
@@ -128,7 +138,10 @@ def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, d
     groups: dict[float, dict[str, nn.Parameter]] = {}
     for depth, (name, parameter) in zip(depths, named.items(), strict=True):
         if depth >= first:
-            groups.setdefault(factors[depth - first], {})[name] = parameter
+            factor = factors[depth - first]
+            if config.head_lr and name.startswith("heads."):
+                factor = config.head_lr / config.lr
+            groups.setdefault(factor, {})[name] = parameter
         else:
             parameter.requires_grad_(False)
     return groups
@@ -304,16 +317,50 @@ class RegressorTrainer(Trainer):
     @torch.no_grad()
     def cosines_of(self, samples: Samples) -> np.ndarray:
         """The cosine of each sample's prediction and target, (n,) float64; each process computes a share."""
-        self.model.eval()
-        device = self.process.device
         loader, places = evaluation_batches(samples, self.process, self.workers)
-        parts = [torch.empty(0, device=device)]
+        parts = [torch.empty(0, device=self.process.device)]
+        for prediction, target in self.outputs(self.model, loader):
+            parts.append(1 - cosine_loss(prediction.embedding.float(), target))
+        return self.process.gathered(torch.cat(parts).double(), places, len(samples)).cpu().numpy()
+
+    def outputs(self, module: nn.Module, loader: DataLoader) -> Iterator[tuple[Any, Tensor]]:
+        """The outputs of the regressor or a part of it, in eval mode, and the targets, for each batch."""
+        self.model.eval()
         for *inputs, target, _, _ in loader:
             with self.autocast():
-                embedding = self.model(*(x.to(device) for x in inputs)).embedding
-            parts.append(1 - cosine_loss(embedding.float(), target.to(device)))
+                output = module(*(x.to(self.process.device) for x in inputs))
+            yield output, target.to(self.process.device)
         self.model.train()
-        return self.process.gathered(torch.cat(parts).double(), places, len(samples)).cpu().numpy()
+
+    @torch.no_grad()
+    def start_heads(self) -> None:
+        """Standardise the features and set the embedding head to ridge regression on the pretrained
+        backbone's features, with the penalty that has the highest cosine on validation.
+
+        Paper: the heads start at random. Kumar et al. 2022 (linear probing, then fine-tuning).
+        """
+        train, val = (
+            self.outputs(self.model.backbone, evaluation_batches(samples, self.process, self.workers)[0])
+            for samples in (self.train_samples, self.val_samples)
+        )
+        sums = RidgeSums(len(self.model.standardise.mean), EMBEDDING_WIDTH, self.process.device)
+        for features, target in train:
+            sums.add(features, target)
+        self.process.summed(sums.products)
+        held_out = [(features.float(), target) for features, target in val]
+        rows, targets = map(torch.cat, zip(*held_out, strict=True)) if held_out else (None, None)
+        solution = ridge(sums, rows, targets, self.process.summed)
+        self.model.standardise.set(solution.mean, solution.deviation)
+        self.model.heads.start_at(solution.weight, solution.bias)
+        log.info(
+            "heads: ridge regression on the pretrained features, penalty %.1e, validation cosine %.4f",
+            *(solution.penalty, max(cosine for _, cosine in solution.tried)),
+        )
+
+    def restore(self) -> None:
+        super().restore()
+        if self.step == 0 and self.config.head_start == "ridge":
+            self.start_heads()
 
     # -- state ------------------------------------------------
 
@@ -388,18 +435,22 @@ def chunks_of(
 ) -> list[np.ndarray]:
     """Easy, medium and hard positions among the training samples; curriculum.json describes them."""
     easiness, thresholds = easiness_of(config, cosines), None
+    scores = control_scores(easiness, config.order, config.seed)
     if config.chunks == "thresholds":
-        thresholds = easiness_thresholds(easiness, config.easy_share, config.hard_share)
+        thresholds = easiness_thresholds(scores, config.easy_share, config.hard_share)
         log.info("curriculum: easy from cosine %.4f, hard below %.4f", *thresholds)
-    chunks = by_thresholds(easiness, *thresholds) if thresholds else thirds(easiness)
+    chunks = by_thresholds(scores, *thresholds) if thresholds else thirds(scores)
     total = math.ceil(len(easiness) / config.batch_size) * config.epochs
+    if config.order == "mixed":
+        chunks = [mixed(chunks)]
     stages = [
         {"first_step": start, "last_step": stop - 1, "samples": len(pool)}
         for start, stop, pool in curriculum_stages(chunks, total)
     ]
-    log.info("curriculum: %d easy, %d medium, %d hard; phase 2", *map(len, chunks))
+    sizes = ", ".join(f"{stage['samples']:,}" for stage in stages)
+    log.info("curriculum, %s: stages of %s samples; phase 2", config.order, sizes)
     if process.first and not (folder / "cosines.npy").exists():
-        about = {"chunks": config.chunks, "thresholds": thresholds, "stages": stages}
+        about = {"chunks": config.chunks, "order": config.order, "thresholds": thresholds, "stages": stages}
         save_cosines(folder, cosines, easiness, data=prepared.fingerprint, **about)
     return chunks
 

@@ -26,7 +26,7 @@ def reconstruction_loss(images: Tensor, rebuilt: Tensor) -> Tensor:
     return loss
 
 
-def train_vae(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
+def train_vae(folder: Path, world: World, recipe: Recipe, seed: int, device: str) -> dict:
     """The card's fields; writes folder/sd-mini/vae. The loss is the error of pixels and edges plus a small KL
     term, as in latent diffusion.
 
@@ -34,12 +34,12 @@ def train_vae(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     which need a pretrained network and matter little at 64 px.
     """
     torch.manual_seed(seed)
-    model = vae.VAE(vae.CONFIGS["sd-mini"]).to(memory_format=torch.channels_last)
+    model = vae.VAE(vae.CONFIGS["sd-mini"]).to(device, memory_format=torch.channels_last)
 
     def loss(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         x = batch_of(world.images, rows).contiguous(memory_format=torch.channels_last)
         mean, logvar = model.moments(x)
-        latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+        latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator, device=device)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
         reconstruction = reconstruction_loss(x, model.decode(latents))
         return {
@@ -59,7 +59,8 @@ def train_vae(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
 def vae_quality(model: vae.VAE, held_out: np.ndarray) -> dict:
     """Mean peak signal-to-noise ratio (dB) on pictures held out, and the deviation of their latents."""
     errors, latents = [], []
-    for rows in torch.arange(len(held_out)).split(50):
+    device = next(model.parameters()).device
+    for rows in torch.arange(len(held_out), device=device).split(50):
         x = batch_of(held_out, rows)
         z = model.encode(x)
         errors.append((model.decode(z).clamp(-1, 1) - x).square().mean(dim=(1, 2, 3)))

@@ -17,17 +17,17 @@ from mini.loop import HELD_OUT, MiniTrainer, Recipe, World, batch_of
 from mini.write import write_part
 from models import unet
 
-RECIPE = Recipe(steps=10_000, batch_size=64, lr=1e-3, warmup=500, betas=(0.9, 0.99))
+RECIPE = Recipe(steps=10_000, batch_size=128, lr=1e-3, warmup=500, betas=(0.9, 0.99))
 EMPTY_PROMPTS = 0.1  # share of samples trained with an empty prompt (classifier-free guidance)
 CHUNK = 256
 
 
 @torch.no_grad()
-def latent_moments(images: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Posterior mean and deviation of all pictures by the trained autoencoder, scaled, (n, 4, 8, 8) each."""
-    vae = weights.load("vae", "sd-mini")
+def latent_moments(images: np.ndarray, source: str, device: str) -> tuple[Tensor, Tensor]:
+    """Posterior mean and deviation of all pictures by the autoencoder of `source`, (n, 4, 8, 8), scaled."""
+    vae = weights.load("vae", source, device=device)
     means, deviations = [], []
-    for rows in tqdm(torch.arange(len(images)).split(CHUNK), "encoding pictures"):
+    for rows in tqdm(torch.arange(len(images), device=device).split(CHUNK), "encoding pictures"):
         mean, logvar = vae.moments(batch_of(images, rows))
         means.append(mean * vae.config.scale_factor)
         deviations.append((0.5 * logvar).exp() * vae.config.scale_factor)
@@ -35,11 +35,12 @@ def latent_moments(images: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def prompt_states(prompts: list[str]) -> Tensor:
+def prompt_states(prompts: list[str], device: str) -> Tensor:
     """Text states of each prompt, (n, 77, D) float16, from the trained text tower."""
-    text, ids = weights.load("clip-text", "sd-mini"), weights.load_tokenizer("sd-mini")(prompts)
-    states = torch.empty(len(prompts), ids.shape[1], text.config.hidden_size, dtype=torch.float16)
-    for rows in tqdm(torch.arange(len(prompts)).split(CHUNK), "encoding prompts"):
+    text = weights.load("clip-text", "sd-mini", device=device)
+    ids = weights.load_tokenizer("sd-mini")(prompts).to(device)
+    states = torch.empty(*ids.shape, text.config.hidden_size, dtype=torch.float16, device=device)
+    for rows in tqdm(torch.arange(len(prompts), device=device).split(CHUNK), "encoding prompts"):
         states[rows] = text(ids[rows]).half()
     return states
 
@@ -59,8 +60,8 @@ def zero_output_layers(model: unet.UNet) -> None:
     nn.init.zeros_(model.out[2].bias)
 
 
-def train_unet(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
-    """The card's fields; writes folder/sd-mini/unet and its scheduler.
+def train_unet(folder: Path, world: World, recipe: Recipe, seed: int, device: str) -> dict:
+    """The card's fields; writes folder/sd-mini/unet and its scheduler. The autoencoder is that of the folder.
 
     Mean squared error of the noise at timesteps drawn evenly from all 1000 (Ho et al. 2020, equation 14), on
     samples of the autoencoder's posterior, a tenth of them with the empty prompt.
@@ -68,26 +69,26 @@ def train_unet(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     torch.manual_seed(seed)
     model = unet.UNet(unet.CONFIGS["sd-mini"])
     zero_output_layers(model)
-    model = model.to(memory_format=torch.channels_last)
-    mean, deviation = latent_moments(world.images)
-    states = prompt_states([*world.prompts, ""])
-    alphas = alphas_bar()
+    model = model.to(device, memory_format=torch.channels_last)
+    mean, deviation = latent_moments(world.images, str(folder / "sd-mini"), device)
+    states = prompt_states([*world.prompts, ""], device)
+    alphas = alphas_bar().to(device)
 
     def loss(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        n = len(rows)
-        clean = mean[rows] + deviation[rows] * torch.randn(n, *mean.shape[1:], generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        t = torch.randint(TRAIN_STEPS, (n,), generator=generator)
+        n, random = len(rows), {"generator": generator, "device": device}
+        clean = mean[rows] + deviation[rows] * torch.randn(n, *mean.shape[1:], **random)
+        noise = torch.randn(clean.shape, **random)
+        t = torch.randint(TRAIN_STEPS, (n,), **random)
         alpha = alphas[t][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        rows = torch.where(torch.rand(n, generator=generator) < EMPTY_PROMPTS, len(world), rows)
+        rows = torch.where(torch.rand(n, **random) < EMPTY_PROMPTS, len(world), rows)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         return {"loss": F.mse_loss(model(noisy, t, states[rows].float()), noise)}
 
     minutes = MiniTrainer("unet", model, loss, len(world) - HELD_OUT, recipe, seed).fit()
     with torch.no_grad():
-        generator = torch.Generator().manual_seed(seed)
-        held_out = torch.arange(len(world) - HELD_OUT, len(world)).repeat(8)
+        generator = torch.Generator(device).manual_seed(seed)
+        held_out = torch.arange(len(world) - HELD_OUT, len(world), device=device).repeat(8)
         losses = [loss(rows, generator)["loss"] for rows in held_out.split(HELD_OUT)]
     write_unet(model, folder / "sd-mini")
     return {"minutes": round(minutes, 1), "held_out_loss": round(torch.stack(losses).mean().item(), 4)}

@@ -2,6 +2,7 @@
 
     python -m mini.generated                     8,000 pictures, 8 parts; resumes if interrupted
     python -m mini.generated FOLDER --parts 2    another folder, fewer parts
+    python -m mini.generated FOLDER --weights second/sd-mini     by another generator
     python -m mini.generated --sheet FILE.png    the first 64 with their prompts and [unread words]
 
 They are stored in mini/generated/, because drawing them takes half an hour on two cores. The prompts are
@@ -41,9 +42,9 @@ def image_name(scene: Scene, version: str) -> str:
     return f"{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}.webp"
 
 
-def version() -> str:
-    """Version of the miniature: a hash of its weights."""
-    return " ".join(weights.fingerprint(kind, "sd-mini") for kind in ("unet", "vae", "clip-text"))
+def version(source: str = "sd-mini") -> str:
+    """Version of a generator: a hash of its weights."""
+    return " ".join(weights.fingerprint(kind, source) for kind in ("unet", "vae", "clip-text"))
 
 
 def unread(probe: naming.Namer, images: np.ndarray, chosen: list[Scene]) -> list[list[str]]:
@@ -69,11 +70,15 @@ def chosen_scenes(n: int) -> list[Scene]:
 
 
 def generate_parts(
-    folder: Path, parts: int = scenes.PARTS, per_part: int = scenes.PER_PART, steps: int = STEPS
+    folder: Path,
+    parts: int = scenes.PARTS,
+    per_part: int = scenes.PER_PART,
+    steps: int = STEPS,
+    source: str = "sd-mini",
 ) -> Path:
     """The path folder/images; writes part-000001.zip ... there. Complete parts are kept."""
-    pipeline, probe = generate.load_pipeline("sd-mini"), naming.load_probe(naming.FOLDER)
-    images, made = folder / "images", version()
+    pipeline, probe = generate.load_pipeline(source), naming.load_probe(naming.FOLDER)
+    images, made = folder / "images", version(source)
     images.mkdir(parents=True, exist_ok=True)
     everything = chosen_scenes(parts * per_part)
     for number in range(1, parts + 1):
@@ -93,8 +98,8 @@ def generate_parts(
     return images
 
 
-def card(folder: Path) -> dict:
-    """The card of the parts in `folder`."""
+def card(folder: Path, source: str) -> dict:
+    """The card of the parts in `folder`, drawn by `source`."""
     pairs, probe = read_pairs(folder / "images"), naming.load_probe(naming.FOLDER)
     views = {scene.prompt: scene.said for scene in chosen_scenes(len(pairs))}
     shown = {}
@@ -109,7 +114,7 @@ def card(folder: Path) -> dict:
         "steps": pairs.meta[0]["st"],
         "guidance": GUIDANCE,
         "sampler": SAMPLER,
-        "weights": version(),
+        "weights": version(source),
         "found by the probe": shown,
         "sha256": {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -126,6 +131,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="(default mini/generated)")
     parser.add_argument("--parts", type=positive, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
+    parser.add_argument("--weights", default="sd-mini", help="the generator (default sd-mini)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a sheet of the existing pairs")
     args = parser.parse_args()
     if args.sheet:
@@ -134,8 +140,10 @@ def main() -> None:
         texts = [scenes.bracketed(pairs.prompts[i], pairs.meta[i].get("undrawn", [])) for i in some]
         scenes.contact_sheet([(pairs.image(i), text) for i, text in enumerate(texts)]).save(args.sheet, "PNG")
         return
-    generate_parts(args.folder, args.parts)
-    write_card(args.folder, f"python -m mini.generated --parts {args.parts}", **card(args.folder))
+    command = f"python -m mini.generated --parts {args.parts}"
+    command += f" --weights {args.weights}" if args.weights != "sd-mini" else ""
+    generate_parts(args.folder, args.parts, source=args.weights)
+    write_card(args.folder, command, **card(args.folder, args.weights))
     print(args.folder)
 
 

@@ -81,15 +81,15 @@ def training_world(parts: int) -> World:
 
 
 def batch_of(images: np.ndarray, rows: Tensor) -> Tensor:
-    """Rows of uint8 pictures as float32 (B, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(images[rows.numpy()]).float() / 127.5 - 1
+    """Rows of uint8 pictures as float32 (B, 3, 64, 64) in [-1, 1], on the device of `rows`."""
+    return torch.from_numpy(images[rows.cpu().numpy()]).to(rows.device).float() / 127.5 - 1
 
 
 class MiniTrainer(Trainer):
     """Trains a miniature by its recipe; `average` holds the moving average of its parameters.
 
-    `terms(rows, generator)` takes the positions of a batch (B,) among `n` and returns the loss's terms. The
-    checkpoint stays until `remove_checkpoint`.
+    `terms(rows, generator)` takes the positions of a batch (B,) among `n`, on the parameters' device, and
+    returns the loss's terms. The checkpoint stays until `remove_checkpoint`.
     """
 
     clip_norm = 1.0
@@ -119,9 +119,10 @@ class MiniTrainer(Trainer):
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[int, tuple[Tensor, torch.Generator]]]:
         """Rows drawn by a separate generator per step, which also draws the loss's noise."""
+        device = next(self.model.parameters()).device
         for step in range(first, self.total):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            rows = torch.randint(self.n, (self.recipe.batch_size,), generator=generator)
+            generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + step)
+            rows = torch.randint(self.n, (self.recipe.batch_size,), generator=generator, device=device)
             yield len(rows), (rows, generator)
 
     def fit(self) -> float:

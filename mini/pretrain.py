@@ -12,7 +12,14 @@
 
 Each part is written under mini/ under its published names, beside a card.json with the command, seed, steps,
 time, data and quality. Repeat a command to resume an interrupted training. The pictures show every word of
-their prompts, and have their own seed. Runs on the CPU: about four hours on two cores.
+their prompts, and have their own seed. On two cores all of it takes about six hours; vae and unet can also be
+trained on a GPU (--device cuda).
+
+A second generator, with a seed of its own and sd-mini's text tower, in another folder:
+
+    python -m mini.pretrain vae --seed 1 --folder second
+    python -m mini.pretrain unet --seed 1 --folder second
+    python -m mini.generated second/generated --weights second/sd-mini
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import string
 import sys
 from collections import Counter
@@ -47,7 +55,6 @@ from mini.diffusion import train_unet
 from mini.loop import (
     HELD_OUT,
     Recipe,
-    World,
     checkpoint_folder,
     remove_checkpoint,
     training_pairs,
@@ -68,7 +75,7 @@ class Part:
     """A part that `mini.loop.train` trains: its recipe, its function, and where its card goes."""
 
     recipe: Recipe
-    train: Callable[[Path, World, Recipe, int], dict]
+    train: Callable[..., dict]  # of folder, world, recipe, seed and, for the parts in GENERATOR, device
     card: str
 
 
@@ -82,18 +89,27 @@ PARTS = {
 }
 
 
+GENERATOR = ("vae", "unet")  # can be trained again for a second generator, and on a GPU
+
+
 def data_text(n: int) -> str:
     return f"{n:,} truthful mini scenes, version {scenes.VERSION}, seed {scenes.PRETRAIN_SEED}"
 
 
-def train_part(name: str, recipe: Recipe, parts: int, seed: int) -> None:
-    """Train a part, write it and its card, and remove its checkpoint."""
+def train_part(
+    name: str, recipe: Recipe, parts: int, seed: int, folder: Path = MINI, device: str = "cpu"
+) -> None:
+    """Train a part, write it and its card into `folder`, and remove its checkpoint."""
     part, world = PARTS[name], training_world(parts)
-    quality = part.train(MINI, world, recipe, seed)
+    if folder != MINI:
+        for shared in ("text_encoder", "tokenizer"):
+            shutil.copytree(FOLDER / shared, folder / "sd-mini" / shared, dirs_exist_ok=True)
+    quality = part.train(folder, world, recipe, seed, *((device,) if name in GENERATOR else ()))
     command = f"python -m mini.pretrain {name} --parts {parts} --steps {recipe.steps} "
     command += f"--batch-size {recipe.batch_size} --lr {recipe.lr:g} --seed {seed}"
+    command += f" --folder {folder}" if folder != MINI else ""
     settings = {"steps": recipe.steps, "batch_size": recipe.batch_size, "seed": seed}
-    write_card(MINI / part.card, command, **settings, data=data_text(len(world) - HELD_OUT), **quality)
+    write_card(folder / part.card, command, **settings, data=data_text(len(world) - HELD_OUT), **quality)
     remove_checkpoint(name)
 
 
@@ -241,7 +257,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, help="(default: the part's own)")
     parser.add_argument("--lr", type=float, help="peak of the schedule (default: the part's own)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="of vae and unet: where they are written (default mini)")
+    parser.add_argument("--device", help="of vae and unet: cpu or cuda (default cpu)")
     args = parser.parse_args()
+    for name in ("folder", "device"):
+        if getattr(args, name) and args.part not in GENERATOR:
+            parser.error(f"argument --{name}: only {' and '.join(GENERATOR)} have it")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr")}
     flags = {name: value for name, value in flags.items() if value is not None}
@@ -254,7 +275,9 @@ def main() -> None:
             args.parts, args.epochs, flags.get("batch_size", 32), flags.get("lr", 1e-3), args.seed
         )
     else:
-        train_part(args.part, replace(PARTS[args.part].recipe, **flags), args.parts, args.seed)
+        recipe = replace(PARTS[args.part].recipe, **flags)
+        device = weights.resolve_device(args.device or "cpu")
+        train_part(args.part, recipe, args.parts, args.seed, args.folder or MINI, device)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,31 @@ from typing import Any
 import numpy as np
 
 from files import write_array, write_json
-from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text, short
+from tables.exhibit import (
+    COMPARED,
+    Exhibit,
+    bullets,
+    comparison,
+    interval,
+    markdown,
+    p_text,
+    page,
+    provenance_text,
+    short,
+)
 from tables.methods import Member, members_of
 from tables.rows import ROW_TABLES, Row, Table
 from tables.runs import MODELS, Plan, RunName, with_phase_1
 from training.folder import saved_fields
-from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test
+from training.metrics import (
+    RESAMPLES,
+    bootstrap_interval,
+    cosines,
+    holm,
+    paired_test,
+    seeds_p,
+    student_interval,
+)
 
 log = logging.getLogger("tables")
 
@@ -117,23 +136,28 @@ def table_text(result: dict) -> str:
             "pretrained weights) and are shown for reference."
         )
     cells = [
-        (row["name"], row["cosine"], interval(row["cosine_95"]), row["deviation_of_seeds"], row["paper"])
+        (row["name"], row["cosine"], interval(student_interval(row["per_seed"])), interval(row["cosine_95"]))
+        + (row["paper"],)
         for row in rows
     ]
-    methods = markdown("method | cosine | 95 % interval | deviation over seeds | paper", cells)
+    columns = "method | cosine | 95 % interval over seeds | 95 % interval over pairs | paper"
+    methods = markdown(columns, cells)
     return page(title, introduction, methods, comparisons_text(rows), bullets(notes_of(result)))
 
 
 def comparisons_text(rows: Sequence[dict]) -> str:
-    """The paired tests of a table's rows, with the paper's differences."""
+    """The paired tests of a table's rows, with the paper's differences; p of the paper's claims by Holm."""
     paper = {row["name"]: row["paper"] for row in rows}
+    tests = [(row["name"], test) for row in rows for test in row.get("tests", ())]
+    claims = [test for name, test in tests if None not in (paper[name], paper[test["against"]])]
+    p_values = [1.0 if (p := seeds_p(test["per_seed"])) is None else p for test in claims]
+    adjusted = {id(test): p for test, p in zip(claims, holm(p_values), strict=True)}
     lines = []
-    for row in rows:
-        for test in row.get("tests", ()):
-            a, b = row["paper"], paper[test["against"]]
-            theirs = "" if a is None or b is None else short(a - b, True)
-            lines.append((f"{row['name']} − {test['against']}", *comparison(test), theirs))
-    return markdown("paired comparison | difference | 95 % interval | p | seed by seed | paper", lines)
+    for name, test in tests:
+        theirs = short(paper[name] - paper[test["against"]], True) if id(test) in adjusted else ""
+        pair = f"{name} − {test['against']}"
+        lines.append((pair, *comparison(test), p_text(adjusted.get(id(test))), theirs))
+    return markdown(f"paired comparison | {COMPARED} | p by Holm | paper", lines)
 
 
 def notes_of(result: dict) -> list[str]:
@@ -142,9 +166,9 @@ def notes_of(result: dict) -> list[str]:
     if any(row["paper"] is None for row in rows[1:]):
         notes.insert(0, "Rows without a number in the column `paper` are not in the paper.")
     notes.append(
-        "Each seed has its own split, initial heads and sample order. Intervals: bootstrap over the test "
-        "pairs of all seeds. p: Student's paired test over the same pairs; it does not cover chance in "
-        "training, which the differences seed by seed show."
+        "Each seed has its own split, initial heads and sample order. Over seeds: Student's interval and "
+        "test of the seeds' means; by Holm: adjusted for the number of the paper's claims in this table. "
+        "Over pairs: bootstrap over the test pairs of all seeds, which does not cover chance in training."
     )
     for row in rows:
         if row.get("chose"):

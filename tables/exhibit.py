@@ -15,6 +15,7 @@ import torch
 
 from files import atomic_write
 from tables.runs import Plan, RunName
+from training.metrics import seeds_p, student_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,8 +121,20 @@ def interval(limits: Sequence[float] | None, sign: bool = False) -> str:
     return f"{short(limits[0], sign)} to {short(limits[1], sign)}" if limits else ""
 
 
-def comparison(test: dict) -> tuple[str, str, str, str]:
-    """Difference, 95 % interval, p and the difference of each seed, of a paired test."""
-    p = "< .0001" if test["p"] < 1e-4 else short(test["p"])
-    per_seed = ", ".join(short(difference, True) for difference in test["per_seed"])
-    return short(test["difference"], True), interval(test["difference_95"], True), p, per_seed
+COMPARED = "difference | 95 % interval over seeds | p over seeds | seed by seed | 95 % interval over pairs"
+
+
+def comparison(test: dict) -> tuple[str, ...]:
+    """The columns of COMPARED, of a paired test."""
+    by_seed = test["per_seed"]
+    return (
+        short(test["difference"], True),
+        interval(student_interval(by_seed), True),
+        p_text(seeds_p(by_seed)),
+        ", ".join(short(difference, True) for difference in by_seed),
+        interval(test["difference_95"], True),
+    )
+
+
+def p_text(p: float | None) -> str:
+    return "< .0001" if p is not None and p < 1e-4 else short(p)

@@ -24,10 +24,20 @@ import reverse_sd
 import weights
 from files import write_array
 from mini import drawbench, naming, scenes
-from tables.exhibit import Exhibit, bullets, comparison, interval, markdown, page, provenance_text
+from tables.exhibit import (
+    COMPARED,
+    Exhibit,
+    bullets,
+    comparison,
+    interval,
+    markdown,
+    p_text,
+    page,
+    provenance_text,
+)
 from tables.probe import default_views
 from tables.runs import Plan, RunName
-from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test
+from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test, seeds_p, student_interval
 
 log = logging.getLogger("tables")
 
@@ -40,13 +50,12 @@ BATCH = 40
 PAPER = {"DrawBench": (0.4594, 0.5067), "test prompts": (0.6417, 0.6443)}
 PAPER_VOTES = ((52, 30, 18), (36, 10, 54), (31, 5, 64))
 TABLE_6_COLUMNS = (
-    "prompts | per seed | judge | original | trained | difference | 95 % interval | p | seed by seed | "
-    "paper: original | trained"
+    f"prompts | per seed | judge | original | trained | {COMPARED} | paper: original | paper: trained"
 )
 TABLE_6_NOTES = (
     "A model judging images it helped to generate is biased; the paper's numbers are of this kind.",
-    "p: Student's paired test over prompts. The test prompts of all seeds are pooled; DrawBench, which is "
-    "the same for each seed, is averaged over the seeds.",
+    "Over seeds: Student's interval and test of the seeds' differences. Over pairs: bootstrap; the test "
+    "prompts of all seeds are pooled; DrawBench, the same for each seed, is averaged over the seeds.",
     "Most test prompts of a seed are training prompts of the other, whose run predicts them better.",
 )
 
@@ -230,7 +239,7 @@ def table_5_text(result: dict) -> str:
     probes = " | ".join(f"probe, seed {seed}" for seed in result["seeds"])
     rows = zip(("trained", "original", "undecided (equal)"), *result["votes"], *PAPER_VOTES, strict=True)
     test, drawn_shares = result["test"], result["probe"]["drawn"]
-    low, high = test["difference_95"]
+    p, limits = p_text(seeds_p(test["per_seed"])), student_interval(test["per_seed"]) or test["difference_95"]
     notes = [
         f"{unet}: the probe finds {of['mean']:.1%} of the things ({of['95'][0]:.1%} to {of['95'][1]:.1%})."
         for unet, of in result["shares"].items()
@@ -244,8 +253,9 @@ def table_5_text(result: dict) -> str:
         bullets(
             (
                 *notes,
-                f"Difference {test['difference']:+.2%} ({low:+.2%} to {high:+.2%}), Student's paired test p "
-                f"= {test['p']:.2g}; seed by seed {', '.join(f'{d:+.2%}' for d in test['per_seed'])}.",
+                f"Difference {100 * test['difference']:+.2f} percentage points "
+                f"({100 * limits[0]:+.2f} to {100 * limits[1]:+.2f} over seeds, p {p}); seed by seed "
+                f"{', '.join(f'{100 * d:+.2f}' for d in test['per_seed'])}.",
                 "In drawings that show all of their prompt, the probe finds: "
                 f"{', '.join(f'{slot} {share:.1%}' for slot, share in drawn_shares.items())}.",
             )

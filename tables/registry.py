@@ -4,6 +4,7 @@ from tables.compute import COMPUTED_TABLES
 from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES
+from tables.readouts import READOUTS
 
 
 def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
@@ -11,7 +12,7 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
     return dict(sorted(exhibits.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
-EXHIBITS = {"table": in_order(COMPUTED_TABLES | GENERATION_TABLES), "figure": in_order(FIGURES)}
+EXHIBITS = {"table": in_order(COMPUTED_TABLES | GENERATION_TABLES | READOUTS), "figure": in_order(FIGURES)}
 
 
 def text_of(result: dict) -> str:

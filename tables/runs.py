@@ -52,7 +52,7 @@ OPTIONS_OF = {
     "difficulty": ("chunks", "easy_share", "hard_share", "epoch_weights"),
     "lerac": ("lerac_epochs", "lerac_min_lr"),
     "cbs": ("cbs_every",),
-    "unet": ("captions", "image_size"),
+    "unet": ("captions", "image_size", "unet_features"),
 }
 # The paper's number (section 4.2), for the miniatures too: with their default of six, the 36 trainings of
 # table 1 would take more than an hour on two cores.

@@ -17,7 +17,9 @@ import eval
 import reverse_sd
 import train
 import weights
+from baselines import control_scores, mixed
 from mini import scenes
+from reverse_sd import curriculum_batches, thirds
 from training.config import TrainConfig, resolve
 from training.folder import saved_fields
 from training.inputs import prepare
@@ -435,3 +437,39 @@ def test_the_others_resume_exactly_and_are_evaluated_as_validated(
         sharp = reverse_sd.load_run(whole).regressor
         image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         assert not torch.allclose(smooth(image).embedding, sharp(image).embedding, atol=1e-3)
+
+
+# -- controls ----------------------------------------
+
+
+def test_scores_of_the_controls():
+    easiness = np.array([0.1, 0.5, 0.3, 0.9])
+    assert control_scores(easiness, "easy-first", 0) is easiness
+    assert control_scores(easiness, "hard-first", 0).tolist() == [-0.1, -0.5, -0.3, -0.9]
+    shuffled = control_scores(easiness, "shuffled", 3)
+    assert sorted(shuffled) == sorted(easiness) and shuffled.tolist() != easiness.tolist()
+    assert control_scores(easiness, "shuffled", 3).tolist() == shuffled.tolist()
+
+
+def test_mixed_shows_each_sample_as_often_as_the_papers_stages():
+    """Counted over the batches of 18 x 6 steps of 5 samples on 15 samples."""
+    chunks = thirds(np.linspace(1, 0, 15))
+    total = 108
+
+    def visits(chunks: list[np.ndarray]) -> np.ndarray:
+        batches = curriculum_batches(chunks, total, 5, 0, 0, total)
+        return np.bincount(np.concatenate(batches), minlength=15)
+
+    paper, mixture = visits(chunks), visits([mixed(chunks)])
+    assert paper.tolist() == [66] * 5 + [30] * 5 + [12] * 5
+    assert mixture.tolist() == paper.tolist()
+    alone = curriculum_batches([mixed(chunks)], total, 5, 0, 0, 18)
+    assert len(set(np.concatenate(alone[:3]).tolist())) > 5  # not the easy ones first
+
+
+@pytest.mark.parametrize("order", ["hard-first", "shuffled", "mixed"])
+def test_a_run_of_each_control(few_scenes: Path, cache: Path, tmp_path: Path, order: str):
+    run = train_here(few_scenes, tmp_path / "run", "--curriculum", "difficulty", "--order", order)
+    about = json.loads((run / "curriculum.json").read_text())
+    assert about["order"] == order
+    assert [stage["samples"] for stage in about["stages"]] == ([360] if order == "mixed" else [20, 40, 60])

@@ -34,7 +34,17 @@ from tables.rows import ROW_TABLES, Row, Table
 from tables.runs import MODELS, RECORDING, SOURCES, Plan, RunName, flags_of, with_phase_1
 from training.config import parse_args
 from training.folder import saved_fields
-from training.metrics import cosines, paired_test, rank_correlation, ranks, spearman, student_p
+from training.metrics import (
+    cosines,
+    holm,
+    paired_test,
+    rank_correlation,
+    ranks,
+    seeds_p,
+    spearman,
+    student_interval,
+    student_p,
+)
 
 QUICK = shlex.split("--epochs 1 --batch-size 12 --val-size 12 --test-size 12 --train-blocks 0")
 
@@ -403,6 +413,21 @@ def test_the_paired_test():
     for a, b in ((2.0, 1.0), (1.0, 2.0)):  # no deviation at all: t has no number, and chance no part
         always = paired_test([np.full(10, a)], [np.full(10, b)])
         assert (always["difference"], always["t"], always["p"]) == (a - b, None, 0)
+
+
+@pytest.mark.parametrize("values", [[0.7, 0.71], [0.01, -0.02, 0.05], [0.1, 0.3, 0.2, 0.2, 0.4]])
+def test_intervals_and_tests_over_seeds(values: list[float]):
+    theirs = scipy.stats.ttest_1samp(values, 0)
+    assert student_interval(values) == pytest.approx(theirs.confidence_interval(0.95)[:], rel=1e-6)
+    assert seeds_p(values) == pytest.approx(theirs.pvalue, rel=1e-4)
+    assert student_interval(values[:1]) is None and seeds_p(values[:1]) is None
+    assert seeds_p([0.5, 0.5]) is None
+
+
+def test_holm_by_hand():
+    """.01 x 4, .02 x 3, .03 x 2 (no less than the one before), .9."""
+    assert holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_spearman_with_ties():

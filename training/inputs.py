@@ -226,8 +226,11 @@ def features_encoder(
         return backbone()(*(tensor.to(device) for tensor in inputs_of(batch)))
 
     with torch.device("meta"):
-        width = weights.build(kind, weights.config(kind, source)).width
+        model = weights.build(kind, weights.config(kind, source))
+        width = as_backbone(config.backbone, model, config.unet_features).width
     key = {"model": weights.fingerprint(kind, source)} | key
+    if config.unet_features == "levels":
+        key["features"] = "levels"
     return Encoder(f"{config.backbone}-features", key, (width,), np.float32, 32, features)
 
 
@@ -287,7 +290,7 @@ def load_backbone(config: TrainConfig) -> nn.Module:
     else:
         model = weights.load(kind, config.weights)
     model.checkpointing = config.activation_checkpointing
-    return as_backbone(config.backbone, model)
+    return as_backbone(config.backbone, model, config.unet_features)
 
 
 # ============================================================================================================

@@ -56,13 +56,17 @@ class Process:
         if self.world > 1:
             dist.barrier()
 
+    def summed(self, values: Tensor) -> Tensor:
+        """`values`, changed to their sum over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
     def gathered(self, part: Tensor, places: np.ndarray, n: int) -> Tensor:
         """Rows (n, ...) in every process, of which each has computed a part, at its places."""
         rows = part.new_zeros(n, *part.shape[1:])
         rows[places] = part
-        if self.world > 1:
-            dist.all_reduce(rows)
-        return rows
+        return self.summed(rows)
 
     def restarted(self) -> bool:
         """Whether torchrun has started one of the processes again, after a failure."""

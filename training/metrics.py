@@ -1,5 +1,5 @@
-"""Metrics on NumPy arrays: cosine and bootstrap interval, the average precision of words, Student's paired
-test of two methods and Spearman's rank correlation of two scores."""
+"""Metrics on NumPy arrays: cosine, intervals and tests over pairs and over seeds, the average precision of
+words and Spearman's rank correlation of two scores."""
 
 from __future__ import annotations
 
@@ -52,12 +52,41 @@ def student_p(t: float, df: int) -> float:
     return min(1.0, float(area) / whole)
 
 
+def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean of `values`, one a seed, by Student's t; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    low, high = 0.0, 1e3  # t, by bisection
+    for _ in range(60):
+        t = (low + high) / 2
+        low, high = (t, high) if student_p(t, len(values) - 1) > 0.05 else (low, t)
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def seeds_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of Student's test that `differences`, one a seed, have the mean 0; None for fewer than
+    two or if all are equal."""
+    n = len(differences)
+    deviation = float(np.std(differences, ddof=1)) if n > 1 else 0.0
+    return student_p(float(np.mean(differences)) / deviation * math.sqrt(n), n - 1) if deviation else None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number by Holm's method, in the order given."""
+    n, adjusted, largest = len(p_values), [0.0] * len(p_values), 0.0
+    for rank, k in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (n - rank) * p_values[k]))
+        adjusted[k] = largest
+    return adjusted
+
+
 def paired_test(ours: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> dict:
     """Student's paired test that two methods' cosines have the same mean, over the test pairs of all seeds.
 
     One array (n,) a seed, of the same pairs in both. Returns the mean difference, its 95 % bootstrap
-    interval, t, p, the number of pairs and the mean difference of each seed. p does not cover chance in
-    training; see the per-seed differences.
+    interval, t, p, the number of pairs and the mean difference of each seed. Interval and p do not cover
+    chance in training; `student_interval` and `seeds_p` of the per-seed differences do.
     """
     by_seed = [a - b for a, b in zip(ours, other, strict=True)]
     difference = np.concatenate(by_seed)
