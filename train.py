@@ -8,6 +8,8 @@
     python train.py --resume runs/unet-mini-seed0                        continue a run that stopped
     torchrun --nproc-per-node 2 train.py --backbone unet ...             train with several processes
     python train.py --backbone unet --curriculum difficulty              phase 1 and phase 2 of the curriculum
+    python train.py ... --plan --memory 24                               only count: pairs, steps, caches, and
+                                                                         the memory of a step beside 24 GiB
 
 The run's folder holds config.json, vocabulary.json, log.jsonl, model.safetensors (the best on validation),
 last/ (the state for resuming) and, after training, result.json, predictions/ and examples.png. With
@@ -82,6 +84,7 @@ from training.inputs import (
     sample_readers,
 )
 from training.loop import Process, Trainer, epoch_batches, learning_rate, process_group, save_tensors
+from training.plan import plan_lines, plan_options
 
 log = logging.getLogger("train")
 
@@ -531,11 +534,17 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags, out, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__)
+    options, argv = plan_options(sys.argv[1:] if argv is None else argv)
+    flags, out, resume = parse_args(argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def train() -> None:
-        train_run(flags, out, resume)
+        if options.plan:
+            config = TrainConfig(**saved_fields(resume) | flags) if resume else resolve(TrainConfig(**flags))
+            for line in plan_lines(config, options.memory, parameter_groups):
+                print(line, flush=True)
+        else:
+            train_run(flags, out, resume)
 
     return run_command(train, "stopped; progress is saved")
 

@@ -23,6 +23,7 @@ from PIL import Image
 import data
 import eval
 import train
+import training.plan
 from mini import judge, naming, scenes
 from tables import exhibit, probe, runs
 from tables.compute import exhibit_of
@@ -465,7 +466,7 @@ RESULTS = sorted(path for path in (ROOT / "results").rglob("*.md") if path.name 
 def test_results_are_the_text_of_their_numbers(path: Path):
     """After a change of wording write them again, by `path.write_text(text)` for the paths of RESULTS."""
     result = json.loads(path.with_suffix(".json").read_text())
-    text = judge.text_of(result) if path.name == "generated.md" else text_of(result)
+    text = {"generated.md": judge.text_of, "plan.md": training.plan.text_of}.get(path.name, text_of)(result)
     assert path.read_text() == text
 
 
