@@ -155,8 +155,14 @@ def on_meta(config: TrainConfig, model: Any, frozen: bool | None = None) -> Regr
     with torch.device("meta"):
         network = weights.build(BACKBONES[config.backbone].kind, model)
         network.checkpointing = config.activation_checkpointing
-        backbone = nn.Identity() if frozen else as_backbone(config.backbone, network)
-        return Regressor(backbone, network.width, config.words, config.heads).train()
+        backbone = as_backbone(config.backbone, network, config.unet_features)
+        return Regressor(
+            nn.Identity() if frozen else backbone,
+            backbone.width,
+            config.words,
+            config.heads,
+            standardise=config.head_start == "ridge",
+        ).train()
 
 
 def step_bytes(
