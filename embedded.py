@@ -15,6 +15,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -595,10 +596,15 @@ def graph_prompt(nodes: dict[str, Node]) -> Candidate:
     return Candidate(prompt, settings, GRAPH)
 
 
-def _words(name: str) -> list[str]:
+def _words(name: str) -> tuple[str, ...]:
+    return _words_of(name[-100:])
+
+
+@lru_cache(2000)
+def _words_of(name: str) -> tuple[str, ...]:
     name = re.sub(r"\bn_", "negative_", name)  # as in n_prompt
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)
-    return [SHORT.get(word.lower(), word.lower()) for word in words]
+    return tuple(SHORT.get(word.lower(), word.lower()) for word in words)
 
 
 def _has(name: str, words: frozenset[str]) -> bool:
@@ -716,7 +722,7 @@ def _taken_outputs(nodes: dict[str, Node]) -> dict[str, set[int]]:
     taken: dict[str, set[int]] = {key: set() for key in nodes}
     for node in nodes.values():
         for name, end in node.links.items():
-            if not (_has(name, NO_TEXT) or _words(name)[-1:] == ["clip"]):
+            if not (_has(name, NO_TEXT) or _words(name)[-1:] == ("clip",)):
                 taken[end].add(node.slots[name])
     return taken
 
@@ -757,7 +763,7 @@ def _text_inputs(node: Node) -> dict[str, Any]:
               and _has(name, TEXT) and not _has(name, OPTION | NEGATIVE) and value.lower() not in FLAGS}
     for name, end in node.links.items():  # the text of a link that a node shows is beside it as `text_0`
         shown = f"{name}_0" in node.values
-        if not (shown or _has(name, NO_TEXT | NEGATIVE) or _words(name)[-1:] == ["clip"]):
+        if not (shown or _has(name, NO_TEXT | NEGATIVE) or _words(name)[-1:] == ("clip",)):
             chosen[name] = end
     return chosen
 
@@ -770,7 +776,7 @@ def _selected(nodes: dict[str, Node], node: Node, chosen: dict[str, str]) -> dic
     numbers = {str(value) for name, value in values.items() if type(value) is int and _has(name, SELECTOR)}
     truths = {str(value).lower() for value in values.values() if type(value) is bool}
     for wanted in (numbers, truths):
-        one = {name: value for name, value in chosen.items() if _words(name)[-1:] == list(wanted)}
+        one = {name: value for name, value in chosen.items() if _words(name)[-1:] == tuple(wanted)}
         if one and wanted:
             return one
     return chosen
