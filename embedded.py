@@ -61,7 +61,7 @@ TURNS = {  # how to turn a picture upright, by EXIF's orientation
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-XMP_VALUE = re.compile(r"""<!\[CDATA\[(.*?)\]\]>|>([^<>]*)</|="([^"<>]*)"|='([^'<>]*)'""", re.DOTALL)
+XMP_VALUE = re.compile(r""">([^<>]*)</|="([^"<>]*)"|='([^'<>]*)'""")
 PROFILE = "Raw profile type "  # ImageMagick's keys of profiles in hexadecimal
 CONTROLS = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ue000-\uf8ff]")  # and what is private
 
@@ -82,8 +82,8 @@ def texts_of(image: Image.Image, file: BinaryIO) -> dict[str, str]:
             continue
         text = value if isinstance(value, str) else decoded(value)
         if key in ("xmp", "XML:com.adobe.xmp"):
-            texts |= {f"xmp {k}": plain or html.unescape("".join(others))
-                      for k, (plain, *others) in enumerate(XMP_VALUE.findall(text))}
+            values = XMP_VALUE.findall(text.replace("<![CDATA[", "").replace("]]>", ""))
+            texts |= {f"xmp {k}": html.unescape("".join(value)) for k, value in enumerate(values)}
         elif text.strip():
             texts.setdefault(key, text)
     return texts

@@ -388,8 +388,8 @@ def test_no_prompt_is_made_up(texts):
         find_prompt(texts)
 
 
-def test_long_and_deep_sources_end_soon():
-    start = time.perf_counter()
+def test_long_and_deep_sources_end_soon(tmp_path):
+    start = time.process_time()
     chain = {str(k): node("X", text=[str(k + 1), 0]) for k in range(100, 5100)}
     graph = saved({"3": sampler(["100", 0]), **chain, "5100": clip(WANT)})
     assert graph_prompt(graph_of(graph)).prompt == WANT
@@ -407,6 +407,9 @@ def test_long_and_deep_sources_end_soon():
         graph_prompt(graph_of({str(k): clip("a") for k in range(10_001)}))
     with pytest.raises(NoPrompt, match="longer than"):
         find_prompt({"parameters": "x" * 600_000})
+    for opening in ("<![CDATA[", "<a b='", '="', "><"):
+        picture = text_png(tmp_path / "a.png", **{"XML:com.adobe.xmp": opening * 100_000})
+        assert embedded_prompt(picture) is None
     for key, text in (
         ("Dream", " " * 900_000),
         ("Dream", '"' * 900_000),
@@ -424,7 +427,7 @@ def test_long_and_deep_sources_end_soon():
             find_prompt({key: text})
         except NoPrompt:
             pass
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"])
