@@ -44,6 +44,7 @@ from training.config import parse_args
 from training.evaluate import evaluate
 from training.folder import saved_config
 from training.inputs import prepare
+from training.loop import process_group
 
 log = logging.getLogger("eval")
 
@@ -192,8 +193,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def evaluate_runs() -> None:
         device = weights.resolve_device(args.device)
-        for folder in args.runs:
-            evaluate(folder, prepare(saved_config(folder), device), device)
+        with process_group(device) as process:
+            for folder in args.runs:
+                evaluate(folder, prepare(saved_config(folder), process.device), process)
 
     def make_exhibits() -> None:
         make(args, flags, f"python eval.py {shlex.join(argv)}")

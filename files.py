@@ -4,6 +4,7 @@ atomic writes; the lock of a folder."""
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import logging
@@ -15,10 +16,10 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import numpy as np
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 MAX_JSON = 1 << 26  # bytes of one JSON file; as Python's objects it may take thirty times as much
 MAX_LINE = 1 << 24  # characters of a line of a table
+NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # NFS locks no folder
 ZIP_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, RuntimeError,
               ValueError)
 
@@ -265,6 +267,36 @@ def exclusive(folder: str | Path, waiting: str | None = None) -> Iterator[None]:
                 raise
             logger.warning(waiting)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("%s: cannot be locked; use it in one command at a time", folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def lock_bytes(file: IO, start: int, length: int, wait: bool = False) -> bool:
+    """Whether this process now holds the lock of bytes of a file open for writing, of all if `length` is 0;
+    with `wait`, once it does. True also where there are no locks.
+
+    The lock is the process's own: closing any descriptor of the file gives it up, and so does the process's
+    end.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), length, start)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def unlock_bytes(file: IO, start: int, length: int) -> None:
+    """Give up a lock by `lock_bytes`."""
+    if fcntl is not None:
+        with suppress(OSError):  # there are no locks
+            fcntl.lockf(file, fcntl.LOCK_UN, length, start)

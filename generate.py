@@ -25,7 +25,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from command import number, run_command
 from files import atomic_write
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
+from schema import NULL, checked, one_of
+from schema import number as number_rule
 
 log = logging.getLogger("generate")
 
@@ -48,6 +50,17 @@ TRAIN_STEPS = 1000
 # (benchmarks/busy.py). Stable Diffusion 1 has 4,096 places a picture, the miniature 64.
 FEW_PLACES = 256
 PUBLISHED = {"sd-1": (512, False), "sd-2": (768, True)}  # side in pixels, whether it predicts v: `trained_as`
+# The fields of scheduler_config.json that belong to the trained model, with diffusers' defaults; the others
+# choose a sampler.
+SCHEDULER = {
+    "beta_start": number_rule(above=0, below=1).or_else(0.0001),
+    "beta_end": number_rule(above=0, below=1).or_else(0.02),
+    "beta_schedule": one_of("linear", "scaled_linear").or_else("linear"),
+    "num_train_timesteps": one_of(TRAIN_STEPS).or_else(TRAIN_STEPS),
+    "prediction_type": one_of("epsilon", "v_prediction").or_else("epsilon"),
+    "rescale_betas_zero_snr": one_of(False).or_else(False),
+    "trained_betas": NULL.or_else(None),
+}
 
 
 # ============================================================================================================
@@ -55,14 +68,15 @@ PUBLISHED = {"sd-1": (512, False), "sd-2": (768, True)}  # side in pixels, wheth
 # ============================================================================================================
 
 
-def alphas_bar() -> Tensor:
-    """alpha_bar (signal variance) at each of the 1000 timesteps, float32: the cumulative product of 1 - beta,
-    with the betas' square roots evenly spaced from sqrt(.00085) to sqrt(.012).
+def alphas_bar(start: float = 0.00085, end: float = 0.012, schedule: str = "scaled_linear") -> Tensor:
+    """alpha_bar (signal variance) at each of the 1000 timesteps, float32: the cumulative product of 1 - beta.
 
-    Source: v1-inference.yaml of LDM (`linear_start`, `linear_end`).
+    The betas ("linear") or their square roots ("scaled_linear") are evenly spaced. Source: v1-inference.yaml
+    of LDM (`linear_start`, `linear_end`).
     """
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
-    return (1 - betas).cumprod(dim=0)
+    power = 2 if schedule == "scaled_linear" else 1
+    roots = torch.linspace(start ** (1 / power), end ** (1 / power), TRAIN_STEPS, dtype=torch.float32)
+    return (1 - roots**power).cumprod(dim=0)
 
 
 def ddim_timesteps(steps: int) -> list[int]:
@@ -119,6 +133,7 @@ class Pipeline:
     text: nn.Module
     tokenizer: weights.ClipTokenizer
     predicts_v: bool = False
+    alphas: Tensor = field(default_factory=alphas_bar)  # (1000,)
 
     @torch.no_grad()
     def states(self, texts: Sequence[str]) -> Tensor:
@@ -150,7 +165,7 @@ class Pipeline:
         latents.
         """
         precise = torch.promote_types(noise.dtype, torch.float32)  # in half precision 1 - alpha is 0
-        alphas, timesteps = alphas_bar().to(noise.device, precise), ddim_timesteps(steps)
+        alphas, timesteps = self.alphas.to(noise.device, precise), ddim_timesteps(steps)
         context, latents = self.states(prompts), noise
         if guided := guidance != 1:
             context = torch.cat([self.states([negative]).expand_as(context), context])  # (2B, 77, D)
@@ -211,11 +226,20 @@ def trained_as(source: str) -> tuple[int, bool]:
     """
     if source in PUBLISHED:
         return PUBLISHED[source]
-    folder = weights.resolve(source)
-    paths = (folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json")
-    unet, scheduler = (weights.read_json(path) if path.is_file() else {} for path in paths)
-    cells = unet.get("sample_size")
-    return 8 * (cells if isinstance(cells, int) else 64), scheduler.get("prediction_type") == "v_prediction"
+    path = weights.resolve(source) / "unet" / "config.json"
+    cells = weights.read_config(path).get("sample_size") if path.is_file() else None
+    predicts_v = scheduler(source)["prediction_type"] == "v_prediction"
+    return 8 * (cells if isinstance(cells, int) else 64), predicts_v
+
+
+def scheduler(source: str) -> dict[str, Any]:
+    """SCHEDULER's fields of a diffusers folder; Stable Diffusion 1's for any other source. Raises
+    WeightsError for a noise schedule that is not implemented."""
+    path = Path() if source in PUBLISHED else weights.resolve(source) / "scheduler" / "scheduler_config.json"
+    if path.is_file():
+        return weights.read_json(path, SCHEDULER)
+    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return checked(published, SCHEDULER, source)
 
 
 def load_pipeline(
@@ -225,9 +249,12 @@ def load_pipeline(
 
     predicts_v None: use `trained_as`.
     """
-    parts = (weights.load(kind, source, dtype=dtype, device=device) for kind in ("unet", "vae", "clip-text"))
-    tokenizer = weights.load_tokenizer(source)
-    return Pipeline(*parts, tokenizer, trained_as(source)[1] if predicts_v is None else predicts_v)
+    kinds = ("unet", "vae", "clip-text")
+    weights.require_fed(source, *kinds)
+    parts = (weights.load(kind, source, dtype=dtype, device=device) for kind in kinds)
+    tokenizer, settings = weights.load_tokenizer(source), scheduler(source)
+    alphas = alphas_bar(settings["beta_start"], settings["beta_end"], settings["beta_schedule"])
+    return Pipeline(*parts, tokenizer, trained_as(source)[1] if predicts_v is None else predicts_v, alphas)
 
 
 # ============================================================================================================

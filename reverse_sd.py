@@ -14,7 +14,6 @@ h w latent height and width.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import BACKBONES, Backbone, SDReader, as_backbone, captioner_of
+from schema import TEXT, many, read_value, record
 from words import is_content_word, words
 
 EMBEDDING_WIDTH = 384  # all-MiniLM-L6-v2
@@ -613,22 +613,18 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     Raises weights.WeightsError, in one line, if the folder is not a finished run.
     """
     import weights
+    from training.config import read_run
 
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        vocabulary = Vocabulary(json.loads((folder / "vocabulary.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise weights.WeightsError(
-            f"{folder}: not a run of train.py ({error}); give a run's folder"
-        ) from error
+    config = read_run(folder)
+    vocabulary = Vocabulary(read_value(folder / "vocabulary.json", many(TEXT)))
     run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):
         model = weights.build(run.backbone.kind, config["model"])
         backbone = nn.Identity() if run.frozen else as_backbone(config["backbone"], model)
         run.regressor = Regressor(backbone, model.width, len(vocabulary), config["heads"])
     weights.load_strict(run.regressor, weights.read_tensors(folder / "model.safetensors"))
-    if "smoothing" in config:  # the network of --curriculum cbs
+    if config["smoothing"] is not None:  # the network of --curriculum cbs
         from baselines import Smoothing
 
         Smoothing(run.regressor, config["smoothing"])
@@ -670,6 +666,8 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
     preprocessing = data.Preprocessing(**run.config["preprocessing"])
     captioner = captioner_of(run.config["captions"]) if run.backbone.white_box else None
     sd = SDReader(source, captioner, device)
+    kinds = (run.backbone.kind,) if run.frozen else ()
+    weights.require_fed(source, *kinds, *(("vae", "clip-text") if run.backbone.white_box else ()))
     backbone = None
     if run.frozen:
         backbone = as_backbone(name, weights.load(run.backbone.kind, source, device=device))
@@ -685,6 +683,9 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
                 blip_preprocessing = data.Preprocessing(**weights.preprocessing("blip", captioner))
                 captions = sd.captions(tensors(images, blip_preprocessing))
             inputs = (sd.latents(*inputs), sd.states(captions or [""] * len(images)))
+            if (tokenizer := sd.network("tokenizer")).truncated:
+                print("a caption was cut to 75 tokens, the text tower's limit", file=sys.stderr)
+                tokenizer.truncated = 0
         if backbone is not None:
             inputs = (backbone(*inputs),)
         return predict(run.regressor, [inputs])
@@ -701,9 +702,12 @@ def print_predictions(
 
     run, skipped = load_run(folder, device), 0
     try:
-        rows = json.loads((folder / "predictions" / "rows.json").read_text())["train"]
+        rule = record({"train": many(record({"prompt": TEXT}))})
+        rows = read_value(folder / "predictions" / "rows.json", rule, sys.maxsize)["train"]
         targets = np.load(folder / "predictions" / "train-targets.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, KeyError) as error:
+        if targets.shape != (len(rows), EMBEDDING_WIDTH):
+            raise ValueError(f"{len(rows)} rows in rows.json and {targets.shape} targets")
+    except (OSError, ValueError) as error:
         raise data.DataError(
             f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}"
         ) from error

@@ -24,13 +24,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 import data
 import weights
@@ -60,10 +59,18 @@ from reverse_sd import (
     thirds,
     vocabulary_loss,
 )
-from training.config import TrainConfig, epoch_weights, parse_args, resolve
+from schema import NULL, OBJECT, number, read_json
+from training.config import RESUMABLE, TrainConfig, epoch_weights, parse_args, resolve
 from training.evaluate import evaluate
 from training.folder import new_folder, read_cosines, save_cosines, saved_fields, write_run
-from training.inputs import EVALUATION_BATCH, Images, Prepared, Samples, load_backbone, prepare
+from training.inputs import (
+    Prepared,
+    Samples,
+    evaluation_batches,
+    load_backbone,
+    prepare,
+    sample_readers,
+)
 from training.loop import Process, Trainer, epoch_batches, learning_rate, process_group, save_tensors
 
 log = logging.getLogger("train")
@@ -138,6 +145,8 @@ class RegressorTrainer(Trainer):
     `chunks`: positions among the training samples, easy, medium, hard, for phase 2 of the curriculum.
     """
 
+    state_fields = {"best": number(least=-1.01, most=1.01) | NULL, "config": OBJECT.or_else({})}
+
     def __init__(
         self,
         config: TrainConfig,
@@ -175,8 +184,7 @@ class RegressorTrainer(Trainer):
         self.total = self.steps_per_epoch * config.epochs
         self.checkpoint_every = config.checkpoint_every
         self.best = -math.inf
-        # Only images need reader processes; other inputs are cached rows.
-        self.workers = config.workers if isinstance(prepared.inputs[0], Images) else 0
+        self.workers = sample_readers(config.workers, prepared, process.device)
         # Phase 2 does not record; it uses phase 1's cosines.
         self.recording = config.record_cosines and config.curriculum != "difficulty"
         self.cosines = np.empty((0, len(self.train_samples)), np.float32)
@@ -288,7 +296,7 @@ class RegressorTrainer(Trainer):
             if self.process.first:
                 save_tensors(self.folder / "model.safetensors", self.model.state_dict())
                 if self.smoothing:  # part of the network that was validated: `load_run` applies it again
-                    content = json.loads((self.folder / "config.json").read_text())
+                    content = read_json(self.folder / "config.json")
                     content["smoothing"] = self.smoothing.sigma
                     write_json(self.folder / "config.json", content)
         return {"val_cosine": cosine}
@@ -297,22 +305,15 @@ class RegressorTrainer(Trainer):
     def cosines_of(self, samples: Samples) -> np.ndarray:
         """The cosine of each sample's prediction and target, (n,) float64; each process computes a share."""
         self.model.eval()
-        device, mine = self.process.device, range(self.process.rank, len(samples), self.process.world)
-        loader = DataLoader(
-            Subset(samples, mine), EVALUATION_BATCH, num_workers=self.workers, generator=torch.Generator()
-        )
-        parts = []
+        device = self.process.device
+        loader, places = evaluation_batches(samples, self.process, self.workers)
+        parts = [torch.empty(0, device=device)]
         for *inputs, target, _, _ in loader:
             with self.autocast():
                 embedding = self.model(*(x.to(device) for x in inputs)).embedding
             parts.append(1 - cosine_loss(embedding.float(), target.to(device)))
         self.model.train()
-        cosines = torch.zeros(len(samples), dtype=torch.float64, device=device)
-        if parts:
-            cosines[mine.start :: mine.step] = torch.cat(parts).double()
-        if self.process.world > 1:
-            dist.all_reduce(cosines)
-        return cosines.cpu().numpy()
+        return self.process.gathered(torch.cat(parts).double(), places, len(samples)).cpu().numpy()
 
     # -- state ------------------------------------------------
 
@@ -320,9 +321,17 @@ class RegressorTrainer(Trainer):
         state, tensors = super().state()
         if self.recording:
             tensors["cosines"] = torch.from_numpy(self.cosines)
-        return state | {"best": self.best if math.isfinite(self.best) else None}, tensors
+        best = self.best if math.isfinite(self.best) else None
+        return state | {"best": best, "config": self.fixed_options()}, tensors
+
+    def fixed_options(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self.config).items() if name not in RESUMABLE}
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name, value in state["config"].items():
+            if value != (today := vars(self.config).get(name, value)):
+                path = self.folder / "config.json"
+                raise data.DataError(f"{path}: {name} is {today}, and the run began with {value}; restore it")
         super().load_state(state, tensors)
         if self.recording:
             self.cosines = tensors["cosines"].numpy()
@@ -405,9 +414,8 @@ def train_run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> P
     started = time.time()
     config = TrainConfig(**saved_fields(resume) | flags) if resume else resolve(TrainConfig(**flags))
     with process_group(weights.resolve_device(config.device)) as process, contextlib.ExitStack() as stack:
-        logging.getLogger().setLevel(logging.INFO if process.first else logging.ERROR)
         folder = own_folder(config, out, resume, process, stack)
-        prepared = first_process_first(process, lambda: prepare(config, process.device))
+        prepared = prepare(config, process.device)
         prompts = (prepared.pairs.prompts[i] for i in prepared.splits["train"])
         vocabulary = Vocabulary.of(prompts, config.words)
         if config.heads and not len(vocabulary):
@@ -415,7 +423,7 @@ def train_run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> P
         if config.phase_1 and not resume:
             # Check before the folder is created.
             easiness_of(config, read_cosines(Path(config.phase_1), prepared))
-        if process.first and not resume:
+        if process.first and not (folder / "config.json").exists():
             write_run(folder, config, prepared, vocabulary)
         process.wait()
         chunks = None
@@ -427,8 +435,8 @@ def train_run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> P
         except KeyboardInterrupt:
             log.warning("continue with: python train.py --resume %s", folder)
             raise
-        if process.first:
-            evaluate(folder, prepared, process.device, seconds=time.time() - started)
+        process.wait()  # until the first one has written the weights
+        evaluate(folder, prepared, process, seconds=time.time() - started)
     return folder
 
 
@@ -436,8 +444,16 @@ def own_folder(
     config: TrainConfig, out: Path | None, resume: Path | None, process: Process, stack: contextlib.ExitStack
 ) -> Path:
     """The run's folder, the same in all processes, locked until `stack` closes; an empty folder is removed on
-    exit. Raises data.DataError if another process uses it or if it cannot be written."""
+    exit. Processes that torchrun has started again after a failure resume the run in --out.
+
+    Raises data.DataError if another command uses the folder, if it cannot be written, and without --out if
+    torchrun has started the processes again.
+    """
     shared: list[str | None] = [None]
+    if process.restarted() and not resume:
+        if not out:
+            raise data.DataError("--out: is needed for torchrun to continue the run after a failure")
+        resume = out if (out / "config.json").exists() else None
     if process.first:
         folder = resume or new_folder(config, out)
         stack.callback(remove_if_empty, folder)
@@ -461,16 +477,6 @@ def own_folder(
 def remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def first_process_first(process: Process, task: Callable[[], Any]) -> Any:
-    """The task's result in every process; the first one runs it before the others, to fill the caches."""
-    if not process.first:
-        process.wait()
-    result = task()
-    if process.first:
-        process.wait()
-    return result
 
 
 def main(argv: list[str] | None = None) -> int:

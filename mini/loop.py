@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import weights
 from data import Pairs, Preprocessing, read_pairs
 from mini import scenes
+from schema import number
 from training.cache import Encoder, cached_images
 from training.loop import Trainer, learning_rate
 
@@ -92,6 +93,8 @@ class MiniTrainer(Trainer):
     """
 
     clip_norm = 1.0
+
+    state_fields = {"seconds": number(least=0)}
 
     def __init__(
         self,

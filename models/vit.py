@@ -4,7 +4,7 @@ Home dialect: timm's VisionTransformer without its head (`blocks.0.attn.qkv`).
 Dosovitskiy et al., An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale, 2021.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +38,18 @@ class ViTConfig:
     norm_eps: float
 
 
+# timm's vit_base_patch16_224
+_B = ViTConfig(
+    img_size=(224, 224), patch_size=(16, 16), in_chans=3, embed_dim=768, depth=12, num_heads=12,
+    hidden_features=3072, qkv_bias=True, class_token=True, global_pool="token", fc_norm=False, norm_eps=1e-6,
+)
+
 CONFIGS: dict[str, ViTConfig] = {
-    # ViT-Base of the paper's table 1; timm's vit_base_patch16_224
-    "vit-b-16": ViTConfig(
-        img_size=(224, 224), patch_size=(16, 16), in_chans=3, embed_dim=768, depth=12, num_heads=12,
-        hidden_features=3072, qkv_bias=True, class_token=True, global_pool="token", fc_norm=False,
-        norm_eps=1e-6,
-    ),
-    # ViT-Large of the paper's table 1; timm's vit_large_patch16_224
-    "vit-l-16": ViTConfig(
-        img_size=(224, 224), patch_size=(16, 16), in_chans=3, embed_dim=1024, depth=24, num_heads=16,
-        hidden_features=4096, qkv_bias=True, class_token=True, global_pool="token", fc_norm=False,
-        norm_eps=1e-6,
-    ),
+    # ViT-Base and ViT-Large of the paper's table 1; timm's tiny and small are known for their files alone
+    "vit-b-16": _B,
+    "vit-l-16": replace(_B, embed_dim=1024, depth=24, num_heads=16, hidden_features=4096),
+    "vit-s-16": replace(_B, embed_dim=384, num_heads=6, hidden_features=1536),
+    "vit-t-16": replace(_B, embed_dim=192, num_heads=3, hidden_features=768),
     # Ours
     "vit-mini": ViTConfig(
         img_size=(64, 64), patch_size=(8, 8), in_chans=3, embed_dim=128, depth=6, num_heads=2,

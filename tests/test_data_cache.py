@@ -20,7 +20,7 @@ from PIL import Image
 
 from data import DataError, Preprocessing, read_pairs
 from files import atomic_write
-from training import cache as caches
+from training import rows as caches
 from training.cache import Encoder, cached_images, cached_texts
 
 ROOT = Path(__file__).parents[1]
@@ -133,8 +133,8 @@ def test_a_killed_process_leaves_a_cache_to_resume(tmp_path):
     script = textwrap.dedent("""
         import sys, time, torch
         sys.path.insert(0, sys.argv[1])
-        from training import cache
-        cache.COMMIT_SECONDS = 0.0
+        from training import cache, rows
+        rows.COMMIT_SECONDS = 0.0
         def encode(texts):
             time.sleep(0.01)
             print(texts[0], flush=True)
@@ -159,7 +159,7 @@ def test_a_killed_process_leaves_a_cache_to_resume(tmp_path):
         return torch.tensor([[float(t), 1.0] for t in texts])
 
     texts = [str(k) for k in range(10_000)]
-    rows, _ = cached_texts(tmp_path, texts, Encoder("targets", "k", (2,), "float32", 500, encode))
+    rows, _ = cached_texts(tmp_path, texts, Encoder("targets", "k", (2,), "float32", 1, encode))
     assert rows[:, 0].tolist() == list(range(10_000)) and (rows[:, 1] == 1).all()
     assert last - 1 <= int(asked[0]) and len(asked) == 10_000 - int(asked[0])
 
@@ -352,13 +352,13 @@ def test_a_disk_that_fills_half_way_leaves_a_cache_to_resume(tmp_path, monkeypat
     texts = [f"text {k}" for k in range(21)]
     with monkeypatch.context() as patch:
         patch.setattr(caches, "COMMIT_SECONDS", 0.0)
-        flush, calls = np.memmap.flush, []
+        write, calls = caches.Column.write, []
 
-        def flush_or_fail(self):
+        def write_or_fail(self, start, values):
             calls.append(1)
-            full_disk() if len(calls) > 6 else flush(self)
+            full_disk() if len(calls) > 6 else write(self, start, values)
 
-        patch.setattr(np.memmap, "flush", flush_or_fail)
+        patch.setattr(caches.Column, "write", write_or_fail)
         with pytest.raises(DataError, match="no space left in .*set REVERSE_SD_CACHE"):
             texts_cache(tmp_path, texts, Lengths())
     rest = Lengths()
@@ -386,7 +386,6 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
     rows, _ = texts_cache(tmp_path, TEXTS, Lengths())
     monkeypatch.setattr(Path, "mkdir", refuse)
-    monkeypatch.setattr(caches, "write_json", refuse)
     with pytest.raises(DataError, match="Permission denied"):
         texts_cache(tmp_path / "other", TEXTS, Lengths())
     assert np.array_equal(texts_cache(tmp_path, TEXTS, Lengths(stop_after=0))[0], rows), (

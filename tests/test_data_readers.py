@@ -234,9 +234,9 @@ def test_more_archives_than_are_held_open_from_threads_and_workers(tmp_path, mon
     copied = copy.deepcopy(pairs)
     assert np.array_equal(np.asarray(copied.image(13)), np.asarray(pairs.image(13)))
     # after the parent opened archives, forked workers must not share its file offsets
-    images = ImageRows(pairs, Preprocessing.square(8), np.arange(27))
+    images = ImageRows(pairs, [Preprocessing.square(8)])
     loader = torch.utils.data.DataLoader(images, 4, num_workers=2, collate_fn=list)
-    for row, tensor in (item for batch in loader for item in batch):
+    for row, (tensor,) in (item for batch in loader for item in batch):
         assert torch.equal(tensor, image_tensor(pairs.image(row), Preprocessing.square(8)))
 
 

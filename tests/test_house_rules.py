@@ -10,18 +10,22 @@ import pytest
 from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
-OURS |= {"backbones", "baselines", "command", "data", "embedded", "files", "generate", "reverse_sd", "words"}
+OURS |= {"backbones", "baselines", "command", "data", "embedded", "files", "generate", "reverse_sd"}
+OURS |= {"schema", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
-MINIATURES |= {"command", "files"}
+MINIATURES |= {"command", "files", "schema"}
 
 # What a file may import when it is imported itself; the standard library always.
 ALLOWED = {
     "models/layers.py": {"torch"},
     "models/*.py": {"torch", "models"},
-    "weights/kinds/*.py": {"torch", "tokenizers", "models", "weights"},
+    "weights/kinds/*.py": {"torch", "tokenizers", "models", "weights", "schema"},
+    "weights/__main__.py": {"torch", "weights", "command"},
     "weights/*.py": {
+        "files",
+        "schema",
         "torch",
         "numpy",
         "safetensors",
@@ -34,8 +38,9 @@ ALLOWED = {
     "words.py": set(),
     "command.py": {"safetensors", "data", "weights"},
     "backbones.py": {"torch"},
-    "reverse_sd.py": {"torch", "numpy", "backbones", "words"},
+    "reverse_sd.py": {"torch", "numpy", "backbones", "schema", "words"},
     "files.py": {"numpy"},
+    "schema.py": {"files"},
     "embedded.py": {"PIL", "numpy"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files"},
     "mini/pretrain.py": MINIATURES | {"tokenizers"},
@@ -44,9 +49,11 @@ ALLOWED = {
     **{f"mini/{name}.py": MINIATURES for name in ("loop", "write", "autoencoder", "contrastive", "naming")},
     "mini/*.py": {"numpy", "PIL", "tqdm", "data", "files", "mini", "command"},
     "training/metrics.py": {"numpy"},
-    "training/cache.py": {"torch", "numpy", "tqdm", "data", "files"},
-    "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files"},
-    "training/*.py": TENSORS | {"models", "weights", "data", "files", "backbones", "reverse_sd", "training"},
+    "training/rows.py": {"torch", "numpy", "tqdm", "data", "files", "schema"},
+    "training/cache.py": {"torch", "numpy", "data", "training"},
+    "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
+    "training/*.py": TENSORS
+    | {"models", "weights", "data", "files", "schema", "backbones", "reverse_sd", "training"},
     "train.py": COMPOSITION,
     "eval.py": COMPOSITION,
     "tables/*.py": COMPOSITION,

@@ -143,10 +143,10 @@ def test_index_of_shards(tmp_path: Path, file: Path):
         '{"weight_map": {"a": "2.safetensors"}}': "names the shard 2.safetensors, which is missing",
         '{"weight_map": {"a": "../model.safetensors"}}': "points outside its folder",
         '{"weight_map": {"c": "1.safetensors"}}': "1 tensors are not in the shard it names: c",
-        '{"weight_map": {"c": 3}}': "no weight_map",
-        '{"weight_map": {}}': "no weight_map",
+        '{"weight_map": {"c": 3}}': "weight_map",
+        '{"weight_map": {}}': "weight_map",
         "[]": "a JSON object",
-        "{": "no JSON can be read",
+        "{": "cannot be read as JSON",
     }.items():
         with pytest.raises(weights.WeightsError, match=says):
             read(content)
@@ -155,7 +155,7 @@ def test_index_of_shards(tmp_path: Path, file: Path):
 def test_broken_config(tmp_path: Path, file: Path):
     with pytest.raises(weights.WeightsError, match="size is missing"):
         sizes_of(KINDS["vae"], {"act_fn": "silu"}, {}, "config.json")
-    for content, says in {"{": "no JSON", "[]": "a JSON object"}.items():
+    for content, says in {"{": "cannot be read as JSON", "[]": "a JSON object"}.items():
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(weights.WeightsError, match=says):
             weights.load("vae", tmp_path)

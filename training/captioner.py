@@ -22,7 +22,7 @@ import data
 import weights
 from files import atomic_write, write_array, write_json
 from models.blip import BLIP, CONFIGS
-from training.cache import Encoder, cached_captions
+from training.cache import Encoder, as_bytes, as_texts, cached_images
 from training.inputs import Images
 from training.loop import Process, Trainer, epoch_batches, learning_rate
 from weights.kinds.blip import load_tokenizer, published
@@ -230,8 +230,8 @@ def written_prompts(
         return model.generate(images.to(device), **settings)
 
     key = {"model": digest.hexdigest(), "generate": settings}
-    encoder = Encoder("made-captions", key, (), None, GENERATE_AT_ONCE, write)
-    return cached_captions(weights.cache_dir(), pairs, preprocessing, encoder, config.workers)
+    encoder = as_bytes(Encoder("made-captions", key, (), None, GENERATE_AT_ONCE, write))
+    return as_texts(cached_images(weights.cache_dir(), pairs, preprocessing, encoder, config.workers)[0])
 
 
 def blip_regressor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import typing
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import data
 from backbones import BACKBONES
+from schema import FLAG, NULL, OBJECT, TEXT, Rule, checked, many, number, one_of, read_json, record
 
 EMBEDDED = ("mini", "drawn")  # --data without a folder
 # Flags that --resume may change, because they do not affect the result.
@@ -158,20 +160,25 @@ class TrainConfig:
     # -- machine
     device: str = option("machine", "auto", "auto, cpu, cuda")
     precision: str = option(
-        "machine", "auto", "auto = bf16 on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
+        "machine", "auto", "of training and, on CUDA, of the cached latents, caption states and black boxes' "
+        "features: auto = bf16 on CUDA, float32 on the CPU", ("auto", "float32", "bf16")
     )
     compile: bool = option("machine", False, "torch.compile the regressor")
     activation_checkpointing: bool = option(
         "machine", False, "recompute activations in the backward pass to save memory"
     )
-    workers: int = option("machine", 0, "processes that read images", least=0, most=1024)
+    workers: int | None = option(
+        "machine", None, "processes that read images, for each training process (default: 0 where all inputs "
+        "are cached or reading an image takes less than 1 ms on a GPU, 20 ms on a CPU; else the machine's "
+        "cores / training processes)", least=0, most=1024
+    )
     checkpoint_every: int = option("machine", 100, "optimizer steps between checkpoints", least=1)
     # fmt: on
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            if rule := broken_rule(f, getattr(self, f.name)):
-                raise data.DataError(f"{flag_of(f.name)} {getattr(self, f.name)}: {rule}")
+        for name, rule in rules().items():
+            if not rule.fits(getattr(self, name)):
+                raise data.DataError(f"{flag_of(name)} {getattr(self, name)}: must be {rule.words}")
 
 
 def flag_of(name: str) -> str:
@@ -184,28 +191,38 @@ def type_of(name: str) -> type:
     return next(t for t in (typing.get_args(hint) or (hint,)) if t is not type(None))
 
 
-def broken_rule(f: dataclasses.Field, value: Any) -> str | None:
-    """The rule that a field's value breaks, or None. The value None is valid if it is the default."""
-    kind, choices, bounds = type_of(f.name), f.metadata["choices"], f.metadata["bounds"]
-    if value is None and f.default is None:
-        return None
-    if not isinstance(value, (int, float) if kind is float else kind) or (
-        isinstance(value, bool) and kind is not bool
-    ):
-        return f"must be {'a number' if kind is float else f'of type {kind.__name__}'}"
-    if choices and value not in choices:
-        return f"must be one of {', '.join(map(str, choices))}"
-    if kind is float and not math.isfinite(value):
-        return "must be a finite number"
-    tests = {
-        "above": ("above", lambda bound: value > bound),
-        "least": ("at least", lambda bound: value >= bound),
-        "below": ("below", lambda bound: value < bound),
-        "most": ("at most", lambda bound: value <= bound),
-    }
-    if not all(tests[name][1](bound) for name, bound in bounds.items()):
-        return "must be " + " and ".join(f"{tests[name][0]} {bound:g}" for name, bound in bounds.items())
-    return None
+@functools.cache
+def rules() -> dict[str, Rule]:
+    """The values that each field may have; None where it is the default."""
+    found = {}
+    for f in dataclasses.fields(TrainConfig):
+        kind, choices = type_of(f.name), f.metadata["choices"]
+        usual = {bool: FLAG, str: TEXT}.get(kind) or number(kind, **f.metadata["bounds"])
+        rule = one_of(*choices) if choices else usual
+        found[f.name] = rule | NULL if f.default is None else rule
+    return found
+
+
+PREPROCESSING = record({
+    "size": many(number(int, 1, 2**13), 2, 2),
+    "resize": number(int, 1, 2**13) | many(number(int, 1, 2**13), 2, 2) | NULL,
+    "filter": TEXT, "rules": TEXT, "squash": FLAG,
+    "mean": many(number(), 3, 3), "std": many(number(above=0), 3, 3),
+})  # fmt: skip
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's config.json, under today's names: TrainConfig's fields, `model`, `preprocessing` (see
+    `write_run`) and, of --curriculum cbs, `smoothing`. Raises data.DataError if the folder is not a run."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise data.DataError(f"{folder}: not a run of train.py (no config.json); give a run's folder")
+    saved = read_json(path)
+    values = {RENAMED.get(name, name): value for name, value in saved.items()}
+    if len(values) < len(saved):
+        raise data.DataError(f"{path}: a field stands in it under an older name too ({RENAMED}); remove one")
+    derived = {"model": OBJECT, "preprocessing": PREPROCESSING, "smoothing": number(least=0).or_else(None)}
+    return checked(values, rules() | derived, path, closed=True)
 
 
 # Paper: three epochs of batches of 64 (section 4.2). 1e-4 with cosine decay is the authors' code's. With

@@ -6,29 +6,37 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from files import write_array, write_json
-from reverse_sd import load_run, predict
-from training.inputs import Prepared, Samples, input_batches
+from reverse_sd import EMBEDDING_WIDTH, Run, load_run, predict
+from training.inputs import Prepared, Samples, evaluation_batches, sample_readers
+from training.loop import Process
 from training.metrics import average_precision, bootstrap_interval, cosines
 from training.pictures import examples_picture
 
 
-def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0) -> dict:
-    """The content of a run's result.json, from predictions of every split.
+def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float = 0.0) -> dict | None:
+    """The content of a run's result.json, from predictions of every split; None but in the first process.
 
-    Writes result.json, predictions/*.npy (the unit-length predicted embeddings of each split and their
-    targets, in the order of predictions/rows.json) and examples.png, and prints a summary.
+    All processes predict. The first one writes result.json, predictions/*.npy (the unit-length predicted
+    embeddings of each split and their targets, in the order of predictions/rows.json) and examples.png, and
+    prints a summary.
 
     `seconds`: time spent before this call, added to this call's own in `seconds` of the result.
     """
     started = time.time()
-    run = load_run(folder, device)
-    predictions, rows_by_split = {}, {}
+    run = load_run(folder, process.device)
+    workers = sample_readers(run.config.get("workers"), prepared, process.device)
+    predictions, probabilities, rows_by_split = {}, None, {}
     for split, rows in prepared.splits.items():
         samples = Samples(prepared, rows, run.vocabulary)
-        predictions[split] = predict(run.regressor, input_batches(samples, device))
-        write_array(folder / "predictions" / f"{split}.npy", predictions[split][0])
+        predictions[split], words = shared_predictions(run, samples, process, workers, split == "test")
+        probabilities = words if split == "test" else probabilities
+    if not process.first:
+        return None
+    for split, rows in prepared.splits.items():
+        write_array(folder / "predictions" / f"{split}.npy", predictions[split])
         write_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
         rows_by_split[split] = [
             {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
@@ -38,8 +46,7 @@ def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0
     test = prepared.splits["test"]
     targets = prepared.targets[test]
     mean_embedding = prepared.targets[prepared.splits["train"]].astype(np.float64).mean(axis=0)
-    embedding, probabilities = predictions["test"]
-    test_cosines = cosines(embedding, targets)
+    test_cosines = cosines(predictions["test"], targets)
     baseline = cosines(mean_embedding, targets)
     low, high = bootstrap_interval(test_cosines)
     result = {
@@ -47,7 +54,7 @@ def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0
         "test_cosine_95": [low, high],
         "mean_embedding_cosine": float(baseline.mean()),
         "error_ratio": float((1 - test_cosines.mean()) / (1 - baseline.mean())),
-        "val_cosine": float(cosines(predictions["val"][0], prepared.targets[prepared.splits["val"]]).mean()),
+        "val_cosine": float(cosines(predictions["val"], prepared.targets[prepared.splits["val"]]).mean()),
         "n_train": len(prepared.splits["train"]),
         "n_val": len(prepared.splits["val"]),
         "n_test": len(test),
@@ -58,9 +65,26 @@ def evaluate(folder: Path, prepared: Prepared, device: str, seconds: float = 0.0
         result["vocabulary_map"] = average_precision(probabilities, truth)
     result["seconds"] = round(seconds + time.time() - started, 1)
     write_json(folder / "result.json", result)
-    examples_picture(folder / "examples.png", run, prepared, embedding, probabilities)
+    examples_picture(folder / "examples.png", run, prepared, predictions["test"], probabilities)
     print(summary(folder, result))
     return result
+
+
+def shared_predictions(
+    run: Run, samples: Samples, process: Process, workers: int, with_words: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`reverse_sd.predict` of all samples, in every process, each of which predicts its share; no word
+    probabilities if not `with_words`: those of the training pairs would take gigabytes."""
+    loader, places = evaluation_batches(samples, process, workers)
+    inputs = (tuple(x.to(process.device) for x in batch[:-3]) for batch in loader)
+    embeddings, words = predict(run.regressor, inputs) if len(places) else (None, None)
+
+    def gathered(part: np.ndarray | None, width: int) -> np.ndarray:
+        part = np.empty((0, width), np.float32) if part is None else part
+        return process.gathered(torch.from_numpy(part).to(process.device), places, len(samples)).cpu().numpy()
+
+    with_words = with_words and run.config["heads"]
+    return gathered(embeddings, EMBEDDING_WIDTH), gathered(words, len(run.vocabulary)) if with_words else None
 
 
 def summary(folder: Path, result: dict) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import weights
 from backbones import BACKBONES
 from files import write_array, write_json
 from reverse_sd import Vocabulary
-from training.config import NO_COSINES, RENAMED, TrainConfig
+from schema import TEXT, number, read_json
+from training.config import NO_COSINES, TrainConfig, read_run
 from training.inputs import Prepared
 
 
@@ -58,13 +58,8 @@ def saved_config(folder: Path) -> TrainConfig:
 
 def saved_fields(folder: Path) -> dict[str, Any]:
     """The fields of TrainConfig in a run's config.json, older names included."""
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        saved = {RENAMED.get(name, name): value for name, value in saved.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise data.DataError(f"{folder}: not a run of train.py ({error}); give a run's folder") from error
-    fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    return {name: value for name, value in saved.items() if name in fields}
+    saved = read_run(folder)
+    return {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig)}
 
 
 def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary: Vocabulary) -> None:
@@ -90,11 +85,13 @@ def read_cosines(folder: Path, prepared: Prepared) -> np.ndarray:
     names = ("curriculum.json", "difficulty.json")  # today's, older runs'
     try:
         about = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
-        recorded = json.loads(about.read_text())["data"]
+        recorded = read_json(about, {"data": TEXT, "epochs": number(int, 1)})
         cosines = np.load(folder / "cosines.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise data.DataError(f"{folder}: {NO_COSINES} ({error})") from error
-    if recorded != prepared.fingerprint or cosines.shape[1:] != prepared.splits["train"].shape:
+    if len(cosines) != recorded["epochs"] or not np.isfinite(cosines).all():
+        raise data.DataError(f"{folder}/cosines.npy: does not fit {about.name}; {NO_COSINES}")
+    if recorded["data"] != prepared.fingerprint or cosines.shape[1:] != prepared.splits["train"].shape:
         raise data.DataError(
             f"{folder}: recorded its cosines on other pairs or another split (--data, --clean, --seed, "
             "--val-size, --test-size); give a run on these"

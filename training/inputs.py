@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +19,21 @@ from torch.utils.data import DataLoader, Dataset
 import data
 import weights
 from backbones import BACKBONES, SDReader, as_backbone, captioner_of
+from files import exclusive
 from reverse_sd import EMBEDDING_WIDTH, Vocabulary
-from training.cache import Encoder, cached_captions, cached_images, cached_rows, cached_texts
+from training.cache import (
+    Encoder,
+    ImageRows,
+    as_bytes,
+    as_texts,
+    cached_images,
+    cached_rows,
+    cached_texts,
+    image_caches,
+    readers,
+)
 from training.config import TrainConfig
+from training.loop import Process
 
 log = logging.getLogger("train")
 
@@ -73,10 +85,13 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     backbone = BACKBONES[config.backbone]
     # Read first: missing weights then stop the run before slow work. The encoders are loaded only if their
     # cache lacks rows.
-    for kind in (backbone.kind, *(("vae", "clip-text") if backbone.white_box else ())):
-        weights.config(kind, config.weights)
-    if backbone.white_box and (captioner := captioner_of(config.captions)):
-        weights.config("blip", captioner)
+    cache = cache_folder()
+    with exclusive(cache, f"{cache}: another process fetches weights; waiting for it"):
+        kinds = (backbone.kind, *(("vae", "clip-text") if backbone.white_box else ()))
+        weights.require_fed(config.weights, *kinds)
+        if backbone.white_box and (captioner := captioner_of(config.captions)):
+            weights.require_fed(captioner, "blip")
+        weights.require_fed(None, "minilm")
     preprocessing = preprocessing_of(config)
     path = pairs_folder(config.data)
     pairs = data.read_pairs(path)
@@ -97,6 +112,19 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     return Prepared(pairs, splits, targets, inputs, preprocessing, digest.hexdigest())
 
 
+def cache_folder() -> Path:
+    """The folder of all caches, created here. Raises data.DataError if it cannot be."""
+    folder = weights.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise data.DataError(
+            f"{folder}: cannot be created ({error.strerror or error}); set REVERSE_SD_CACHE to a writable "
+            "folder"
+        ) from error
+    return folder
+
+
 def pairs_folder(name: str) -> Path:
     """The folder of --data; drawn scenes are built into the cache if missing."""
     if name == "mini":
@@ -105,8 +133,10 @@ def pairs_folder(name: str) -> Path:
         return Path(name)
     from mini import scenes
 
-    path = weights.cache_dir() / f"mini-scenes-{scenes.VERSION}"
-    scenes.build(path)
+    path = cache_folder() / f"mini-scenes-{scenes.VERSION}"
+    path.mkdir(exist_ok=True)
+    with exclusive(path, f"{path}: another process draws the scenes; waiting for it"):
+        scenes.build(path)
     return path
 
 
@@ -157,15 +187,14 @@ def unet_inputs(
     sd = SDReader(source, captioner_of(config.captions), device)
     vae, text = weights.config("vae", source), weights.config("clip-text", source)
     vae_key, text_key = weights.fingerprint("vae", source), weights.fingerprint("clip-text", source)
-    captions = captions_of(config, pairs, sd)
-    height, width = preprocessing.size
+    autocast, (height, width) = encoder_autocast(config, device), preprocessing.size
     shape = (vae.embed_dim, height // 8, width // 8)
-    latents, readable = cached_images(
-        cache, pairs, preprocessing,
-        Encoder("latents", {"model": vae_key}, shape, np.float16, 32, sd.latents), config.workers,
-    )  # fmt: skip
+    latents_encoder = Encoder("latents", {"model": vae_key}, shape, np.float16, 32, sd.latents, autocast)
+    encoders = [(preprocessing, latents_encoder), *captions_encoder(sd)]
+    (latents, readable), *made = image_caches(cache, pairs, encoders, config.workers, device)
+    captions = as_texts(made[0][0]) if made else captions_of(config, pairs)
     shape = (77, text.hidden_size)
-    states = Encoder("captions", {"model": text_key}, shape, np.float16, 32, sd.states)
+    states = Encoder("captions", {"model": text_key}, shape, np.float16, 32, sd.states, autocast)
     contexts = Distinct(*cached_texts(cache, captions, states))
     if "tokenizer" in sd.networks and (cut := sd.network("tokenizer").truncated):
         log.warning("captions: %d were cut to 75 tokens, the text tower's limit", cut)
@@ -202,20 +231,36 @@ def features_encoder(
     return Encoder(f"{config.backbone}-features", key, (width,), np.float32, 32, features)
 
 
-def captions_of(config: TrainConfig, pairs: data.Pairs, sd: SDReader) -> list[str]:
-    """The captions of all pairs, by the `captions` of TrainConfig."""
+def captions_of(config: TrainConfig, pairs: data.Pairs) -> list[str]:
+    """The captions of all pairs, by a `captions` of TrainConfig that names no captioner."""
     if config.captions == "prompt":
         log.warning("captions: true prompts; this is an upper bound, not a result")
         return pairs.prompts
     if config.captions == "empty":
         log.info("captions: none; the cross-attention gets the empty text")
         return [""] * len(pairs)
+    return data.read_captions(Path(config.captions), pairs)
+
+
+def captions_encoder(sd: SDReader) -> list[tuple[data.Preprocessing, Encoder]]:
+    """The captioner's preprocessing and encoder; none without a captioner."""
     if sd.captioner is None:
-        return data.read_captions(Path(config.captions), pairs)
+        return []
     preprocessing = data.Preprocessing(**weights.preprocessing("blip", sd.captioner))
     key = {"model": weights.fingerprint("blip", sd.captioner), "generate": "defaults"}
-    encoder = Encoder("made-captions", key, (), None, 16, sd.captions)
-    return cached_captions(weights.cache_dir(), pairs, preprocessing, encoder, config.workers)
+    return [(preprocessing, as_bytes(Encoder("made-captions", key, (), None, 16, sd.captions)))]
+
+
+def encoder_autocast(config: TrainConfig, device: str) -> str:
+    """`Encoder.autocast` of latents, caption states and black boxes' features: "cuda" there, unless
+    --precision is float32.
+
+    The miniatures' rows then differ from those in float32 by at most 2 % of their norm. Others stay in
+    float32: captions, of which 23 % would change; a frozen U-Net's features, which would differ by up to
+    16 %, and its inputs; and the targets.
+    """
+    frozen_unet = BACKBONES[config.backbone].white_box and config.train_blocks == 0
+    return "cuda" if device.startswith("cuda") and config.precision != "float32" and not frozen_unet else ""
 
 
 def image_inputs(
@@ -224,10 +269,11 @@ def image_inputs(
     """The images of all pairs, or the frozen backbone's features; readable images as a mask."""
     if config.train_blocks != 0:
         readable = Encoder("readable", {}, (1,), np.uint8, 256, lambda images: torch.zeros(len(images), 1))
-        _, ok = cached_images(weights.cache_dir(), pairs, preprocessing, readable, config.workers)
+        _, ok = cached_images(weights.cache_dir(), pairs, preprocessing, readable, config.workers, device)
         return (Images(pairs, preprocessing),), ok
     encoder = features_encoder(config, device, {}, lambda images: [images])
-    features, ok = cached_images(weights.cache_dir(), pairs, preprocessing, encoder, config.workers)
+    encoder = dataclasses.replace(encoder, autocast=encoder_autocast(config, device))
+    features, ok = cached_images(weights.cache_dir(), pairs, preprocessing, encoder, config.workers, device)
     return (features,), ok
 
 
@@ -264,7 +310,21 @@ class Samples(Dataset):
         return *numbers, self.vocabulary.targets([p.pairs.prompts[row]])[0], row
 
 
-def input_batches(samples: Samples, device: str) -> Iterator[tuple[Tensor, ...]]:
-    """The backbone's inputs in order, for `reverse_sd.predict`."""
-    for *inputs, _, _, _ in DataLoader(samples, EVALUATION_BATCH, generator=torch.Generator()):
-        yield tuple(tensor.to(device) for tensor in inputs)
+def sample_readers(workers: int | None, prepared: Prepared, device: str) -> int:
+    """Processes that read samples: by --workers for images; none for cached rows."""
+    if not isinstance(images := prepared.inputs[0], Images):
+        return 0
+    return readers(workers, ImageRows(images.pairs, [images.preprocessing]), device)
+
+
+def evaluation_batches(samples: Samples, process: Process, workers: int) -> tuple[DataLoader, np.ndarray]:
+    """(this process's share of the batches of all samples, in order; the positions of their samples).
+
+    The batches are the same for any number of processes, and so are the bits of what is computed from them.
+    """
+    starts = range(0, len(samples), EVALUATION_BATCH)
+    batches = [range(start, min(start + EVALUATION_BATCH, len(samples))) for start in starts]
+    batches = batches[process.rank :: process.world]
+    # A separate generator, since a resumed run would otherwise draw more often from the global one.
+    loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
+    return loader, np.asarray([i for batch in batches for i in batch], np.int64)

@@ -12,9 +12,10 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import DataError
-from files import atomic_write, write_json
+from files import atomic_write, json_object, read_text, write_json
+from schema import Rule, check, number, one_of, read_json
 
 log = logging.getLogger("train")
 
@@ -54,20 +56,36 @@ class Process:
         if self.world > 1:
             dist.barrier()
 
+    def gathered(self, part: Tensor, places: np.ndarray, n: int) -> Tensor:
+        """Rows (n, ...) in every process, of which each has computed a part, at its places."""
+        rows = part.new_zeros(n, *part.shape[1:])
+        rows[places] = part
+        if self.world > 1:
+            dist.all_reduce(rows)
+        return rows
+
+    def restarted(self) -> bool:
+        """Whether torchrun has started one of the processes again, after a failure."""
+        count = torch.tensor([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], device=self.device)
+        return bool(self.gathered(count, np.zeros(1, int), 1))
+
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Process]:
-    """Context manager: torchrun's process group (gloo on CPUs, nccl on GPUs)."""
+    """Context manager: torchrun's process group (gloo on CPUs, nccl on GPUs). Only the first process logs
+    more than errors."""
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    # The first process may fill the caches for hours while the others wait.
+    # One process may write the results, or draw the data, for long while the others wait.
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
     try:
-        yield Process(dist.get_rank(), dist.get_world_size(), device)
+        process = Process(dist.get_rank(), dist.get_world_size(), device)
+        logging.getLogger().setLevel(logging.INFO if process.first else logging.ERROR)
+        yield process
         dist.barrier()  # all leave together: a process that is gone can abort those still connected to it
     finally:
         dist.destroy_process_group()
@@ -96,9 +114,12 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def tensors_of(self, step: int) -> str:
+        return f"step-{step:08d}.safetensors"
+
     def save(self, state: dict, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"step-{state['step']:08d}.safetensors"
+        name = self.tensors_of(state["step"])
         save_tensors(self.folder / name, tensors)
         write_json(self.folder / "state.json", state | {"tensors": name})
         for pattern in ("step-*.safetensors*", ".state.json.*.tmp"):  # former tensors, half-written files
@@ -106,12 +127,14 @@ class Checkpoint:
                 if other.name != name:
                     other.unlink()
 
-    def load(self) -> tuple[dict, dict[str, Tensor]] | None:
-        """The last complete checkpoint, or None."""
-        if not (self.folder / "state.json").exists():
+    def load(self, fields: Mapping[str, Rule]) -> tuple[dict, dict[str, Tensor]] | None:
+        """The last complete checkpoint, or None. `fields`: what its state.json must have."""
+        path = self.folder / "state.json"
+        if not path.exists():
             return None
         try:
-            state = json.loads((self.folder / "state.json").read_text())
+            state = read_json(path, {"step": number(int, 0)} | fields)
+            check(state, {"tensors": one_of(self.tensors_of(state["step"]))}, path)
             return state, load_file(self.folder / state["tensors"])
         except Exception as error:  # safetensors, JSON and the disk raise different exceptions
             raise DataError(
@@ -162,6 +185,7 @@ class Trainer(ABC):
     """
 
     label = "train"  # of the progress bar
+    state_fields: Mapping[str, Rule] = {}  # of `state` beside those below
     clip_norm = math.inf
 
     def __init__(
@@ -286,19 +310,28 @@ class Trainer(ABC):
 
     def restore(self) -> None:
         """Restore the last checkpoint, if any, and truncate the log to its step."""
-        if (checkpoint := self.checkpoint.load()) is not None:
+        if (checkpoint := self.checkpoint.load(self.state_fields)) is not None:
             state, tensors = checkpoint
-            if state.get("data", state.get("identity")) != self.identity:
+            identity, total = state.get("data", state.get("identity")), state.get("total", self.total)
+            if (identity, total) != (self.identity, self.total):
                 raise DataError(
                     f"{self.folder}: was trained on other pairs or options; use the same again, or start a "
                     "new run"
                 )
-            self.load_state(state, tensors)
+            try:
+                self.load_state(state, tensors)
+            except (KeyError, RuntimeError) as error:
+                raise DataError(
+                    f"{self.folder}: the checkpoint does not fit its config.json ({error}); restore that"
+                ) from error
+            if self.step > self.total:
+                raise DataError(f"{self.folder}: the checkpoint is beyond the run's {self.total} steps")
             log.info("resumed at step %d of %d", self.step, self.total)
         path = self.folder / "log.jsonl"
         if self.process.first and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            lines = read_text(path, sys.maxsize).splitlines(keepends=True)
+            whole = [(line, json_object(line) or {}) for line in lines if line.endswith("\n")]
+            kept = [line for line, entry in whole if number(int, 0, self.step).fits(entry.get("step"))]
             atomic_write(path, "".join(kept))
 
     @contextlib.contextmanager

@@ -13,8 +13,9 @@
     tokenizer.py  CLIP's tokenizer
 """
 
+from schema import read_json
 from weights.fetch import cache_dir
-from weights.files import read_json, read_tensors
+from weights.files import read_config, read_tensors
 from weights.preprocessing import preprocessing
 from weights.sources import (
     build,
@@ -23,6 +24,7 @@ from weights.sources import (
     from_home,
     load,
     load_tokenizer,
+    require_fed,
     resolve,
     resolve_device,
     to_home,
@@ -32,6 +34,6 @@ from weights.tokenizer import ClipTokenizer
 
 __all__ = [
     "ClipTokenizer", "WeightsError", "build", "cache_dir", "config", "fingerprint", "from_home", "load",
-    "load_strict", "load_tokenizer", "preprocessing", "read_json", "read_tensors", "resolve",
-    "resolve_device", "to_home",
+    "load_strict", "load_tokenizer", "preprocessing", "read_config", "read_json", "read_tensors",
+    "require_fed", "resolve", "resolve_device", "to_home",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from command import run_command
 from weights import fetch, golden, sources
 from weights.kinds import KINDS
 from weights.registry import ENTRIES, Entry
@@ -137,11 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        return args.run(args) or 0
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,16 @@ class Unavailable(Exception):
 
 def cache_dir() -> Path:
     """The folder of everything that is built or fetched once: $REVERSE_SD_CACHE, or ~/.cache/reverse-sd."""
-    return Path(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd").expanduser()
+    return expanded(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd")
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with the home folder for its ~. Raises WeightsError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise WeightsError(f"{path}: there is no such home folder; write the folder out, or set "
+                           f"REVERSE_SD_CACHE to one for everything that is fetched or built") from error
 
 
 def where(entry: Entry) -> Path:

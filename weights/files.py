@@ -6,6 +6,7 @@ it, and one that is changed or cut short while it is mapped changes or kills the
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from schema import FLAG, NULL, OBJECT, TEXT, Rule, check, many, number, read_json
 from weights.strict import WeightsError
 
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
@@ -24,6 +26,44 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+
+SIZE, LAYERS, SIDE, POSITIVE = (number(int, 1, 2**20), number(int, 1, 256), number(int, 1, 2**13),
+                                number(above=0, most=2**20))
+SIZES, SIDES, COLOURS = many(SIZE, 1, 16), SIDE | many(SIDE, 2, 2), many(number(least=-1e3, most=1e3), 1, 16)
+# Fields of a config.json, a pictures' processor or our configurations, wherever they stand in them
+FIELDS: dict[str, Rule] = {name: rule for rule, names in (
+    (SIZE, """hidden_size intermediate_size vocab_size max_position_embeddings type_vocab_size projection_dim
+              embed_dim width head_width num_channels in_channels out_channels latent_channels in_chans
+              hidden_features norm_num_groups norm_groups ch model_channels out_ch z_channels context_dim
+              encoder_hidden_size"""),
+    (SIZE | NULL, "num_head_channels"),
+    (SIZE | SIZES | NULL, "num_heads num_attention_heads attention_head_dim cross_attention_dim"),
+    (SIZES, "block_out_channels ch_mult channel_mult"),
+    (LAYERS, "depth num_hidden_layers num_res_blocks"),
+    (LAYERS | many(LAYERS, 1, 16), "layers layers_per_block"),
+    (many(LAYERS, 1, 16), "depths"),
+    (many(number(int, 0, 255), 0, 16), "attention_levels pretrained_window_sizes"),
+    (number(int, 0, 2**20), "bos_token_id pad_token_id sep_token_id"),
+    (SIDES, "image_size img_size patch_size"),
+    (SIDES | OBJECT, "size crop_size"),
+    (SIDE, "shortest_edge height"),
+    (SIDE | many(SIDE, 1, 3), "sample_size"),
+    (many(SIDE, 3, 3), "input_size"),
+    (SIDES | many(SIDES, 1, 16) | NULL, "window_size"),
+    (number(above=0, most=1), "layer_norm_eps norm_eps eps"),
+    (number(least=0.1, most=1), "crop_pct"),
+    (POSITIVE, "mlp_ratio scaling_factor scale_factor rescale_factor"),
+    (COLOURS, "mean image_mean"),
+    (many(POSITIVE, 1, 16), "std image_std"),
+    (FLAG, """do_resize do_rescale do_normalize do_convert_rgb do_center_crop qkv_bias class_token quick_gelu
+              use_linear_projection use_linear_in_transformer"""),
+    (TEXT, """_class_name model_type architecture hidden_act global_pool interpolation resize_mode crop_mode
+              image_processor_type feature_extractor_type"""),
+    (many(TEXT, 1, 16), "down_block_types up_block_types"),
+    (number(int, 0, 5), "resample"),
+    (OBJECT, """text_config vision_config vision_config_dict model_args pretrained_cfg model_cfg vision_cfg
+                preprocess_cfg image_processor"""),
+) for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -95,15 +135,15 @@ def refuse_pickle(path: Path) -> None:
                            f"get the .safetensors file of the same weights, or convert it where you trust it")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises WeightsError if the file holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: no JSON can be read from it ({error})") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: a JSON object was expected, not a {type(value).__name__}")
-    return value
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json, or another that describes a model. Raises WeightsError if it breaks FIELDS."""
+    config = read_json(path)
+    level: list[Mapping[str, Any]] = [config]
+    while level:
+        for part in level:
+            check({name: value for name, value in part.items() if value is not None}, FIELDS, path)
+        level = [value for part in level for value in part.values() if isinstance(value, Mapping)]
+    return config
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from schema import Rule, one_of
 from weights.dialects import Dialect, indices_in
 from weights.strict import WeightsError, listed
 
@@ -28,6 +29,9 @@ Shape = str | tuple[Any, ...]
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+RGB, LATENTS = one_of(3), one_of(4)  # channels that are fed here
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,10 @@ class Kind:
     ignore: Mapping[str, str] = field(default_factory=dict)  # regex of our names -> why it may be left over
     tokenizer: Callable[[Path], Tokenizer] | None = None  # of the model, from the folder of the weights
     clip_tokenizer: bool = False  # whether weights.load_tokenizer reads its tokenizer
+    tokens: Mapping[str, str] = field(default_factory=dict)  # field with an id -> its token
+    fed: Mapping[str, Rule] = field(default_factory=dict)  # field -> values that fit what is fed here
+    # Field -> the kind, and its field of the same value, whose output is fed
+    reads: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)  # a dropped copy -> ours, with the same values
     pictures: Pictures | None = None  # None: it reads none
 
@@ -192,8 +200,10 @@ def sizes_of(
                                    f"config.json must state the {heads} of these weights")
     except WeightsError:
         raise
-    except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise WeightsError(f"{where}: a size is missing or of the wrong type ({error!r})") from error
+    except KeyError as error:
+        raise WeightsError(f"{where}: a size is missing, {error.args[0]}; add it") from error
+    except (TypeError, IndexError, ValueError, ArithmeticError) as error:
+        raise WeightsError(f"{where}: its sizes do not fit one another ({error!r}); correct them") from error
     return found
 
 
@@ -236,5 +246,5 @@ def build_on_meta(kind: Kind, config: Any, where: str) -> nn.Module:
     try:
         with torch.device("meta"), Unfilled():
             return kind.model(config)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{where}: no {kind.name} can have these sizes ({error})") from error

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weights.files import read_json
+from weights.files import read_config
 from weights.kinds import KINDS, find_kind
 from weights.options import CLIP, HALVES, IMAGENET, Kind
 from weights.registry import DEFAULTS, ENTRIES
@@ -56,7 +56,7 @@ def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[st
         return _shorter_side(size, 1.0, "bicubic", HALVES)
     parsed = read(kind, source)
     size, beside = getattr(parsed.config, entry.pictures.size), parsed.folder / "config.json"
-    if Path(parsed.where).is_file() and beside.is_file() and not entry.owns(read_json(beside)):
+    if Path(parsed.where).is_file() and beside.is_file() and not entry.owns(read_config(beside)):
         return defaults(kind, parsed.dialect.name, size)
     return from_files(parsed.folder, parsed.dialect.name, kind, size)
 
@@ -112,9 +112,9 @@ def _shorter_side(
 def _from_hugging_face(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str, Any] | None:
     where = folder / "preprocessor_config.json"
     whole = folder / "processor_config.json"  # of a text and image processor, since transformers 5
-    config = read_json(where) if where.is_file() else None
+    config = read_config(where) if where.is_file() else None
     if config is None and whole.is_file():
-        where, config = whole, read_json(whole).get("image_processor")
+        where, config = whole, read_config(whole).get("image_processor")
     if not isinstance(config, dict):
         return None
     named = config.get("image_processor_type") or config.get("feature_extractor_type")
@@ -169,7 +169,7 @@ def _from_open_clip(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str
     where = folder / "open_clip_config.json"
     if not where.is_file():
         return None
-    config = read_json(where).get("preprocess_cfg") or {}
+    config = read_config(where).get("preprocess_cfg") or {}
     colours = {key: _three(config.get(key) or CLIP[key], str(where)) for key in ("mean", "std")}
     filter = config.get("interpolation") or "bicubic"
     filter = "bicubic" if filter == "random" else _filter(filter, ("bicubic", "bilinear"), where)
@@ -184,7 +184,7 @@ def _from_open_clip(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str
 
 def _from_timm(folder: Path, kind: Kind, size: tuple[int, int]) -> dict[str, Any] | None:
     where = folder / "config.json"
-    config = read_json(where) if where.is_file() else {}
+    config = read_config(where) if where.is_file() else {}
     config = config.get("pretrained_cfg") or (config if "architecture" in config else None)
     if config is None:
         return None

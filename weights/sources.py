@@ -11,11 +11,13 @@ from re import fullmatch
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from schema import TEXT, by_name, check, one_of, read_json
 from weights.dialects import Dialect, Recipe, map_names, their_names, to_ours, to_theirs
-from weights.fetch import damage, ensure, where
-from weights.files import Stored, read_json, refuse_pickle, stored_tensors
+from weights.fetch import damage, ensure, expanded, where
+from weights.files import FIELDS, Stored, read_config, refuse_pickle, stored_tensors
 from weights.kinds import KINDS, find_kind
 from weights.kinds.sd import SINGLE_FILE_IGNORED
 from weights.options import Kind, build_on_meta, name_in, sizes_of
@@ -33,6 +35,8 @@ WEIGHTS = [f"{stem}.{end}" for stem in STEMS for end in ("safetensors", "safeten
     for end in ("fp16.safetensors", "safetensors.index.fp16.json", "fp16.safetensors.index.json")
 ]
 SINGLE_FILE = tuple(prefix for kind in KINDS.values() for prefix in kind.single_file)
+# Of torch.compile, DataParallel and others: they wrap modules and stay in the names
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def load(
@@ -67,8 +71,41 @@ def load(
     load_strict(model, tensors, source=parsed.where, their_name=parsed.their_name, copy=False)
     parsed.check_tied()
     if entry.tokenizer:
-        model.tokenizer = entry.tokenizer(parsed.folder)
+        model.tokenizer = _fitting_tokenizer(parsed)
     return model.to(device).eval()
+
+
+def require_fed(source: str | os.PathLike | None, *kinds: str) -> None:
+    """Raise WeightsError unless the `kinds` in `source` read what they are fed here: pictures in three
+    colours, latents, texts of 77 known tokens, and each other's outputs. Nothing but tokenizers is loaded."""
+    sizes = {kind: config(kind, source) for kind in kinds}
+    for kind, found in sizes.items():
+        entry, where = KINDS[kind], f"{source or DEFAULTS[kind]}: the {kind} cannot be used here"
+        check(vars(found), entry.fed, where)
+        for name, (other, theirs) in entry.reads.items():
+            check(vars(found), {name: one_of(getattr(sizes[other], theirs))} if other in sizes else {}, where)
+        if entry.clip_tokenizer:
+            _require_known(load_tokenizer(source).tokenizer, found.vocab_size, where)
+        elif entry.tokenizer and not missing_miniature(kind, _source(kind, source)):
+            _fitting_tokenizer(read(kind, _source(kind, source)))
+
+
+def _fitting_tokenizer(parsed: "WeightsSource") -> Tokenizer:
+    """The model's tokenizer. Raises WeightsError if its numbers are not the model's."""
+    tokenizer, sizes = parsed.kind.tokenizer(parsed.folder), asdict(parsed.config)
+    _require_known(tokenizer, sizes.get("vocab_size") or sizes["text_vocab_size"], str(parsed.folder))
+    for name, token in parsed.kind.tokens.items():
+        if (number := tokenizer.token_to_id(token)) != sizes[name]:
+            raise WeightsError(f"{parsed.folder}: {token} is {number} in the tokenizer and {sizes[name]} in "
+                               f"the model ({name}); fetch the tokenizer again")
+    return tokenizer
+
+
+def _require_known(tokenizer: Tokenizer, size: int, where: str) -> None:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= size:
+        raise WeightsError(f"{where}: the tokenizer's ids reach {largest}, and the model has {size} tokens; "
+                           f"fetch the tokenizer of these weights")
 
 
 def config(kind: str, source: str | os.PathLike | None = None) -> Any:
@@ -89,6 +126,7 @@ def build(kind: str, config: Any) -> nn.Module:
         wanted = {field.name for field in fields(entry.config)}
         if wanted != set(config):
             raise WeightsError(f"a {kind} has the sizes {', '.join(sorted(wanted))}; got {', '.join(config)}")
+        check({name: value for name, value in config.items() if value is not None}, FIELDS, f"a {kind}")
         config = entry.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     return entry.model(config)
 
@@ -192,7 +230,7 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     prefix = _part_prefix(kind, raw, where) if single else ""
     stored = {name.removeprefix(prefix): entry for name, entry in raw.items() if name.startswith(prefix)}
     beside = None if single else _config_file(kind, folder, own=path.is_dir())
-    stated = read_json(beside) if beside else None
+    stated = read_config(beside) if beside else None
     if stated and (named := name_in(stated)) and not kind.owns(stated):
         right = " or ".join(sorted(kind.classes))
         raise WeightsError(f"{beside} describes a {named}, not a {kind.name} ({right})")
@@ -205,7 +243,9 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     sizes = sizes_of(kind, stated, home, str(beside or where), dialect, single)
     if single:
         numbers = {field: raw[name] for name, field in kind.single_sizes.items() if name in raw}
-        sizes = replace(sizes, **{field: float(entry.read()) for field, entry in numbers.items()})
+        read_numbers = {field: entry.read() for field, entry in numbers.items()}
+        sizes = replace(sizes, **{field: float(x) for field, x in read_numbers.items() if x.numel() == 1})
+    check({name: value for name, value in vars(sizes).items() if value is not None}, FIELDS, beside or where)
     their_name = their_names(dialect, stored)
     return WeightsSource(
         kind, where, folder, dialect, sizes, stored, recipes, lambda name: prefix + their_name(name)
@@ -230,7 +270,7 @@ def _config_file(kind: Kind, folder: Path, own: bool) -> Path | None:
     """The file in the folder that states the sizes, if there is one. Beside a lone file (`own` False) it
     counts only if it is of that kind."""
     path, second = folder / "config.json", folder / (kind.second_config or "config.json")
-    if path.is_file() and kind.owns(read_json(path)):
+    if path.is_file() and kind.owns(read_config(path)):
         return path
     if kind.second_config and second.is_file():
         return second
@@ -242,11 +282,21 @@ def resolve(source: str | os.PathLike, part: str | None = None) -> Path:
     entry = ENTRIES.get(str(source))
     if entry:
         return entry.folder or ensure(entry, part)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         names = ", ".join(ENTRIES)
         raise WeightsError(f"{source}: no such file or folder, and no name of the registry ({names})")
-    return path
+    return _snapshot(path) if (path / "snapshots").is_dir() else path
+
+
+def _snapshot(root: Path) -> Path:
+    """The snapshot in a repository's folder of the hub's cache: that of refs/main, or the only one."""
+    snapshots, main = sorted((root / "snapshots").iterdir()), root / "refs" / "main"
+    current = root / "snapshots" / main.read_text("utf-8").strip() if main.is_file() else None
+    if current in snapshots or len(snapshots) == 1:
+        return current if current in snapshots else snapshots[0]
+    names = listed([f"snapshots/{path.name}" for path in snapshots]) or "none"
+    raise WeightsError(f"{root}: refs/main does not name one of its snapshots ({names}); give one of them")
 
 
 def part_folder(kind: str, root: Path) -> Path:
@@ -276,21 +326,50 @@ def stored_in(path: Path) -> dict[str, Stored]:
         for pickled in sorted(path.iterdir()):
             refuse_pickle(pickled)
         usual = " or ".join(f"{stem}.safetensors" for stem in STEMS)
-        raise WeightsError(f"{path} holds no weights ({usual})")
-    if file.suffix != ".json":
-        return stored_tensors(file)
-    names = read_json(file).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise WeightsError(f"{file}: no weight_map in it, so it is no index of shards")
+        others = sorted(other.name for other in path.iterdir() if ".safetensors" in other.name)
+        shown = f" but {listed(others)}; rename one of them" if others else ""
+        raise WeightsError(f"{path} holds no weights ({usual}){shown}")
+    return _unwrapped(stored_tensors(file) if file.suffix != ".json" else _shards(file), file)
+
+
+def _unwrapped(stored: Mapping[str, Stored], file: Path) -> dict[str, Stored]:
+    """The tensors under their names without WRAPPERS and, if no kind has such names, without a beginning that
+    all share."""
+    names = {name: [part for part in name.split(".") if part not in WRAPPERS] for name in stored}
+    while names and not _known(".".join(parts) for parts in names.values()):
+        if len({parts[0] for parts in names.values()}) > 1 or min(map(len, names.values())) < 2:
+            return dict(stored)
+        names = {name: parts[1:] for name, parts in names.items()}
+    renamed = {".".join(parts): stored[name] for name, parts in names.items()}
+    if len(renamed) < len(stored):
+        raise WeightsError(f"{file}: several tensors have one name once {', '.join(WRAPPERS)} are left out")
+    if changed := [name for name in stored if name not in renamed]:
+        log.warning("%s: %d names begin otherwise than published ones (%s); that is left out", file,
+                    len(changed), changed[0])
+    return renamed
+
+
+def _known(names: Iterable[str]) -> bool:
+    names = list(names)
+    return any(name.startswith(SINGLE_FILE) for name in names) or any(
+        kind.find_dialect(names) for kind in KINDS.values()
+    )
+
+
+def _shards(file: Path) -> dict[str, Stored]:
+    """The tensors of an index, each from the shard that it names."""
+    names = read_json(file, {"weight_map": by_name(TEXT)})["weight_map"]
+    if not names:
+        raise WeightsError(f"{file}: its weight_map is empty, so it is no index of shards; fetch it again")
     stored: dict[str, Stored] = {}
     for shard in sorted(set(names.values())):
         if Path(shard).name != shard:
             raise WeightsError(f"{file} points outside its folder: {shard}")
         if not (file.parent / shard).is_file():
             raise WeightsError(f"{file} names the shard {shard}, which is missing; fetch it too")
-        stored |= stored_tensors(file.parent / shard)
-    if missing := [name for name, shard in names.items()
-                   if name not in stored or stored[name].path.name != shard]:
+        held = stored_tensors(file.parent / shard)
+        stored |= {name: entry for name, entry in held.items() if names.get(name, shard) == shard}
+    if missing := [name for name in names if name not in stored]:
         raise WeightsError(f"{file}: {len(missing)} tensors are not in the shard it names: {listed(missing)}")
     return stored
 
@@ -317,7 +396,7 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
     path = resolve("sd-1" if source is None else source, "tokenizer")
     if path.is_dir():
         return read_folder(path)
-    second = any(name.startswith(KINDS["clip-text"].single_file[1]) for name in stored_tensors(path))
+    second = any(name.startswith(KINDS["clip-text"].single_file[1]) for name in stored_in(path))
     return read_folder(ensure(ENTRIES["clip-tokenizer"]), pad="!" if second else END)
 
 

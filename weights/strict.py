@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from files import DataError
+from schema import shown
+
 LISTED = 12  # names shown of each sort of mistake
-
-
-class WeightsError(ValueError):
-    """Something is wrong with a file of weights: one line with the file, the fault and the remedy."""
+WeightsError = DataError  # one line with the file, the fault and the remedy
 
 
 def load_strict(
@@ -33,8 +33,8 @@ def load_strict(
     source      the file's name in the error
     their_name  our name -> the file's, for the error
 
-    Raises WeightsError once, listing every missing, unexpected or misshapen tensor, NaN or infinity, and
-    everything that would be left on the meta device. The model is then untouched.
+    Raises WeightsError once, listing every missing, unexpected, misshapen or whole-numbered tensor, NaN or
+    infinity, and everything that would be left on the meta device. The model is then untouched.
     """
     held = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     ignored, fresh = [re.compile(pattern) for pattern in dict(ignore)], [re.compile(p) for p in fresh]
@@ -43,12 +43,15 @@ def load_strict(
 
     unexpected = [k for k in held if k not in wanted and not any(p.fullmatch(k) for p in ignored)]
     misshapen = [k for k in wanted if k in held and held[k].shape != wanted[k].shape]
+    integers = [k for k in wanted.keys() & held.keys()
+                if wanted[k].is_floating_point() and not held[k].is_floating_point()]
     _refuse(source, {
         "missing": [their_name(k) for k in wanted if k not in held and k not in is_fresh],
         "unexpected": [their_name(k) for k in unexpected],
         "meant to be fresh, yet in the file": [their_name(k) for k in held if k in is_fresh],
         "of a wrong shape": [f"{their_name(k)} {tuple(held[k].shape)} instead of {tuple(wanted[k].shape)}"
                              for k in misshapen],
+        "of whole numbers, as a quantised file has them": [their_name(k) for k in integers],
         "left without values": [
             *(their_name(k) for k in is_fresh if wanted[k].is_meta),
             *(k for k, buffer in model.named_buffers() if buffer.is_meta and k not in wanted),
@@ -86,6 +89,7 @@ def _refuse(source: str, wrong: Mapping[str, list[str]]) -> None:
 
 
 def listed(names: list[str]) -> str:
-    """The names in one line, a long list cut."""
+    """The names in one line, a long list or name cut."""
     more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f", ... and {more} more" if more > 0 else "")
+    plain = [name if name.isprintable() and len(name) < 300 else shown(name) for name in names[:LISTED]]
+    return ", ".join(plain) + (f", ... and {more} more" if more > 0 else "")

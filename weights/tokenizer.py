@@ -1,15 +1,15 @@
 """CLIP's tokenizer: text to the 77 token ids that the text tower reads."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from weights.files import read_json, read_tokenizer
-from weights.strict import WeightsError
+from schema import NULL, TEXT, check, number, read_json, record
+from weights.files import read_tokenizer
+from weights.strict import WeightsError, listed
 
 LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -62,11 +62,12 @@ def read_folder(root: Path, pad: str = "") -> ClipTokenizer:
 
 
 def _pad(folder: Path) -> str:
+    rule = (TEXT | NULL | record({"content": TEXT})).or_else(None)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token: Any = read_json(folder / name).get("pad_token") if (folder / name).is_file() else None
-        token = token.get("content") if isinstance(token, dict) else token
+        path = folder / name
+        token = read_json(path, {"pad_token": rule})["pad_token"] if path.is_file() else None
         if token:
-            return token
+            return token if isinstance(token, str) else token["content"]
     return END
 
 
@@ -75,9 +76,15 @@ def byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
     words = read_json(vocabulary)
     if START not in words or END not in words:
         raise WeightsError(f"{vocabulary} lacks {START} or {END}: it is no CLIP tokenizer's")
+    check(words, dict.fromkeys(words, number(int, 0, 2**20)), vocabulary)
+    if len(set(words.values())) < len(words):
+        raise WeightsError(f"{vocabulary}: two tokens have one id; fetch it again")
     try:
         lines = merges.read_text(encoding="utf-8").splitlines()
         pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        endings = {word for word in words if word.endswith("</w>") and len(word) > len("x</w>")}
+        if unmade := endings - {"".join(pair) for pair in pairs}:
+            raise ValueError(f"no line makes {listed(sorted(unmade)[:3])}")
         model = BPE(words, pairs, end_of_word_suffix="</w>", unk_token=END)
     except Exception as error:  # tokenizers raises nothing more precise
         raise WeightsError(f"{merges}: does not fit {vocabulary.name} ({error}); fetch both again") from error

@@ -133,6 +133,7 @@ KIND = Kind(
     shapes=SHAPES,
     heads={f"{half}_num_attention_heads": f"{half}_hidden_size" for half in ("vision", "text")},
     tokenizer=load_tokenizer,
+    tokens={"text_bos_token_id": "[DEC]", "text_sep_token_id": "[SEP]"},
     tied=TIED,
     pictures=Pictures("vision_image_size", "Blip", CLIP),
     example_inputs=lambda config, draw: {

@@ -6,9 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from models.clip import CONFIGS, VISION_CONFIGS, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from schema import number
 from weights.dialects import Dialect, Numbers, Row, StackedQkv, Transposed, indices_in, numbers
-from weights.options import CLIP, Kind, Options, Pictures, pair, same_names
+from weights.options import CLIP, RGB, Kind, Options, Pictures, pair, same_names
 from weights.strict import WeightsError
+from weights.tokenizer import LENGTH
 
 # Text tower. Home: Hugging Face's, as the published `text_encoder` folders hold it; a single file of Stable
 # Diffusion 1 holds the same beneath `cond_stage_model.transformer.`.
@@ -186,6 +188,7 @@ TEXT = Kind(
     single_file=("cond_stage_model.transformer.",  # Stable Diffusion 1
                  "cond_stage_model.model."),       # Stable Diffusion 2
     clip_tokenizer=True,
+    fed={"max_position_embeddings": number(int, LENGTH)},
     example_inputs=lambda config, draw: {
         "ids": draw.below(config.vocab_size, config.max_position_embeddings),
     },
@@ -206,6 +209,7 @@ VISION = Kind(
     forms={"image_size": _side, "patch_size": _side},
     heads={"num_attention_heads": "hidden_size"},
     not_in_weights={"visual_projection.weight": _ACTIVATION},
+    fed={"num_channels": RGB},
     pictures=Pictures("image_size", "CLIP", CLIP),
     example_inputs=lambda config, draw: {
         "images": draw.normal(config.num_channels, *pair(config.image_size)),

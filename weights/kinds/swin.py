@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.swin import CONFIGS, Swin, SwinConfig, stage_grids
 from weights.dialects import Dialect, Numbers, OneOfQkv, Row, beneath, indices_in
-from weights.options import IMAGENET, Kind, Options, Pictures, pair
+from weights.options import IMAGENET, RGB, Kind, Options, Pictures, pair
 from weights.strict import WeightsError
 
 # Home: timm's. Microsoft's files, and timm's older ones, put the merging of patches at the end of a stage and
@@ -244,6 +244,7 @@ KIND = Kind(
     ),
     classes={"swin", "swinv2", "swin_", "swinv2_"},
     read=_read,
+    fed={"in_chans": RGB},
     not_in_weights={"layers.0.blocks.0.attn.logit_scale": "a Swin V2's window and image size"},
     pictures=Pictures("img_size", "ViT", IMAGENET),
     example_inputs=lambda config, draw: {"images": draw.normal(config.in_chans, *config.img_size)},

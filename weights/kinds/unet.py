@@ -9,7 +9,7 @@ from torch import Tensor
 from models.unet import CONFIGS, GROUPS, UNet, UNetConfig, UNetEncoder
 from weights.dialects import Dialect, Numbers, Row, indices_in
 from weights.kinds.sd import multiples
-from weights.options import Kind, Options
+from weights.options import LATENTS, Kind, Options
 from weights.strict import WeightsError
 
 # U-Net. Home: LDM (`model.diffusion_model.` of a single file). LDM counts all blocks in one row, diffusers by
@@ -156,6 +156,8 @@ KIND = Kind(
     classes={"UNet2DConditionModel"},
     read=_read,
     single_file=("model.diffusion_model.",),
+    fed={"in_channels": LATENTS, "out_channels": LATENTS},
+    reads={"context_dim": ("clip-text", "hidden_size")},
     example_inputs=lambda config, draw: {
         "latents": draw.normal(config.in_channels, 16, 16), "timesteps": draw.below(1000),
         "context": draw.normal(77, config.context_dim),

@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from models.vae import CONFIGS, VAE, VAEConfig
+from schema import many
 from weights.dialects import Conv1x1, Dialect, Numbers, Row, indices_in
+from weights.files import SIZE
 from weights.kinds.sd import multiples
-from weights.options import Kind, Options
+from weights.options import LATENTS, RGB, Kind, Options
 from weights.strict import WeightsError
 
 # Autoencoder. Home: LDM (`first_stage_model.` of a single file). Going down, both count levels from the
@@ -101,6 +103,7 @@ KIND = Kind(
     classes={"AutoencoderKL"},
     read=_read,
     single_file=("first_stage_model.",),
+    fed={"in_channels": RGB, "out_ch": RGB, "embed_dim": LATENTS, "ch_mult": many(SIZE, 4, 4)},
     single_sizes={"scale_factor": "scale_factor"},
     example_inputs=lambda config, draw: {"images": draw.normal(config.in_channels, 64, 64).clamp(-1, 1)},
     outputs=lambda model, inputs: {

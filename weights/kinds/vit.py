@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.vit import CONFIGS, ViT, ViTConfig
 from weights.dialects import Dialect, OneOfQkv, Row, beneath, numbers
-from weights.options import HALVES, Kind, Options, Pictures, pair
+from weights.options import HALVES, RGB, Kind, Options, Pictures, pair
 from weights.strict import WeightsError
 
 # Home: timm's.
@@ -142,6 +142,7 @@ KIND = Kind(
     shapes=SHAPES,
     forms={"img_size": pair, "patch_size": pair},
     heads={"num_heads": "embed_dim"},
+    fed={"in_chans": RGB},
     pictures=Pictures("img_size", "ViT", HALVES, "bilinear"),
     example_inputs=lambda config, draw: {"images": draw.normal(config.in_chans, *config.img_size)},
 )

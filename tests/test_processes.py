@@ -1,0 +1,283 @@
+"""Many processes: caches that they fill together, two nodes, and a node that dies and comes back."""
+
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, environment, losses, train_here
+from PIL import Image
+
+import data
+import files
+import train
+from data import Pairs, Preprocessing
+from training import cache as caches
+from training.cache import Encoder, ImageRows, as_bytes, as_texts, cached_texts, image_caches, readers
+from training.config import TrainConfig
+from training.inputs import encoder_autocast
+from training.loop import Process
+from training.rows import BLOCK
+
+# -- caches ------------------------------------------------------------------------------------------------
+
+N = 5 * BLOCK + 7
+TEXTS = [str(k) for k in range(N)]
+
+
+def of_batch(texts: list[str]) -> torch.Tensor:
+    """Rows that depend on all inputs of their batch, as an encoder's last bits may."""
+    numbers = torch.tensor([float(text) for text in texts])
+    return torch.stack([numbers, numbers.sum().expand(len(texts))], dim=1)
+
+
+FILL = f"""
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+from training import rows
+from training.cache import Encoder, cached_texts
+rows.COMMIT_SECONDS = 0.0
+{inspect.getsource(of_batch)}
+def encode(texts):
+    time.sleep(0.01)
+    print(*texts, flush=True)
+    return of_batch(texts)
+texts = [str(k) for k in range({N})]
+cached_texts(sys.argv[2], texts, Encoder("targets", "k", (2,), "float32", 50, encode))
+"""
+
+
+def fill(cache: Path) -> subprocess.Popen:
+    """A process that fills the cache and prints the texts that it encodes."""
+    command = [sys.executable, "-c", FILL, ROOT, cache]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+    )
+
+
+def fill_here(cache: Path, encode=of_batch) -> np.ndarray:
+    return cached_texts(cache, TEXTS, Encoder("targets", "k", (2,), "float32", 50, encode))[0]
+
+
+def none_missing(texts: list[str]) -> torch.Tensor:
+    pytest.fail(f"{texts} were encoded again")
+
+
+def killed(process: subprocess.Popen, batches: int) -> list[str]:
+    """The texts that a process had begun when it was killed in a batch."""
+    lines = [process.stdout.readline() for _ in range(batches)]
+    process.send_signal(signal.SIGKILL)
+    return " ".join([*lines, process.communicate()[0]]).split()
+
+
+def test_processes_share_a_cache_and_make_the_bits_of_one(tmp_path: Path):
+    expected = np.array(fill_here(tmp_path / "one"))
+    together = [fill(tmp_path / "three") for _ in range(3)]
+    encoded = [process.communicate()[0].split() for process in together]
+    assert sorted(map(int, sum(encoded, []))) == list(range(N))
+    assert np.array_equal(fill_here(tmp_path / "three", none_missing), expected)
+
+
+@pytest.mark.parametrize("first, then", [(1, 3), (3, 1)])
+def test_processes_go_on_where_others_were_killed(tmp_path: Path, first: int, then: int):
+    expected = np.array(fill_here(tmp_path / "one"))
+    begun = [killed(process, 3) for process in [fill(tmp_path / "cache") for _ in range(first)]]
+    rest = [process.communicate()[0].split() for process in [fill(tmp_path / "cache") for _ in range(then)]]
+    times = Counter(sum(begun, []) + sum(rest, []))
+    assert times.keys() == set(TEXTS)
+    assert sum(count - 1 for count in times.values()) <= 50 * first  # the batch in which each was killed
+    assert np.array_equal(fill_here(tmp_path / "cache", none_missing), expected)
+
+
+def test_a_share_of_a_killed_process_is_taken_over_by_one_that_runs(tmp_path: Path):
+    victim, other = fill(tmp_path), fill(tmp_path)
+    killed(victim, 2)
+    other.communicate()
+    assert other.returncode == 0
+    assert np.array_equal(fill_here(tmp_path, none_missing), fill_here(tmp_path / "one"))
+
+
+def test_without_locks_each_process_encodes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    for name in ("lockf", "flock"):
+        monkeypatch.setattr(files.fcntl, name, no_locks)
+    assert np.array_equal(fill_here(tmp_path)[:, 0], np.arange(N))
+    with files.exclusive(tmp_path):
+        pass
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Pairs:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(9):
+        Image.new("RGB", (20, 20), (20 * k, 0, 0)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"picture {k}")
+    (folder / "4.png").write_bytes(b"")
+    return data.read_pairs(folder)
+
+
+def test_an_image_is_decoded_once_for_latents_and_captions(
+    pictures: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    decoded, image = [], Pairs.image
+    monkeypatch.setattr(Pairs, "image", lambda self, i: decoded.append(i) or image(self, i))
+    latents = Encoder("latents", "vae", (3,), "float16", 4, lambda images: images.mean((2, 3)))
+    captions = Encoder("captions", "blip", (), None, 2, lambda images: [f"{x.shape[-1]}" for x in images])
+    encoders = [(Preprocessing.square(16), latents), (Preprocessing.square(8), as_bytes(captions))]
+    (rows, ok), (written, same) = image_caches(tmp_path / "cache", pictures, encoders)
+    assert sorted(decoded) == list(range(9)) and np.flatnonzero(~ok).tolist() == [4]
+    assert np.array_equal(ok, same) and as_texts(written) == ["8"] * 4 + [""] + ["8"] * 4
+    image_caches(tmp_path / "cache", pictures, encoders)
+    alone = image_caches(tmp_path / "other", pictures, encoders[:1])
+    both = image_caches(tmp_path / "other", pictures, encoders)
+    assert np.array_equal(alone[0][0], rows) and np.array_equal(both[1][0], written) and len(decoded) == 27
+
+
+# -- choices -----------------------------------------------------------------------------------------------
+
+
+def test_how_many_processes_read_images(pictures: Pairs, monkeypatch: pytest.MonkeyPatch):
+    images = ImageRows(pictures, [Preprocessing.square(8)])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    times = iter(range(10**6))
+    expected = [(0.5, "cuda:1", 0), (2, "cuda:1", 3), (2, "cpu", 0), (30, "cpu", 3)]
+    for milliseconds, device, count in expected:
+        clock = lambda step=milliseconds / 1000: next(times) * step  # noqa: E731
+        monkeypatch.setattr(caches.time, "perf_counter", clock)
+        assert readers(None, images, device) == count
+        assert readers(5, images, device) == 5
+    assert TrainConfig().workers is None
+
+
+def test_where_encoders_run_in_bf16():
+    on = {
+        (precision, device): encoder_autocast(TrainConfig(precision=precision), device)
+        for precision in ("auto", "bf16", "float32")
+        for device in ("cpu", "cuda:3")
+    }
+    assert {key for key, value in on.items() if value} == {("auto", "cuda:3"), ("bf16", "cuda:3")}
+    assert set(on.values()) == {"", "cuda"}
+    assert encoder_autocast(TrainConfig(train_blocks=0), "cuda") == ""
+    assert encoder_autocast(TrainConfig(backbone="vit", train_blocks=0), "cuda") == "cuda"
+
+
+def test_bf16_rows_have_a_cache_of_their_own_unless_float32_ones_were_begun(tmp_path: Path):
+    weight = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+
+    def rows(folder: str, autocast: str) -> np.ndarray:
+        encode = lambda texts: torch.tensor([[float(text), 1.0, 0.3] for text in texts]) @ weight  # noqa: E731
+        encoder = Encoder("targets", {"model": "a"}, (2,), "float32", 4, encode, autocast)
+        return cached_texts(tmp_path / folder, TEXTS[:20], encoder)[0]
+
+    single, half = rows("single", ""), rows("half", "cpu")
+    assert (single != half).any()
+    np.testing.assert_allclose(half, single, rtol=0.02, atol=0.02)
+    assert np.array_equal(rows("single", "cpu"), single) and len(list((tmp_path / "single").iterdir())) == 1
+    assert np.array_equal(rows("half", "cpu"), half) and len(list((tmp_path / "half").iterdir())) == 1
+    assert np.array_equal(rows("half", ""), single) and len(list((tmp_path / "half").iterdir())) == 2
+
+
+# -- two nodes ---------------------------------------------------------------------------------------------
+
+
+def node(port: int, number: int, cache: Path, *arguments: object) -> subprocess.Popen:
+    """One of two nodes of one process each, in a process group of its own; number 0 holds the rendezvous."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    command += ["--rdzv-conf", f"is_host={int(not number)}", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env=environment(REVERSE_SD_CACHE=str(cache)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def finished(*nodes: subprocess.Popen) -> None:
+    for process in nodes:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors[-3000:]
+
+
+def cold(folder: Path, cache: Path) -> Path:
+    """An empty cache but for MiniLM."""
+    (folder / "weights").mkdir(parents=True)
+    (folder / "weights" / "minilm").symlink_to(cache / "weights" / "minilm")
+    return folder
+
+
+def predictions(run: Path) -> dict[str, np.ndarray]:
+    return {split: np.load(run / "predictions" / f"{split}.npy") for split in ("train", "val", "test")}
+
+
+def test_two_nodes_have_the_losses_caches_and_predictions_of_one_process(
+    few_scenes: Path, cache: Path, tmp_path: Path
+):
+    """The second node evaluates the run again, from its files."""
+    one, two, shared = tmp_path / "one", tmp_path / "two", cold(tmp_path / "cache", cache)
+    train_here(few_scenes, one)
+    port = free_port()
+    command = [ROOT / "train.py", "--data", few_scenes, "--out", two, *SMALL]
+    finished(*(node(port, number, shared, *command) for number in (0, 1)))
+    np.testing.assert_allclose(losses(two)[:2], losses(one)[:2], atol=1e-6)
+    np.testing.assert_allclose(losses(two), losses(one), atol=2e-4)
+    for split, rows in predictions(one).items():
+        np.testing.assert_allclose(predictions(two)[split], rows, atol=5e-3)
+    for folder in cache.glob("*-*/"):
+        for file in ("rows.npy", "done.npy", "sums.npy", "key.json"):
+            assert (shared / folder.name / file).read_bytes() == (folder / file).read_bytes()
+    before = predictions(two)
+    port = free_port()
+    finished(*(node(port, number, shared, ROOT / "eval.py", two) for number in (0, 1)))
+    assert all(np.array_equal(rows, before[split]) for split, rows in predictions(two).items())
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_and_comes_back_resumes_from_the_last_checkpoint(
+    few_scenes: Path, cache: Path, tmp_path: Path
+):
+    one, two, port = tmp_path / "one", tmp_path / "two", free_port()
+    flags = ["--epochs", "12"]
+    train_here(few_scenes, one, *flags)
+    command = [ROOT / "train.py", "--data", few_scenes, "--out", two, *SMALL, *flags]
+    nodes = [node(port, number, cache, *command) for number in (0, 1)]
+    while not (two / "last" / "state.json").exists():
+        assert all(process.poll() is None for process in nodes)
+        time.sleep(0.01)
+    os.killpg(nodes[1].pid, signal.SIGKILL)
+    nodes[1].communicate()
+    step = json.loads((two / "last" / "state.json").read_text())["step"]
+    assert step < 60
+    finished(nodes[0], node(port, 1, cache, *command))
+    steps = [json.loads(line)["step"] for line in (two / "log.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 61))
+    np.testing.assert_allclose(losses(two)[:4], losses(one)[:4], atol=2e-4)
+    assert len(losses(two)) == 60 and (two / "result.json").exists()
+
+
+def test_a_restart_needs_the_runs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert Process().restarted()
+    with pytest.raises(data.DataError, match="--out: is needed"):
+        train.own_folder(TrainConfig(), None, None, Process(), None)
