@@ -15,6 +15,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ MAX_NODES = 10_000  # of a graph
 MAX_PASSES = 100  # of one picture through a graph
 MAX_DEPTH = 4  # of JSON within JSON
 MAX_PROMPT = 500_000  # characters
+UNKNOWN = "\0"  # stands for a text that was made while the graph ran
 
 
 class NoPrompt(ValueError):
@@ -44,7 +46,7 @@ class Candidate(NamedTuple):
     certainty: int
 
 
-PLAIN, BARE, GRAPH, WITH_SETTINGS = range(4)
+PLAIN, BARE, EDITED, GRAPH, WITH_SETTINGS = range(5)  # EDITED: a graph as the editor keeps it
 PLACEHOLDERS = frozenset(("unknown", "none", "null", "undefined", "nan", "n/a", "empty", "[object object]"))
 
 
@@ -59,6 +61,8 @@ TURNS = {  # how to turn a picture upright, by EXIF's orientation
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+XMP_VALUE = re.compile(r""">([^<>]*)</|="([^"<>]*)"|='([^'<>]*)'""")
+PROFILE = "Raw profile type "  # ImageMagick's keys of profiles in hexadecimal
 CONTROLS = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ue000-\uf8ff]")  # and what is private
 
 
@@ -67,7 +71,8 @@ def texts_of(image: Image.Image, file: BinaryIO) -> dict[str, str]:
 
     file: the image's file, from which the chunks of a PNG are read.
     """
-    raw: list[tuple[str, bytes | str]] = [*_png_texts(file), *_exif_texts(image)]
+    raw: list[tuple[str, bytes | str]] = [*_png_texts(file)]
+    raw += [] if image.format == "PNG" else _exif_texts(image.getexif)
     raw += [(key, value) for key, value in image.info.items() if key in ("comment", "xmp")]
     texts: dict[str, str] = {}
     room = MAX_TEXTS
@@ -77,8 +82,8 @@ def texts_of(image: Image.Image, file: BinaryIO) -> dict[str, str]:
             continue
         text = value if isinstance(value, str) else decoded(value)
         if key in ("xmp", "XML:com.adobe.xmp"):
-            values = re.findall(r'>([^<>]*)</|="([^"<>]*)"', text)
-            texts |= {f"xmp {k}": html.unescape(a or b) for k, (a, b) in enumerate(values)}
+            values = XMP_VALUE.findall(text.replace("<![CDATA[", "").replace("]]>", ""))
+            texts |= {f"xmp {k}": html.unescape("".join(value)) for k, value in enumerate(values)}
         elif text.strip():
             texts.setdefault(key, text)
     return texts
@@ -138,7 +143,7 @@ def png_pixels(file: BinaryIO, header: bool = False) -> io.BytesIO:
         whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
         if kind in (b"tEXt", b"zTXt"):  # ImageMagick's place for EXIF, which may turn the picture
             key, text = _text_of_chunk(kind, chunk[8:-4])
-            whole = whole and key == "Raw profile type exif" and 0 < len(text) < 1 << 20
+            whole = whole and key == f"{PROFILE}exif" and 0 < len(text) < 1 << 20
         if needed or whole:
             kept.append(chunk)
         if first:
@@ -147,10 +152,19 @@ def png_pixels(file: BinaryIO, header: bool = False) -> io.BytesIO:
 
 
 def _png_texts(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """(key, text) of all chunks of text, and EXIF's in a chunk of its own or where ImageMagick keeps it."""
     for kind, begin, end in png_chunks(file):
-        if kind in (b"tEXt", b"zTXt", b"iTXt") and end - begin <= MAX_TEXT:
-            file.seek(begin + 8)
-            yield _text_of_chunk(kind, file.read(end - begin - 12))
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"eXIf") or end - begin > MAX_TEXT:
+            continue
+        file.seek(begin + 8)
+        content = file.read(end - begin - 12)
+        if kind == b"eXIf":
+            yield from _exif_texts(lambda raw=content: _exif(raw))
+            continue
+        key, text = _text_of_chunk(kind, content)
+        yield key, text
+        if key.startswith(PROFILE):  # its lines: "", name, length, and the bytes
+            yield from _exif_texts(lambda raw=text: _exif(bytes.fromhex(b"".join(raw.split()[2:]).decode())))
 
 
 def _text_of_chunk(kind: bytes, content: bytes) -> tuple[str, bytes]:
@@ -177,11 +191,17 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _exif_texts(image: Image.Image) -> list[tuple[str, bytes]]:
+def _exif(raw: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(raw)
+    return exif
+
+
+def _exif_texts(load: Callable[[], Image.Exif]) -> list[tuple[str, bytes]]:
     """The strings of EXIF's first directory and of its own, in the file's bytes."""
     texts: list[tuple[str, bytes]] = []
     try:
-        exif = image.getexif()
+        exif = load()
         for fields in (exif.get_ifd(ExifTags.IFD.Exif), exif):
             for tag, value in fields.items():
                 value = value.encode("latin-1", "replace") if isinstance(value, str) else value
@@ -251,6 +271,8 @@ def find_prompt(texts: dict[str, str]) -> tuple[str, dict]:
     real = [c for c in candidates if c.prompt.lower() not in PLACEHOLDERS]
     if real:
         best = max(real, key=lambda c: (bool(c.prompt), c.certainty))
+        if reasons and best.certainty == EDITED:  # of the graph as it was run, the prompt is not certain
+            raise reasons[0]
         if len(best.prompt) > MAX_PROMPT:
             raise NoPrompt(f"its prompt is longer than {MAX_PROMPT:,} characters")
         if best.prompt or not reasons:
@@ -311,7 +333,8 @@ def _from_object(value: Any, depth: int = 0) -> list[Candidate]:
             continue
         try:
             if inner is nodes:
-                candidates += [graph_prompt(nodes)] if nodes else []
+                certainty = EDITED if isinstance(value.get("nodes"), list) else GRAPH
+                candidates += [graph_prompt(nodes)._replace(certainty=certainty)] if nodes else []
             else:
                 candidates += _from_object(_json(inner) if isinstance(inner, str) else inner, depth + 1)
         except NoPrompt as reason:
@@ -403,7 +426,10 @@ def _settings_begin(text: str) -> tuple[int, dict, bool]:
             settings = _settings(row | {"Scheduler": None})
             # Two known settings, or steps and nothing but pairs; else it is a line of the prompt.
             if len(settings) > 1 or ("st" in settings and all(row.values())):
-                return match.start(), settings, pattern is SETTINGS_INSIDE
+                start = text.rfind("\n", 0, match.start()) + 1
+                before = text[start:match.start()].rstrip(", ")
+                whole = start > 0 and all(_pairs(before.split(",")).values())  # other settings come first
+                return start if whole else match.start(), settings, pattern is SETTINGS_INSIDE and not whole
     return len(text), {}, False
 
 
@@ -438,23 +464,32 @@ NO_TEXT = PICTURES | frozenset(
 )
 TEXT = frozenset(("text", "prompt", "string", "caption", "positive", "wildcard", "populated", "tags", "value",
                   "clip", "xxl", "llama"))
-OPTION = frozenset(("name", "filename", "path", "file", "type", "mode", "device", "dtype", "style", "format",
-                    "method", "system", "template", "normalization", "interpretation", "parser", "font",
-                    "delimiter", "separator"))
+OPTION = frozenset(("name", "filename", "path", "file", "type", "mode", "device", "dtype", "style", "styles",
+                    "format", "method", "system", "template", "normalization", "interpretation", "parser",
+                    "font", "delimiter", "separator", "option", "find", "pattern", "regex", "replace"))
 NEGATIVE = frozenset(("negative",))
+SIDES = NEGATIVE | {"positive", "populated"}
 SEPARATOR = frozenset(("delimiter", "separator"))
-SELECTOR = frozenset(("select", "selected", "index", "input", "choice"))
+SILENT = frozenset(("zero",))  # kinds that take the text out of what they hand on
+SELECTOR = frozenset(("select", "selected", "index", "input", "choice", "switch", "boolean", "condition"))
+MADE = frozenset(("temperature", "tokens", "beams", "maxlength"))  # inputs of what writes a text itself
+ALTERED = frozenset(("find", "pattern", "regex"))  # of what rewrites one
+FLAGS = frozenset(("yes", "no", "true", "false", "on", "off", "auto", "none", "enable", "disable"))
 SETTLED = PICTURES | TEXT | NEGATIVE | {"conditioning", "model", "vae"}  # no way to a painter's numbers
-SHORT = {"pos": "positive", "neg": "negative", "uncond": "negative"}
+SHORT = {"pos": "positive", "neg": "negative", "uncond": "negative", "uc": "negative"}
 SPELLED = {"comma": ", ", "space": " ", "newline": "\n", "none": "", "\\n": "\n"}
+MUTED, BYPASSED = 2, 4  # modes of the editor
+CONTROLS_AFTER = ("fixed", "increment", "decrement", "randomize")  # the editor's own, after a seed
 
 
 class Node(NamedTuple):
-    """A node: its kind, its inputs' values, and for each linked input the node at the other end."""
+    """A node: its kind, its inputs' values, and for each linked input the node at the other end and which of
+    that node's outputs it is."""
 
     kind: str
     values: dict[str, Any]
     links: dict[str, str]
+    slots: dict[str, int]
 
 
 def graph_of(value: dict) -> dict[str, Node] | None:
@@ -465,34 +500,72 @@ def graph_of(value: dict) -> dict[str, Node] | None:
            if isinstance(node, dict) and isinstance(node.get("inputs"), dict)}
     nodes = {}
     for key, node in raw.items():
-        links = {name: str(end[0]) for name, end in node["inputs"].items() if isinstance(end, list)
-                 and len(end) == 2 and isinstance(end[1], int) and str(end[0]) in raw}
-        values = {name: end for name, end in node["inputs"].items() if name not in links}
-        nodes[key] = Node(str(node.get("class_type", "")), values, links)
+        ends = {name: end for name, end in node["inputs"].items() if isinstance(end, list)
+                and len(end) == 2 and isinstance(end[1], int) and str(end[0]) in raw}
+        values = {name: value for name, value in node["inputs"].items() if name not in ends}
+        nodes[key] = Node(str(node.get("class_type", "")), values,
+                          {name: str(end[0]) for name, end in ends.items()},
+                          {name: end[1] for name, end in ends.items()})
     return nodes or None
 
 
 def _run_form(workflow: dict) -> dict:
-    """A graph as the editor keeps it in the form that is run. Its texts have no names: of a node with more
-    than one it is not known which is the prompt, and none is taken."""
-    ends = {link[0]: [link[1], link[2]] for link in workflow["links"]
-            if isinstance(link, list) and len(link) > 4 and isinstance(link[2], int)}
+    """A graph as the editor keeps it in the form that is run, with a socket's type before its name.
+
+    A node's texts have names only where it has a socket for each; of a node with several texts and no such
+    sockets it is not known which is the prompt, and none is taken.
+    """
+    nodes = {str(node.get("id")): node for node in workflow["nodes"]
+             if isinstance(node, dict) and node.get("mode") != MUTED}
+    ends = {link[0]: (str(link[1]), link[2], str(link[5])) for link in workflow["links"]
+            if isinstance(link, list) and len(link) > 5 and isinstance(link[0], int)}
     graph = {}
-    for node in workflow["nodes"]:
-        if not isinstance(node, dict) or node.get("mode") == 2:  # muted
-            continue
-        sockets = node.get("inputs") if isinstance(node.get("inputs"), list) else []
-        sockets = [s for s in sockets if isinstance(s, dict) and isinstance(s.get("link"), int)]
-        inputs = {str(s.get("name")): ends[s["link"]] for s in sockets if s["link"] in ends}
-        values = None if node.get("mode") == 4 else node.get("widgets_values")  # bypassed: links alone count
-        if isinstance(values, dict):
-            inputs |= {name: text for name, text in values.items() if name not in inputs}
-        elif isinstance(values, list):
-            texts = [text for text in values if isinstance(text, str)]
-            if len(texts) == 1 and _has(str(node.get("type")), TEXT):
-                inputs.setdefault("text", texts[0])
-        graph[str(node.get("id"))] = {"class_type": node.get("type"), "inputs": inputs}
+    for key, node in nodes.items():
+        inputs = _widgets(node)
+        for socket in _sockets(node):
+            if end := _behind_bypassed(nodes, ends, socket.get("link")):
+                inputs.pop(str(socket.get("name")), None)
+                inputs[f"{end[2].lower()} {socket.get('name')}"] = list(end[:2])
+        if node.get("mode") != BYPASSED:
+            graph[key] = {"class_type": node.get("type"), "inputs": inputs}
     return graph
+
+
+def _sockets(node: dict) -> list[dict]:
+    sockets = node.get("inputs")
+    return [socket for socket in sockets if isinstance(socket, dict)] if isinstance(sockets, list) else []
+
+
+def _behind_bypassed(nodes: dict[str, dict], ends: dict[int, tuple], link: Any) -> tuple | None:
+    """(node, output, type) at the other end of a link; a bypassed node hands on its first input of the type
+    that is wanted."""
+    for _ in range(MAX_PASSES):
+        end = ends.get(link) if isinstance(link, int) else None
+        node = nodes.get(end[0]) if end else None
+        if node is None or node.get("mode") != BYPASSED:
+            return end
+        link = next((socket.get("link") for socket in _sockets(node) if socket.get("type") == end[2]), None)
+    return None
+
+
+def _widgets(node: dict) -> dict[str, Any]:
+    """The values of a node of the editor by name, or its one text under a name that is no other's."""
+    values = node.get("widgets_values")
+    if isinstance(values, dict):
+        return dict(values)
+    if not isinstance(values, list):
+        return {}
+    names = [str(socket["name"]) for socket in _sockets(node) if isinstance(socket.get("widget"), dict)
+             and "name" in socket]
+    named = [value for k, value in enumerate(values) if not (k and value in CONTROLS_AFTER)]
+    if names and len(named) >= len(names):
+        return dict(zip(names, named[:len(names)], strict=True))
+    if len(values) == 1 and type(values[0]) in (int, bool):
+        return {"select": values[0]}
+    texts = [value for value in values if isinstance(value, str) and value not in CONTROLS_AFTER]
+    kind = str(node.get("type"))
+    name = "text" if _has(kind, TEXT) and not _has(kind, OPTION) else "widget"
+    return {name: texts[0]} if len(texts) == 1 else {}
 
 
 def graph_prompt(nodes: dict[str, Node]) -> Candidate:
@@ -515,15 +588,23 @@ def graph_prompt(nodes: dict[str, Node]) -> Candidate:
     prompts.pop("", None)
     if not prompts:
         raise NoPrompt("in its ComfyUI graph no text leads to the picture")
+    if any(UNKNOWN in prompt for prompt in prompts):
+        raise NoPrompt("its prompt was made while its ComfyUI graph ran")
     if len(prompts) > 1:
         raise NoPrompt("its ComfyUI graph has several pictures with different prompts")
     (prompt, settings), = prompts.items()
     return Candidate(prompt, settings, GRAPH)
 
 
-def _words(name: str) -> list[str]:
+def _words(name: str) -> tuple[str, ...]:
+    return _words_of(name[-100:])
+
+
+@lru_cache(2000)
+def _words_of(name: str) -> tuple[str, ...]:
+    name = re.sub(r"\bn_", "negative_", name)  # as in n_prompt
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)
-    return [SHORT.get(word.lower(), word.lower()) for word in words]
+    return tuple(SHORT.get(word.lower(), word.lower()) for word in words)
 
 
 def _has(name: str, words: frozenset[str]) -> bool:
@@ -560,7 +641,8 @@ def _painters(nodes: dict[str, Node], texts: dict[str, str], start: str) -> list
     def ends(key: str) -> list[str]:
         links = nodes[key].links.items()
         unnamed = [end for name, end in links if not _has(name, NO_TEXT | NEGATIVE)]
-        return [] if texts[key] and key != start else _pictures(nodes[key]) or unnamed
+        ends_here = (texts[key] and key != start) or _has(nodes[key].kind, SILENT)
+        return [] if ends_here else _pictures(nodes[key]) or unnamed
 
     return [key for key in _upstream(start, ends) if texts[key] and key != start]
 
@@ -598,29 +680,68 @@ def _graph_settings(nodes: dict[str, Node], painter: str) -> dict:
 def _texts_at(nodes: dict[str, Node]) -> dict[str, str]:
     """The text that leads to each node, through links of any kind but of pictures, models and numbers."""
     inputs = {key: _text_inputs(node) for key, node in nodes.items()}
+    taken = _taken_outputs(nodes)
     texts: dict[str, str] = {}
-    handed: dict[str, str] = {}  # also a text of no known name, which a node does not paint but may hand on
+    handed: dict[tuple[str, int | None], str] = {}  # also a text of no known name, not painted
     stack, entered = list(nodes), set()
     while stack:
         key = stack[-1]
         node = nodes[key]
         if key not in entered:
             entered.add(key)
-            ends = (node.links[name] for name in inputs[key] if name in node.links)
+            ends = (end for name, end in node.links.items() if name in inputs[key] or _has(name, NEGATIVE))
             stack += [end for end in ends if end not in entered]
         elif stack.pop() not in texts:
-            found = {name: handed.get(node.links[name], "") if name in node.links else value
+            found = {name: _handed(handed, node, name) if name in node.links else value
                      for name, value in inputs[key].items()}
-            texts[key] = _joined(node, found)
-            unnamed = {name: value for name, value in node.values.items() if isinstance(value, str)
-                       and " " in value.strip() and not _has(name, NO_TEXT | OPTION | NEGATIVE)}
-            handed[key] = texts[key] or _joined(node, unnamed)
+            known = {name: text for name, text in found.items() if UNKNOWN not in str(text)}
+            one = _selected(nodes, node, found)
+            found = one if known.keys() & one.keys() or not known or not one else known
+            unwanted = {_handed(handed, node, name) for name in node.links if _has(name, NEGATIVE)}
+            wanted = {name: text for name, text in found.items() if text not in unwanted}
+            found = wanted if any(wanted.values()) else found
+            texts[key] = "" if _has(node.kind, SILENT) else _joined(node, found)
+            handed[key, None] = texts[key] or _joined(node, _unnamed_texts(node))
+            if _is_made(node):
+                handed[key, None] = UNKNOWN
+            elif len(taken[key]) > 1 and len(found) > max(taken[key]) and not any(
+                    _has(name, SIDES | SEPARATOR) for name in (*node.values, *node.links)):
+                handed |= {(key, k): text.strip() for k, text in enumerate(found.values())}
     return texts
+
+
+def _handed(handed: dict[tuple[str, int | None], str], node: Node, name: str) -> str:
+    """The text at the other end of a link."""
+    end = node.links[name]
+    return handed.get((end, node.slots[name]), handed.get((end, None), ""))
+
+
+def _taken_outputs(nodes: dict[str, Node]) -> dict[str, set[int]]:
+    """The outputs of each node from which others may take a text. Where there are several, they are those of
+    the node's texts in turn, unless the names of its inputs tell positive from negative."""
+    taken: dict[str, set[int]] = {key: set() for key in nodes}
+    for node in nodes.values():
+        for name, end in node.links.items():
+            if not (_has(name, NO_TEXT) or _words(name)[-1:] == ("clip",)):
+                taken[end].add(node.slots[name])
+    return taken
+
+
+def _unnamed_texts(node: Node) -> dict[str, str]:
+    return {name: value for name, value in node.values.items() if isinstance(value, str)
+            and " " in value.strip() and not _has(f"{name} {node.kind}", NO_TEXT | OPTION | NEGATIVE)}
+
+
+def _is_made(node: Node) -> bool:
+    """Whether the node writes or rewrites its text while the graph runs."""
+    names = (*node.values, *node.links)
+    return any(_has(name, MADE) or _key(name) in MADE for name in names) or any(
+        _has(name, ALTERED) and isinstance(value, str) and value for name, value in node.values.items())
 
 
 def _joined(node: Node, found: dict[str, str]) -> str:
     """The texts of a node's inputs as one: those named positive, or else all."""
-    texts = {name: text.strip() for name, text in found.items() if text.strip()}
+    texts = {name: text.strip(" \t\r\n") for name, text in found.items() if text.strip()}
     for wanted in ("populated", "positive"):
         texts = {name: text for name, text in texts.items() if wanted in _words(name)} or texts
     parts = [texts[name] for name in sorted(texts, key=lambda name: "conditioning" not in _words(name))]
@@ -636,18 +757,26 @@ def _joined(node: Node, found: dict[str, str]) -> str:
 
 
 def _text_inputs(node: Node) -> dict[str, Any]:
-    """The inputs, by name, that may hold or lead to the positive text; of a switch, the one it hands on."""
-    chosen = {name: value for name, value in node.values.items()
-              if isinstance(value, str) and _has(name, TEXT) and not _has(name, OPTION | NEGATIVE)}
+    """The inputs, by name, that may hold or lead to the positive text."""
+    values = {} if _has(node.kind, NEGATIVE) else node.values
+    chosen = {name: value for name, value in values.items() if isinstance(value, str)
+              and _has(name, TEXT) and not _has(name, OPTION | NEGATIVE) and value.lower() not in FLAGS}
     for name, end in node.links.items():  # the text of a link that a node shows is beside it as `text_0`
         shown = f"{name}_0" in node.values
-        if not (shown or _has(name, NO_TEXT | NEGATIVE) or _words(name)[-1:] == ["clip"]):
+        if not (shown or _has(name, NO_TEXT | NEGATIVE) or _words(name)[-1:] == ("clip",)):
             chosen[name] = end
-    numbers = {str(value) for name, value in node.values.items()
-               if type(value) is int and _has(name, SELECTOR)}
-    truths = {str(value).lower() for value in node.values.values() if type(value) is bool}
+    return chosen
+
+
+def _selected(nodes: dict[str, Node], node: Node, chosen: dict[str, str]) -> dict[str, str]:
+    """Of the inputs of a switch the one that it hands on; all of another node."""
+    linked = {name: next(iter(nodes[end].values.values())) for name, end in node.links.items()
+              if _has(name, SELECTOR) and len(nodes[end].values) == 1}
+    values = node.values | linked
+    numbers = {str(value) for name, value in values.items() if type(value) is int and _has(name, SELECTOR)}
+    truths = {str(value).lower() for value in values.values() if type(value) is bool}
     for wanted in (numbers, truths):
-        one = {name: value for name, value in chosen.items() if _words(name)[-1:] == list(wanted)}
+        one = {name: value for name, value in chosen.items() if _words(name)[-1:] == tuple(wanted)}
         if one and wanted:
             return one
     return chosen

@@ -10,12 +10,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image
+from test_embedded_graphs import GRAPH, GRAPH_SETTINGS, WANT, clip, node, sampler, saved, text_png
 
-from data import DataError, embedded_prompt, load_image, read_pairs
+from data import embedded_prompt, load_image, read_pairs
 from embedded import NoPrompt, decoded, find_prompt, graph_of, graph_prompt, sidecar_prompt
 
-WANT = "a red barn at dusk"
 SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 11, Size: 64x64, Model: x"
 INFOTEXT = f"{WANT}\nNegative prompt: blurry, ugly\n{SETTINGS}"
 META = {"se": 11, "st": 20, "c": 7.0, "sa": "Euler a"}
@@ -32,14 +32,6 @@ def png(path, *chunks: bytes, after: bool = False):
     raw = buffer.getvalue()
     at = len(raw) - 12 if after else 33
     path.write_bytes(raw[:at] + b"".join(chunks) + raw[at:])
-    return path
-
-
-def text_png(path, **texts: str):
-    info = PngImagePlugin.PngInfo()
-    for key, text in texts.items():
-        info.add_itxt(key, text)
-    Image.new("RGB", (16, 16)).save(path, pnginfo=info)
     return path
 
 
@@ -135,10 +127,28 @@ def test_comments_and_xmp(tmp_path):
     Image.new("RGB", (16, 16)).save(path, "JPEG", comment=INFOTEXT.encode())
     assert embedded_prompt(path) == (WANT, META)
     words = json.dumps({"c": WANT, "uc": "ugly", "steps": 20, "scale": 7.0, "seed": 11, "sampler": "Euler a"})
+    forms = (f"<a><![CDATA[{INFOTEXT}]]></a>", f"<a b='{INFOTEXT}'/>", f'<a b="{INFOTEXT}"/>',
+             f"<a>{INFOTEXT}</a>".replace("\n", "&#10;"))  # fmt: skip
+    for xmp in forms:
+        Image.new("RGB", (16, 16)).save(path, "JPEG", xmp=xmp.encode())
+        assert embedded_prompt(path) == (WANT, META)
     xmp = f"<x><exif:UserComment><rdf:li>{html.escape(words)}</rdf:li></exif:UserComment></x>"
     Image.new("RGB", (16, 16)).save(path, "JPEG", xmp=xmp.encode())
     assert embedded_prompt(path) == (WANT, META)
     assert embedded_prompt(text_png(tmp_path / "a.png", **{"XML:com.adobe.xmp": xmp})) == (WANT, META)
+
+
+@pytest.mark.parametrize("key", ["exif", "APP1"])
+@pytest.mark.parametrize("after", [False, True])
+def test_exif_where_imagemagick_keeps_it(tmp_path, key, after):
+    exif = b"Exif\0\0" + tiff(0x9286, b"UNICODE\0" + INFOTEXT.encode("utf-16-le"), 7, own=True)
+    digits = exif.hex()
+    lines = "\n".join(digits[k : k + 72] for k in range(0, len(digits), 72))
+    packed = zlib.compress(f"\n{key.lower()}\n{len(exif):8}\n{lines}\n".encode())
+    content = f"Raw profile type {key}\0\0".encode() + packed
+    assert embedded_prompt(png(tmp_path / "a.png", chunk(b"zTXt", content), after=after)) == (WANT, META)
+    chunks = chunk(b"eXIf", exif), chunk(b"zTXt", content[:-3])  # the other one damaged
+    assert embedded_prompt(png(tmp_path / "a.png", *chunks, after=after)) == (WANT, META)
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
@@ -178,7 +188,7 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
         (f"{INFOTEXT}\nTemplate: a __colour__ barn\nNegative Template: ugly", WANT, META),
         (f"{WANT}\nNegative prompt: ugly\nSteps: 9\n{SETTINGS}", WANT, META),
         (f"steps: 3\nSteps: 3 eggs\n{SETTINGS}", "steps: 3\nSteps: 3 eggs", META),
-        (f'{WANT}\nHires prompt: "a, Seed: 5", {SETTINGS}', f'{WANT}\nHires prompt: "a, Seed: 5"', META),
+        (f'{WANT}\nHires prompt: "a, Seed: 5", {SETTINGS}', WANT, META),
         (
             f'{WANT}\nSteps: 20, Extra: "Seed: 5, CFG scale: 1", {SETTINGS[11:]}',
             WANT,
@@ -190,6 +200,7 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
             META,
         ),
         (f"{WANT}\nSteps: 20, Size: 64x64, Model: x", WANT, {"st": 20}),
+        (f"{WANT}\nClip skip: 2, {SETTINGS}", WANT, META),
         (f"{WANT}\nNegative prompt: ugly", WANT, {}),
         (f"{WANT}\r\nNegative prompt: ugly\r\n{SETTINGS}\r\n", WANT, META),
         (f"\n{WANT}\n", WANT, {}),
@@ -212,44 +223,6 @@ def test_a_text_file_with_infotext(tmp_path):
     assert pairs.prompts == ["a\nb", WANT] and pairs.meta == [{}, META]
 
 
-GRAPH_SETTINGS = {"se": 5, "st": 20, "c": 8.0, "sa": "euler"}
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
-
-
-def clip(text):
-    return node("CLIPTextEncode", text=text, clip=["4", 1])
-
-
-def sampler(positive, negative=("7", 0), kind="KSampler", **more):
-    return node(
-        kind,
-        seed=5,
-        steps=20,
-        cfg=8.0,
-        sampler_name="euler",
-        scheduler="normal",
-        denoise=1.0,
-        positive=positive,
-        negative=list(negative),
-        **more,
-    )
-
-
-def saved(nodes):
-    """The graph, its picture (of node 3) decoded and saved, with a negative that comes first."""
-    return {
-        "7": clip("blurry, ugly"),
-        "9": node("SaveImage", filename_prefix="a b", images=["8", 0]),
-        "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
-        "4": node("CheckpointLoaderSimple", ckpt_name="some model.safetensors"),
-        **nodes,
-    }
-
-
-GRAPH = saved({"3": sampler(["6", 0]), "6": clip(WANT)})
 OBJECTS = {
     "comfyui": ({"prompt": json.dumps(GRAPH), "workflow": "{}"}, GRAPH_SETTINGS),
     "comfyui, named": (
@@ -389,283 +362,6 @@ def test_every_kind_of_source(kind):
     assert find_prompt(texts) == (WANT, settings)
 
 
-# graphs -----------------------------------------------------------------------------------------------------
-
-PIPE = {
-    "1": node("ToBasicPipe", positive=["6", 0], negative=["7", 0]),
-    "2": node("FromBasicPipe", basic_pipe=["1", 0]),
-    "6": clip(WANT),
-}
-GRAPHS = {
-    "plain": {"3": sampler(["6", 0]), "6": clip(WANT)},
-    "a link to text": {"3": sampler(["6", 0]), "6": clip(["5", 0]), "5": node("PrimitiveString", value=WANT)},
-    "text box": {"3": sampler(["6", 0]), "6": clip(["5", 0]), "5": node("CR Prompt Text", Prompt=WANT)},
-    "unnamed text": {
-        "3": sampler(["6", 0]),
-        "6": clip(["5", 0]),
-        "5": node("Anything", whatever=WANT, mode="a b"),
-    },
-    "reroute": {"3": sampler(["5", 0]), "5": node("Reroute", **{"": ["6", 0]}), "6": clip(WANT)},
-    "subgraph": {"3": sampler(["12:6", 0]), "12:6": clip(["12:5", 0]), "12:5": node("Text", text=WANT)},
-    "concatenate": {
-        "3": sampler(["6", 0]),
-        "6": clip(["5", 0]),
-        "5": node("StringConcatenate", string_a="a red", string_b=["1", 0], delimiter=" "),
-        "1": node("X", string="barn at dusk"),
-    },
-    "concatenate, spelled": {
-        "3": sampler(["6", 0]),
-        "6": clip(["5", 0]),
-        "5": node("Join", text1="a red", text2="barn at dusk", separator="space"),
-    },
-    "styler": {
-        "3": sampler(["6", 0], ["7", 0]),
-        "6": clip(["5", 0]),
-        "7": clip(["5", 1]),
-        "5": node("SDXLPromptStyler", text_negative="ugly", text_positive=WANT, style="sai-base style"),
-    },
-    "loader": {
-        "3": sampler(["1", 1], ["1", 2], "KSampler (Efficient)", latent_image=["1", 3]),
-        "1": node("Efficient Loader", ckpt_name="x y", negative="ugly", positive=WANT),
-    },
-    "loader, other outputs": {"3": sampler(["1", 4], ["1", 0]), "1": node("X", neg="ugly", pos=WANT)},
-    "controlnet": {
-        "3": sampler(["1", 0], ["1", 1]),
-        "6": clip(WANT),
-        "1": node("ControlNetApplyAdvanced", negative=["7", 0], positive=["6", 0], image=["2", 0]),
-        "2": node("LoadImage", image="my own picture.png"),
-    },
-    "controlnet, slots swapped": {
-        "3": sampler(["1", 1], ["1", 0]),
-        "6": clip(WANT),
-        "1": node("X", positive=["6", 0], negative=["7", 0]),
-    },
-    "guidance": {
-        "3": sampler(["1", 0]),
-        "1": node("FluxGuidance", guidance=3.5, conditioning=["6", 0]),
-        "6": clip(WANT),
-    },
-    "two encoders": {
-        "3": sampler(["6", 0]),
-        "6": node("CLIPTextEncodeFlux", clip_l=WANT, t5xxl=WANT, guidance=3.5),
-    },
-    "xl": {
-        "3": sampler(["6", 0]),
-        "6": node("CLIPTextEncodeSDXL", text_g=["1", 0], text_l=["1", 0], width=1024),
-        "1": node("Text", text=WANT),
-    },
-    "pipe": {"3": sampler(["2", 3], ["2", 4]), **PIPE},
-    "pipe alone": {
-        "3": node("KSampler (pipe)", seed=5, steps=20, cfg=8.0, sampler_name="euler", basic_pipe=["1", 0]),
-        **PIPE,
-    },
-    "context": {
-        "3": sampler(["2", 4], ["2", 5]),
-        "6": clip(WANT),
-        "2": node("Context (rgthree)", base_ctx=["1", 0]),
-        "1": node("Context (rgthree)", positive=["6", 0], negative=["7", 0]),
-    },
-    "context, replaced": {
-        "3": sampler(["2", 4], ["2", 5]),
-        "6": clip(WANT),
-        "5": clip("an old text"),
-        "2": node("Context Big (rgthree)", base_ctx=["1", 0], positive=["6", 0]),
-        "1": node("Context (rgthree)", positive=["5", 0], negative=["7", 0]),
-    },
-    "shown": {
-        "3": sampler(["6", 0]),
-        "6": clip(["5", 0]),
-        "1": node("LLM", prompt="Write of a barn.", seed=3),
-        "5": node("ShowText|pysssss", text=["1", 0], text_0=WANT),
-    },
-    "populated": {
-        "3": sampler(["6", 0]),
-        "6": clip(["5", 0]),
-        "5": node(
-            "ImpactWildcardProcessor", wildcard_text="a __colour__ barn", populated_text=WANT, mode="populate"
-        ),
-    },
-    "switch": {
-        "3": sampler(["5", 0]),
-        "6": clip(WANT),
-        "1": clip("no"),
-        "5": node("ImpactSwitch", select=2, input1=["1", 0], input2=["6", 0], sel_mode=False),
-    },
-    "switch of two": {
-        "3": sampler(["5", 0]),
-        "6": clip(WANT),
-        "1": clip("no"),
-        "5": node("easy ifElse", boolean=False, on_true=["1", 0], on_false=["6", 0]),
-    },
-    "first of many": {
-        "3": sampler(["5", 0]),
-        "6": clip(WANT),
-        "1": clip("no"),
-        "5": node("Any Switch (rgthree)", any_01=["6", 0], any_02=["1", 0]),
-    },
-    "second pass": {
-        "3": sampler(["6", 0], latent_image=["1", 0]),
-        "1": node("LatentUpscale", samples=["2", 0]),
-        "2": sampler(["6", 0], latent_image=["5", 0]),
-        "5": node("EmptyLatentImage", width=64),
-        "6": clip(WANT),
-    },
-    "detailer": {
-        "3": sampler(["1", 0], kind="FaceDetailer", image=["10", 0], wildcard=""),
-        "1": clip("a detailed face"),
-        "10": node("VAEDecode", samples=["2", 0], vae=["4", 2]),
-        "2": sampler(["6", 0]),
-        "6": clip(WANT),
-    },
-    "text on the picture": {
-        "3": node("Draw Text", image=["2", 0], text="(c) me"),
-        "2": sampler(["6", 0]),
-        "6": clip(WANT),
-    },
-    "another picture": {
-        "3": sampler(["6", 0]),
-        "6": clip(WANT),
-        "20": sampler(["21", 0]),
-        "21": clip("another"),
-        "22": node("PreviewImage", images=["20", 0]),
-    },
-    "not linked": {"3": sampler(["6", 0]), "6": clip(WANT), "20": clip("not linked")},
-    "service": {
-        "3": node("SomeService", prompt=WANT, model="x y", seed=5, steps=20, cfg=8.0, sampler_name="euler")
-    },
-    "loaded picture": {
-        "3": sampler(["6", 0], latent_image=["1", 0]),
-        "6": clip(WANT),
-        "1": node("VAEEncode", pixels=["2", 0]),
-        "2": node("LoadImage", image="a b.png", upload="image"),
-    },
-    "custom": {
-        "3": node(
-            "SamplerCustomAdvanced", noise=["20", 0], guider=["21", 0], sampler=["22", 0], sigmas=["23", 0]
-        ),
-        "20": node("RandomNoise", noise_seed=5),
-        "21": node("CFGGuider", cfg=8.0, positive=["6", 0], negative=["7", 0]),
-        "22": node("KSamplerSelect", sampler_name="euler"),
-        "6": clip(WANT),
-        "23": node("BasicScheduler", scheduler="simple", steps=20, denoise=1.0),
-    },
-    "numbers by links": {
-        "3": sampler(["6", 0])
-        | {"inputs": sampler(["6", 0])["inputs"] | {"seed": ["20", 0], "steps": ["21", 0]}},
-        "20": node("Seed", seed=5),
-        "21": node("Int", value=20),
-        "6": clip(WANT),
-    },
-}
-
-
-@pytest.mark.parametrize("kind", GRAPHS)
-def test_a_graph_is_walked_from_its_end(kind):
-    candidate = graph_prompt(graph_of(saved(GRAPHS[kind])))
-    assert (candidate.prompt, candidate.settings) == (WANT, GRAPH_SETTINGS)
-
-
-def test_what_is_added_to_a_scene_stands_behind_it():
-    def box(text, to):
-        return node("GLIGENTextBoxApply", text=text, width=64, conditioning_to=to)
-
-    graph = saved(
-        {"3": sampler(["5", 0]), "5": box("sun", ["1", 0]), "1": box("bottle", ["6", 0]), "6": clip(WANT)}
-    )
-    assert graph_prompt(graph_of(graph)).prompt == f"{WANT}, bottle, sun"
-    graph = saved(
-        {
-            "3": sampler(["5", 0]),
-            "6": clip("a barn"),
-            "1": clip("at night"),
-            "5": node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["1", 0]),
-        }
-    )
-    assert graph_prompt(graph_of(graph)).prompt == "a barn, at night"
-
-
-UNCERTAIN = {
-    "negative alone": {"3": sampler(["6", 0]), "6": clip("")},
-    "made while it ran": {
-        "3": sampler(["6", 0]),
-        "6": clip(["1", 0]),
-        "1": node("WD14Tagger", image=["2", 0]),
-        "2": node("LoadImage", image="a b.png"),
-    },
-    "no painter": {
-        "3": node("ImageUpscale", image=["2", 0]),
-        "2": node("LoadImage", image="a b.png"),
-        "6": clip("not linked"),
-    },
-    "two prompts": {
-        "3": node("ImageBlend", image1=["1", 0], image2=["2", 0]),
-        "1": sampler(["5", 0]),
-        "2": sampler(["6", 0]),
-        "5": clip("one"),
-        "6": clip("two"),
-    },
-    "two pictures": {
-        "3": sampler(["6", 0]),
-        "6": clip("one"),
-        "1": sampler(["5", 0]),
-        "5": clip("two"),
-        "20": node("SaveImage", images=["1", 0]),
-    },
-    "in a circle": {
-        "3": sampler(["1", 0], latent_image=["3", 0]),
-        "1": node("A", text=["2", 0]),
-        "2": node("B", text=["1", 0]),
-    },
-}
-
-
-@pytest.mark.parametrize("kind", UNCERTAIN)
-def test_an_uncertain_graph_gives_no_prompt(kind, tmp_path):
-    graph = saved(UNCERTAIN[kind])
-    with pytest.raises(NoPrompt, match="graph"):
-        find_prompt({"prompt": json.dumps(graph)})
-    path = text_png(tmp_path / "a.png", prompt=json.dumps(graph))
-    assert embedded_prompt(path) is None
-    with pytest.raises(DataError, match="a.png: no text beside it and .*graph"):
-        read_pairs(tmp_path)
-
-
-def test_the_form_of_the_editor():
-    workflow = {
-        "nodes": [
-            {
-                "id": 7,
-                "type": "CLIPTextEncode",
-                "widgets_values": ["blurry, ugly"],
-                "inputs": [{"name": "clip"}],
-            },
-            {"id": 6, "type": "CLIPTextEncode", "widgets_values": [WANT]},
-            {"id": 5, "type": "CLIPTextEncode", "widgets_values": ["muted"], "mode": 4},
-            {
-                "id": 3,
-                "type": "KSampler",
-                "widgets_values": [5, "randomize", 20, 8, "euler", "normal", 1],
-                "inputs": [
-                    {"name": "positive", "link": 1},
-                    {"name": "negative", "link": 2},
-                    {"name": "model", "link": None},
-                ],
-            },
-            {
-                "id": 9,
-                "type": "SaveImage",
-                "widgets_values": ["a b"],
-                "inputs": [{"name": "images", "link": 3}],
-            },
-        ],
-        "links": [[1, 6, 0, 3, 0, "CONDITIONING"], [2, 7, 0, 3, 1, "CONDITIONING"], [3, 3, 0, 9, 0, "IMAGE"]],
-    }
-    assert find_prompt({"workflow": json.dumps(workflow)}) == (WANT, {})
-    workflow["nodes"][1] = {"id": 6, "type": "Efficient Loader", "widgets_values": ["x", "a b", "ugly c"]}
-    with pytest.raises(NoPrompt):  # which of the two is the prompt is not known
-        find_prompt({"workflow": json.dumps(workflow)})
-
-
 # nothing certain, and limits --------------------------------------------------------------------------------
 
 
@@ -692,8 +388,8 @@ def test_no_prompt_is_made_up(texts):
         find_prompt(texts)
 
 
-def test_long_and_deep_sources_end_soon():
-    start = time.perf_counter()
+def test_long_and_deep_sources_end_soon(tmp_path):
+    start = time.process_time()
     chain = {str(k): node("X", text=[str(k + 1), 0]) for k in range(100, 5100)}
     graph = saved({"3": sampler(["100", 0]), **chain, "5100": clip(WANT)})
     assert graph_prompt(graph_of(graph)).prompt == WANT
@@ -711,6 +407,9 @@ def test_long_and_deep_sources_end_soon():
         graph_prompt(graph_of({str(k): clip("a") for k in range(10_001)}))
     with pytest.raises(NoPrompt, match="longer than"):
         find_prompt({"parameters": "x" * 600_000})
+    for opening in ("<![CDATA[", "<a b='", '="', "><"):
+        picture = text_png(tmp_path / "a.png", **{"XML:com.adobe.xmp": opening * 100_000})
+        assert embedded_prompt(picture) is None
     for key, text in (
         ("Dream", " " * 900_000),
         ("Dream", '"' * 900_000),
@@ -728,7 +427,7 @@ def test_long_and_deep_sources_end_soon():
             find_prompt({key: text})
         except NoPrompt:
             pass
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"])
