@@ -4,13 +4,14 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import train_here
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -229,6 +230,17 @@ def test_a_folder_says_how_it_was_trained(tmp_path: Path):
         generate.trained_as(str(tmp_path))
 
 
+@pytest.mark.parametrize("asked, predicted", [(None, False), (False, False), (True, True)])
+def test_what_the_unet_predicts_is_asked_for_or_the_models_own(asked: bool | None, predicted: bool, tmp_path):
+    assert generate.load_pipeline("sd-mini", predicts_v=asked).predicts_v is predicted
+    for path in FOLDER.iterdir():
+        if path.name != "scheduler":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    assert generate.load_pipeline(str(tmp_path), predicts_v=asked).predicts_v is (asked is not False)
+
+
 def test_each_word_has_the_map_of_its_tokens(both: tuple):
     tokenizer = both[0].tokenizer
     prompt = "a crimson zebra on a"  # zebra is no token of its own; a word that comes twice has two maps
@@ -320,10 +332,18 @@ def run(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
     return train_here(few_scenes, tmp_path_factory.mktemp("runs") / "unet", "--backbone", "unet")
 
 
+def column(page: Image.Image, j: int) -> bytes:
+    """The pixels of a grid's picture in its first row and column j."""
+    return page.crop((196 * j, 32, 196 * j + 192, 224)).tobytes()
+
+
 def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     asked = ["--steps", "3", "--out", str(tmp_path), "--swap", str(run), "a red cat"]
     assert generate.main(asked) == 0
     assert generate.main([*asked, "--grid", "0,1,3"]) == 0
+    page = Image.open(tmp_path / "grid.png")
+    original, at_once, after_1, after_3 = (column(page, j) for j in range(4))
+    assert original == after_3 and len({original, at_once, after_1}) == 3
     assert generate.main([*asked, "--swap", str(run), "--grid", "runs"]) == 0
     page = Image.open(tmp_path / "grid.png")
     assert page.width == 3 * 196  # two runs of one name are two columns, under their paths
@@ -360,7 +380,8 @@ def test_each_option_reaches_the_picture(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--size 8 8", "--steps 1", "--steps 999", "--seed 0", f"--seed {2**63 - 2}", "--n 1 --batch-size 1",
+    ["--size 8 8", "--steps 1", "--steps 999", "--seed 0", f"--seed {2**63 - 2}", f"--seed {2**63 - 3} --n 2",
+     "--n 1 --batch-size 1",
      "--steps 9 --swap one --swap-after 9", "--swap one --swap-after 0", "--swap one --steps 9 --grid 0,9",
      "--swap one --swap two --grid runs", "--attention --steps 9 --swap one --swap-after 8"],
 )  # fmt: skip
@@ -372,7 +393,8 @@ def test_values_at_the_bounds_are_taken(flags: str):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--size 0 8", "--size 8 0", "--size 8 12", "--size 12 8", "--steps 0", "--seed -1", "--n 0",
+    ["--attention --swap one --grid 1", f"--seed {2**63 - 2} --n 2", "--size 0 8", "--size 8 0",
+     "--size 8 12", "--size 12 8", "--steps 0", "--seed -1", "--n 0",
      "--batch-size 0", "--steps 9 --swap one --swap-after 10", "--swap one --swap-after -1",
      "--swap one --steps 9 --grid 0,10", "--swap one --grid -1,1", "--swap one --grid 1,x",
      "--swap one --swap two", "--swap one --swap two --grid 1,2",
@@ -382,6 +404,86 @@ def test_values_beyond_the_bounds_are_refused(flags: str, capsys):
     with pytest.raises(SystemExit) as ended:
         generate.parse(["a cat", *flags.split()])
     assert ended.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_options_defaults():
+    assert vars(generate.parse(["a cat"])) == {
+        "prompts": ["a cat"], "weights": "sd-mini", "n": 1, "seed": 0, "steps": 50, "guidance": 7.5,
+        "negative": "", "size": None, "batch_size": 8, "swap": None, "swap_after": 1, "grid": None,
+        "grid_steps": [], "attention": False, "predicts_v": None, "device": "auto", "dtype": "float32",
+        "out": Path("pictures"),
+    }  # fmt: skip
+
+
+def test_the_defaults_of_sampling_are_50_steps_at_guidance_7_5(both: tuple):
+    noise = both[0].noise([3], (16, 16))
+    explicit = both[0].sample(PROMPTS[:1], noise, negative="", steps=50, guidance=7.5)
+    assert torch.equal(both[0].sample(PROMPTS[:1], noise), explicit)
+
+
+@pytest.mark.parametrize("places, threads", [(1, 1), (generate.FEW_PLACES - 1, 1), (generate.FEW_PLACES, 3)])
+def test_few_places_are_drawn_with_one_thread(places: int, threads: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with generate.threads_for(places):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"backbone": "vit", "weights": "sd-mini"}, "trained no U-Net"),
+        ({"train_blocks": 0}, "trained no U-Net"),
+        ({"random_start": True}, "from scratch"),
+        ({"weights": "sd-1"}, "give --weights sd-1"),
+        ({"train_blocks": 1}, None),
+        ({}, None),
+    ],
+)
+def test_only_a_run_of_the_same_pretrained_unet_replaces_it(
+    both: tuple, monkeypatch: pytest.MonkeyPatch, settings: dict, message: str | None
+):
+    encoder = other_encoder(both[0].unet, 7)
+    regressor = SimpleNamespace(backbone=SimpleNamespace(unet=encoder))
+    config = {"backbone": "unet", "weights": "sd-mini"} | settings
+    run = SimpleNamespace(config=config, regressor=regressor)
+    monkeypatch.setattr(generate, "load_run", lambda folder: run)
+    if message:
+        with pytest.raises(weights.WeightsError, match=message):
+            generate.swapped_by_run(both[0].unet, "run", "sd-mini")
+    else:
+        merged = generate.swapped_by_run(both[0].unet, "run", "sd-mini").state_dict()
+        assert all(torch.equal(merged[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_each_prompt_has_a_page_of_its_words_maps(tmp_path: Path):
+    asked = ["--attention", "--seed", "3", "--steps", "2", "--out", str(tmp_path)]
+    assert generate.main(["a red cat", "snow", *asked]) == 0
+    pipeline = generate.load_pipeline("sd-mini")
+    for number, prompt in enumerate(("a red cat", "snow")):
+        with generate.attention_maps(pipeline.unet) as maps:
+            pixels = pipeline.draw([prompt], [3], (64, 64), steps=2)[0]
+        image = Image.fromarray(pixels.numpy())
+        seen = generate.word_maps(maps, 1, prompt, pipeline.tokenizer)
+        row = [image, *(generate.heat(image, where) for _, where in seen)]
+        expected = generate.grid_picture([row], ["", *prompt.split()], [prompt])
+        with Image.open(tmp_path / f"attention-{number:03d}.png") as page:
+            assert page.size == expected.size and page.tobytes() == expected.tobytes()
+
+
+def test_a_prompt_that_is_cut_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for n, reported in ((75, False), (76, True)):
+        assert generate.main([" ".join(["a"] * n), "--steps", "1", "--out", str(tmp_path)]) == 0
+        assert ("cut to 75 tokens" in caplog.text) is reported
+
+
+def test_a_word_that_is_seen_everywhere_alike_has_a_map_of_zeros():
+    (_, seen), = generate.word_maps([torch.ones(1, 4, 4, 77)], 1, "a", weights.load_tokenizer("sd-mini"))
+    assert torch.equal(seen, torch.zeros(4, 4))
 
 
 @pytest.mark.parametrize("n, shown", [(74, 74), (75, 75), (76, 75), (80, 75)])
@@ -402,6 +504,10 @@ def test_a_grid_holds_each_picture_whole_under_its_title():
         for j, image in enumerate(row):
             x, y = j * 196, 16 + i * 212 + 16
             assert page.crop((x, y, x + 192, y + 192)).getcolors() == [(192 * 192, image.getpixel((0, 0)))]
+    for x, y, text in ((0, 0, "left"), (196, 0, "right"), (0, 16, "one"), (0, 16 + 212, "two")):
+        strip = Image.new("RGB", (192, 16), "white")
+        ImageDraw.Draw(strip).text((2, 2), text, "black")
+        assert page.crop((x, y, x + 192, y + 16)).tobytes() == strip.tobytes(), text
     assert generate.enlarged(Image.new("RGB", (200, 256))).size == (200, 256)
 
 
@@ -411,6 +517,7 @@ def test_a_heat_map_is_the_picture_where_a_word_is_seen_and_dark_elsewhere():
     seen[:, 4:] = 1
     heat = generate.heat(image, seen)
     assert heat.getpixel((0, 0)) == (10, 20, 40) and heat.getpixel((7, 7)) == (60, 120, 240)
+    assert generate.heat(image, torch.full((2, 2), 0.5)).getcolors() == [(64, (35, 70, 140))]
 
 
 def test_the_published_text_tower_reads_77_tokens():
