@@ -249,8 +249,8 @@ PAPER_DEFAULTS = {
     "epochs": 3, "batch_size": 64, "lr": 1e-4, "head_start": "random",
     "image_size": 256, "captions": "blip-base", "unet_features": "middle",
 }  # fmt: skip
-MINI_DEFAULTS = {"epochs": 6, "batch_size": 32, "lr": 1e-3, "head_start": "ridge"}
-SD_MINI_DEFAULTS = {"lr": 2e-3, "image_size": 64, "captions": "blip-mini", "unet_features": "levels"}
+MINI_DEFAULTS = {"epochs": 4, "batch_size": 32, "lr": 1e-3, "head_start": "ridge", "head_lr": 5e-5}
+SD_MINI_DEFAULTS = {"image_size": 64, "captions": "blip-mini", "unet_features": "levels"}
 SOURCE_DEFAULTS = {"sd-mini": MINI_DEFAULTS | SD_MINI_DEFAULTS}
 WHITE_BOX = ("image_size", "captions", "unet_features")  # options of the U-Net alone
 
