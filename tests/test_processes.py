@@ -194,7 +194,7 @@ def test_bf16_rows_have_a_cache_of_their_own_unless_float32_ones_were_begun(tmp_
 
 
 def node(port: int, number: int, cache: Path, *arguments: object) -> subprocess.Popen:
-    """One of two nodes of one process each, in a process group of its own; number 0 holds the rendezvous."""
+    """One of two nodes of one process each; number 0 holds the rendezvous."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     command += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
     command += ["--rdzv-conf", f"is_host={int(not number)}", *map(str, arguments)]
@@ -204,7 +204,6 @@ def node(port: int, number: int, cache: Path, *arguments: object) -> subprocess.
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -265,7 +264,10 @@ def test_a_node_that_dies_and_comes_back_resumes_from_the_last_checkpoint(
     while not (two / "last" / "state.json").exists():
         assert all(process.poll() is None for process in nodes)
         time.sleep(0.01)
-    os.killpg(nodes[1].pid, signal.SIGKILL)
+    agent = nodes[1].pid  # its trainer has a session of its own
+    trainers = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    for pid in (agent, *map(int, trainers)):
+        os.kill(pid, signal.SIGKILL)
     nodes[1].communicate()
     step = json.loads((two / "last" / "state.json").read_text())["step"]
     assert step < 60
