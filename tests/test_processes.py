@@ -257,7 +257,7 @@ def test_a_node_that_dies_and_comes_back_resumes_from_the_last_checkpoint(
     few_scenes: Path, cache: Path, tmp_path: Path
 ):
     one, two, port = tmp_path / "one", tmp_path / "two", free_port()
-    flags = ["--epochs", "12"]
+    flags = ["--epochs", "4"]
     train_here(few_scenes, one, *flags)
     command = [ROOT / "train.py", "--data", few_scenes, "--out", two, *SMALL, *flags]
     nodes = [node(port, number, cache, *command) for number in (0, 1)]
@@ -270,12 +270,12 @@ def test_a_node_that_dies_and_comes_back_resumes_from_the_last_checkpoint(
         os.kill(pid, signal.SIGKILL)
     nodes[1].communicate()
     step = json.loads((two / "last" / "state.json").read_text())["step"]
-    assert step < 60
+    assert step < 20
     finished(nodes[0], node(port, 1, cache, *command))
     steps = [json.loads(line)["step"] for line in (two / "log.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == list(range(1, 61))
+    assert sorted(set(steps)) == list(range(1, 21))
     np.testing.assert_allclose(losses(two)[:4], losses(one)[:4], atol=2e-4)
-    assert len(losses(two)) == 60 and (two / "result.json").exists()
+    assert len(losses(two)) == 20 and (two / "result.json").exists()
 
 
 def test_a_restart_needs_the_runs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
