@@ -6,7 +6,7 @@
     python train.py --backbone unet --data DIFFUSIONDB --weights sd-1    the paper's rows (needs a GPU)
     python train.py --backbone clip --data DIFFUSIONDB --weights clip-h-14 --train-blocks 0
     python train.py --resume runs/unet-mini-seed0                        continue a run that stopped
-    torchrun --nproc-per-node 2 train.py --backbone unet ...             train with several processes
+    torchrun --nproc-per-node 2 train.py --backbone unet ...             train with several processes (README)
     python train.py --backbone unet --curriculum difficulty              phase 1 and phase 2 of the curriculum
     python train.py ... --plan --memory 24                               only count: pairs, steps, caches, and
                                                                          the memory of a step beside 24 GiB

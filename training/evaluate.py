@@ -75,16 +75,21 @@ def shared_predictions(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`reverse_sd.predict` of all samples, in every process, each of which predicts its share; no word
     probabilities if not `with_words`: those of the training pairs would take gigabytes."""
+    device, widths = process.device, (EMBEDDING_WIDTH, len(run.vocabulary))
+    with_words = with_words and run.config["heads"] > 0
+    parts = [[np.empty((0, width), np.float32)] for width in widths]
     loader, places = evaluation_batches(samples, process, workers)
-    inputs = (tuple(x.to(process.device) for x in batch[:-3]) for batch in loader)
-    embeddings, words = predict(run.regressor, inputs) if len(places) else (None, None)
+    for *inputs, _, _, _ in loader:
+        embeddings, words = predict(run.regressor, [tuple(x.to(device) for x in inputs)])
+        parts[0].append(embeddings)
+        if with_words:
+            parts[1].append(words)
 
-    def gathered(part: np.ndarray | None, width: int) -> np.ndarray:
-        part = np.empty((0, width), np.float32) if part is None else part
-        return process.gathered(torch.from_numpy(part).to(process.device), places, len(samples)).cpu().numpy()
+    def gathered(part: list[np.ndarray]) -> np.ndarray:
+        rows = torch.from_numpy(np.concatenate(part)).to(device)
+        return process.gathered(rows, places, len(samples)).cpu().numpy()
 
-    with_words = with_words and run.config["heads"]
-    return gathered(embeddings, EMBEDDING_WIDTH), gathered(words, len(run.vocabulary)) if with_words else None
+    return gathered(parts[0]), gathered(parts[1]) if with_words else None
 
 
 def summary(folder: Path, result: dict) -> str:
