@@ -59,6 +59,15 @@ def test_only_the_last_blocks_train(few_scenes: Path, cache: Path, tmp_path: Pat
     assert changed == {name for name in before if name.startswith(("blocks.4.", "blocks.5.", "norm."))}
 
 
+def test_frozen_blocks_take_no_gradient_so_that_clipping_ignores_them():
+    config = resolve(TrainConfig(backbone="vit", train_blocks=2))
+    regressor = train.build_regressor(config, None, n_words=5)
+    trained = {name for group in train.parameter_groups(regressor, config).values() for name in group}
+    last = ("heads.", "backbone.norm.", "backbone.blocks.4.", "backbone.blocks.5.")
+    assert trained == {name for name, _ in regressor.named_parameters() if name.startswith(last)}
+    assert trained == {name for name, parameter in regressor.named_parameters() if parameter.requires_grad}
+
+
 @pytest.mark.parametrize("backbone, blocks", [("unet", 9), ("vit", 6), ("swin", 8), ("clip", 6)])
 def test_layers_are_counted_from_the_input(backbone: str, blocks: int):
     config = resolve(TrainConfig(backbone=backbone))

@@ -250,9 +250,26 @@ def test_stopped_and_resumed_training_ends_alike(
 
 
 def test_the_published_captioners_are_tuned_as_blip_was():
-    base, large = captioner.CAPTIONERS["blip-base"], captioner.CAPTIONERS["blip-large"]
-    assert (base.lr, large.lr, base.weight_decay, base.label_smoothing) == (1e-5, 2e-6, 0.05, 0.1)
-    assert base.prompt == "a picture of " and (base.epochs, base.batch_size) == (3, 64)
+    base = {
+        "source": "blip-base", "epochs": 3, "batch_size": 64, "lr": 1e-5, "weight_decay": 0.05,
+        "label_smoothing": 0.1, "prompt": "a picture of ", "max_tokens": 77, "num_beams": 3, "min_length": 5,
+        "seed": 0, "checkpoint_every": 100, "workers": 0,
+    }  # fmt: skip
+    for changed in (
+        {},
+        {"source": "blip-large", "lr": 2e-6},
+        {"source": "blip-mini", "epochs": 6, "batch_size": 32, "lr": 1e-3},
+    ):
+        expected = base | changed
+        assert vars(captioner.CAPTIONERS[expected["source"]]) == expected
+
+
+def test_a_captioner_is_opened_with_its_own_preprocessing(untrained: Path, tmp_path: Path):
+    captioner.write_captioner(captioner.new_captioner(0)[0], tmp_path, captioner.BLIP_MINI)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    model, how, folder = captioner.open_captioner(str(tmp_path))
+    assert how.mean == (0.1, 0.2, 0.3) and folder == tmp_path and not model.training
 
 
 def test_the_miniature_is_trained_from_random_values_and_written_as_published(

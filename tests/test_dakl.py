@@ -269,6 +269,12 @@ def test_validation_limit_compares_evenly_spaced_rows():
     assert whole[0] == whole[1] != limited.tried
 
 
+def test_the_documented_defaults():
+    dakl = Dakl()
+    assert (dakl.gamma, dakl.form, dakl.centred, dakl.validation_limit) == (1e-3, "exact", True, 2000)
+    assert dakl.relative_alphas == pytest.approx([10 ** (1 - i / 2) for i in range(15)])
+
+
 def test_penalties_below_the_rounding_are_passed_over():
     sources, y, targets, truth = problem()
     dakl = Dakl(1e-4, centred=False, relative_alphas=[1e-30, 0.1]).fit(sources, y, targets, (targets, truth))
@@ -282,6 +288,8 @@ def test_penalties_below_the_rounding_are_passed_over():
 
 def test_what_does_not_fit_is_said():
     x, one, nan = torch.ones(3, 4), Dakl(alpha=1.0), float("nan")
+    hole, null = x.clone(), x.clone()  # one bad value or row among good ones
+    hole[1, 2], null[1] = nan, 0
     for message, call in (
         ("form", lambda: Dakl(form="quick")),
         ("above 0", lambda: Dakl(gamma=0)),
@@ -296,12 +304,13 @@ def test_what_does_not_fit_is_said():
         ("are not", lambda: Dakl().fit(x, x, x, (x, x[:, :2]))),
         ("validation", lambda: Dakl().fit(x, x, x)),
         ("validation", lambda: Dakl().fit(x, x, x, (x[:0], x[:0]))),
-        ("embedding is not finite", lambda: one.fit(x, x * nan, x)),
-        ("zero or not finite", lambda: one.fit(x * 0, x, x)),
+        ("embedding is not finite", lambda: one.fit(x, hole, x)),
+        ("zero or not finite", lambda: one.fit(null, x, x)),
+        ("zero or not finite", lambda: one.fit(x, x, hole)),
         ("zero or not finite", lambda: one.fit(x, x, x / 0)),
-        ("zero or not finite", lambda: Dakl().fit(x, x, x, (x * nan, x))),
-        ("zero or not finite", lambda: Dakl().fit(x, x, x, (x, x * nan))),
-        ("zero or not finite", lambda: one.fit(x, x, x).predict(x * 0)),
+        ("zero or not finite", lambda: Dakl().fit(x, x, x, (hole, x))),
+        ("zero or not finite", lambda: Dakl().fit(x, x, x, (x, hole))),
+        ("zero or not finite", lambda: one.fit(x, x, x).predict(null)),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -41,6 +41,15 @@ def test_the_start_prefers_what_is_far_away():
     assert len(start.unique(dim=0)) == 11
 
 
+def test_the_start_draws_by_the_squared_distance():
+    """From 0, a row at 3 is drawn nine times as often as one at 1."""
+    rows, drawn = torch.tensor([0.0] * 98 + [1, 3])[:, None], []
+    for seed in range(300):
+        first, second = kmeans_start(rows, 2, torch.Generator().manual_seed(seed)).flatten().tolist()
+        drawn += [second] if first == 0 else []
+    assert 0.85 < drawn.count(3) / len(drawn) < 0.95 and drawn.count(0) == 0
+
+
 @pytest.mark.parametrize("k", [1, 2, 40, 100])
 def test_the_start_draws_different_rows(k: int):
     rows = torch.arange(100.0)[:, None]
@@ -159,5 +168,9 @@ def test_what_does_not_fit_is_said():
     rows = torch.ones(5, 2)
     with pytest.raises(ValueError, match="5 rows cannot make 6 clusters"):
         kmeans(rows, 6)
+    with pytest.raises(ValueError, match="cannot make 0 clusters"):
+        kmeans(rows, 0)
+    assert kmeans(rows, 5)[0].shape == (5, 2)
+    rows[3, 1] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        kmeans(torch.full((5, 2), float("nan")), 2)
+        kmeans(rows, 2)

@@ -96,7 +96,11 @@ def test_reverse_sd_reads_an_image(uninterrupted: Path, few_scenes: Path, tmp_pa
         row["prompt"] for row in json.loads((uninterrupted / "predictions/rows.json").read_text())["train"]
     }
     assert {line.split(maxsplit=1)[1] for line in lines[1:4]} <= train_prompts
-    assert "words" in lines[4] and "cosine with the given prompt" in lines[5]
+    predictor = reverse_sd.image_predictor(reverse_sd.load_run(uninterrupted), "cpu")
+    embedding, probabilities = (part[0] for part in predictor([pairs.image(0)]))
+    words = reverse_sd.load_run(uninterrupted).vocabulary.likely(probabilities, 10)
+    cosine = float(weights.load("minilm").encode(pairs.prompts[:1])[0].numpy() @ embedding)
+    assert lines[4:] == [f"  words  {words}", f"  cosine with the given prompt: {cosine:.3f}"]
 
 
 def test_the_newest_run_reads_an_image_and_its_caption(
@@ -481,9 +485,10 @@ def test_a_new_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("mine").mkdir()
     (Path("mine") / "notes.txt").write_text("")
     assert new_folder(TrainConfig(), Path("mine")) == Path("mine")  # a folder without a run serves
-    for out in (None, Path("runs"), Path("runs/below")):
-        with pytest.raises(data.DataError, match="^runs.*(cannot be created|is a file).*give a"):
-            new_folder(TrainConfig(), out)
+    below = "cannot be created .*; give another --out"
+    for out, fault in ((None, below), ("runs", "is a file; give a folder"), ("runs/below", below)):
+        with pytest.raises(data.DataError, match=f"^runs[^:]*: {fault}"):
+            new_folder(TrainConfig(), out and Path(out))
 
 
 def test_a_run_that_another_process_uses_is_refused(uninterrupted: Path, capsys):

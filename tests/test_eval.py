@@ -1,0 +1,133 @@
+"""eval.py's flags: the plan that they make, the folders' defaults, which prompts are drawn."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import eval
+from backbones import BACKBONES
+from mini import drawbench
+from tables import generation, methods, probe
+from tables.generation import Request, prompt_sets
+from tables.runs import RECORDING, SOURCES, Plan, RunName
+
+CPU = ["--table", "2", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "flags, cores, results, expected",
+    [
+        ([], 8, "results", {}),
+        ([], 1, "results", {"jobs": 1}),
+        (["--data", "drawn"], 8, "results/drawn", {"data": "drawn", "folder": Path("runs/tables-drawn")}),
+        (["--weights", "vit=a/b"], 8, "results",
+         {"folder": Path("runs/tables-mini-vit=a_b"), "sources": SOURCES["mini"] | {"vit": "a/b"}}),
+        (["--weights", "paper"], 8, "results",
+         {"folder": Path("runs/tables-mini-paper"), "sources": SOURCES["paper"]}),
+        ("--runs x --results y --seeds 4,7 --jobs 3 --epochs 5 --lr 1".split(), 8, "y",
+         {"folder": Path("x"), "seeds": (4, 7), "jobs": 3, "options": {"epochs": 5, "lr": 1.0}}),
+    ],
+)  # fmt: skip
+def test_the_plan_that_flags_make(flags, cores, results, expected, monkeypatch: pytest.MonkeyPatch):
+    written = []
+    made = SimpleNamespace(runs=(), needs_probe=False, write=lambda *where: written.append(where))
+    monkeypatch.setattr(eval, "selected", lambda flag, kind: {(kind, 2): made})
+    monkeypatch.setattr(eval, "train_missing", lambda plan, runs: [])
+    monkeypatch.setattr(eval, "cores", lambda: cores)
+    assert eval.main([*CPU, *flags]) == 0
+    ((plan, where, kind, number),) = written
+    default = {
+        "data": "mini", "sources": SOURCES["mini"], "seeds": (0, 1, 2), "folder": Path("runs/tables-mini"),
+        "jobs": 2, "device": "cpu", "options": {"epochs": 3}, "drawbench": None,
+    }  # fmt: skip
+    command = " ".join(["python eval.py", *CPU, *flags])
+    assert vars(plan) == default | expected | {"command": command}
+    assert (where, kind, number) == (Path(results), "table", 2)
+
+
+def test_the_weights_of_each_backbone():
+    assert SOURCES["mini"] == {
+        "unet": "sd-mini", "vit": "vit-mini", "swin": "swin-mini", "clip": "clip-mini", "blip": "blip-mini"
+    }  # fmt: skip
+    assert SOURCES["paper"].keys() == SOURCES["mini"].keys() == {*BACKBONES, "blip"}
+
+
+def plan(folder: Path, **fields: object) -> Plan:
+    default = {"data": "mini", "sources": SOURCES["mini"], "seeds": (0,), "jobs": 1, "device": "cpu"}
+    return Plan(**default | {"folder": folder, "options": {}} | fields)
+
+
+def test_a_phase_1_records_and_a_phase_2_reads_it(tmp_path: Path):
+    """The runs whose cosines another run uses, and no others, record them."""
+    for backbone in BACKBONES:
+        for recipe in ("plain", "mlc", "mlc-cl", "cl", "lerac", "head-1"):
+            run = RunName(backbone, recipe)
+            fields = plan(tmp_path).fields(run, 3)
+            assert fields.get("record_cosines", False) == (run in RECORDING)
+            first = {"mlc-cl": "mlc", "cl": "plain"}.get(recipe)
+            expected = str(tmp_path / f"{backbone}-{first}-seed3") if first else None
+            assert fields.get("phase_1") == expected
+            assert "phase_1" not in {k for k, v in vars(plan(tmp_path).config(run, 3)).items() if v}
+    assert {RunName("vit", "mlc"), RunName("vit", "plain")} <= RECORDING
+
+
+def test_the_prompts_that_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    """DrawBench from its file or the miniature's own, and the first test prompts of the seed's run."""
+    here = plan(tmp_path)
+    views = probe.default_views()
+    prompts = [*list(views)[:40], *(f"no scene {i}" for i in range(400))]
+    rows = {"test": [{"prompt": p} for p in prompts], "train": [{"prompt": "a b c"}]}
+    folder = here.run_folder(generation.RUN, 0) / "predictions"
+    folder.mkdir(parents=True)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    sets = prompt_sets(here, 0)
+    own = drawbench.prompts({*prompts, "a b c"})
+    assert sets["DrawBench"] == [Request(p.prompt, p.view) for p in own]
+    test = sets["test prompts"]
+    assert [r.prompt for r in test] == prompts[: generation.MINI_PROMPTS]
+    assert [r.view for r in test] == [views.get(p) for p in prompts[: generation.MINI_PROMPTS]]
+
+    (tmp_path / "bench.csv").write_text("Prompts,Category\na red cube,Colors\nan owl,Misc\n")
+    with_file = plan(tmp_path, drawbench=tmp_path / "bench.csv")
+    assert prompt_sets(with_file, 0)["DrawBench"] == [Request("a red cube"), Request("an owl")]
+    assert "skipped" not in caplog.text
+    paper = prompt_sets(plan(tmp_path, sources=SOURCES["paper"]), 0)
+    assert "DrawBench" not in paper and "DrawBench is skipped" in caplog.text
+    assert [r.prompt for r in paper["test prompts"]] == prompts[: generation.PROMPTS]
+    assert all(r.view is None for r in paper["test prompts"])
+
+
+def test_only_the_embedded_prompts_can_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probe, "default_views", lambda: {"a": None, "b": None})
+    assert probe.only_default_prompts("mini") and probe.only_default_prompts("drawn")
+    for prompts, judged in ((["a"], True), (["a", "b"], True), (["a", "c"], False)):
+        monkeypatch.setattr(probe.data, "read_pairs", lambda path, p=prompts: SimpleNamespace(prompts=p))
+        assert probe.only_default_prompts("folder") is judged
+
+
+@pytest.mark.parametrize(
+    "source, options, epochs, batch_size, lr",
+    [("blip-base", {}, 3, 64, 1e-5), ("blip-large", {}, 3, 64, 2e-6), ("blip-mini", {}, 6, 32, 1e-3),
+     ("my/folder", {}, 3, 64, 1e-5), ("blip-mini", {"epochs": 2, "batch_size": 5, "lr": 9.0}, 2, 5, 1e-3)],
+)  # fmt: skip
+def test_the_captioner_is_tuned_by_its_own_settings(
+    source: str, options: dict, epochs: int, batch_size: int, lr: float, tmp_path: Path, monkeypatch
+):
+    tuned = []
+
+    def regressor(folder: Path, config: object, pairs: str, splits: str, device: str, predict: tuple) -> dict:
+        tuned.append((folder, config, pairs, splits, device, predict))
+        return {"test": "rows"}
+
+    monkeypatch.setattr(methods, "prepare", lambda config, device: SimpleNamespace(pairs="p", splits="s"))
+    monkeypatch.setattr(methods.captioner, "blip_regressor", regressor)
+    here = plan(tmp_path, sources=SOURCES["mini"] | {"blip": source}, options=options)
+    found = methods.CaptionerMethod()([], here, 5)
+    assert found == ("rows", {"source": source, "epochs": epochs})
+    ((folder, config, *rest),) = tuned
+    assert folder == tmp_path / "blip-seed5" and rest == ["p", "s", "cpu", ("test",)]
+    assert (config.source, config.seed, config.epochs) == (source, 5, epochs)
+    assert (config.batch_size, config.lr) == (batch_size, lr)
