@@ -29,7 +29,7 @@ DTYPES = {
 
 SIZE, LAYERS, SIDE, POSITIVE = (number(int, 1, 2**20), number(int, 1, 256), number(int, 1, 2**13),
                                 number(above=0, most=2**20))
-SIZES, SIDES, COLOURS = many(SIZE, 1, 16), SIDE | many(SIDE, 2, 2), many(number(least=-1e3, most=1e3), 1, 16)
+SIZES, SIDES = many(SIZE, 1, 16), SIDE | many(SIDE, 2, 2)
 # Fields of a config.json, a pictures' processor or our configurations, wherever they stand in them
 FIELDS: dict[str, Rule] = {name: rule for rule, names in (
     (SIZE, """hidden_size intermediate_size vocab_size max_position_embeddings type_vocab_size projection_dim
@@ -53,8 +53,10 @@ FIELDS: dict[str, Rule] = {name: rule for rule, names in (
     (number(above=0, most=1), "layer_norm_eps norm_eps eps"),
     (number(least=0.1, most=1), "crop_pct"),
     (POSITIVE, "mlp_ratio scaling_factor scale_factor rescale_factor"),
-    (COLOURS, "mean image_mean"),
-    (many(POSITIVE, 1, 16), "std image_std"),
+    (many(number(least=0, most=1), 1, 16), "mean"),
+    (many(number(above=0, most=1), 1, 16), "std"),
+    (many(number(least=0, most=255), 1, 16), "image_mean"),  # of grey levels where nothing rescales them
+    (many(number(above=0, most=255), 1, 16), "image_std"),
     (FLAG, """do_resize do_rescale do_normalize do_convert_rgb do_center_crop qkv_bias class_token quick_gelu
               use_linear_projection use_linear_in_transformer"""),
     (TEXT, """_class_name model_type architecture hidden_act global_pool interpolation resize_mode crop_mode

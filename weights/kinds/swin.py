@@ -99,7 +99,7 @@ NAMED = r"_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?$"
 def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """Stages, widths, heads and version 1's windows from shapes; the image's size, version 2's windows and
     those of its pretraining from Hugging Face's config.json, or timm's and the architecture's name in it."""
-    sizes, timm = _from_shapes(tensors), "architecture" in config
+    sizes, timm = _from_shapes(tensors), bool(config.get("architecture"))
     if timm:
         stated, windows = _timm(config, sizes.version, where)
     else:

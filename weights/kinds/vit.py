@@ -106,7 +106,7 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) 
     Where timm's leaves the pooling out, features are the class token, or the mean where there is none or the
     norm is an `fc_norm`.
     """
-    if "architecture" not in config:
+    if not config.get("architecture"):
         return IN_HF.read(config, where)
     architecture = config["architecture"].partition(".")[0]  # what follows the point names the training
     args = config.get("model_args") or {}

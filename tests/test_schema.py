@@ -1,0 +1,312 @@
+"""JSON from outside: what each rule allows, and one line that names file and field for everything else."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDIMScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import generate
+import reverse_sd
+import train
+import weights
+from files import DataError
+from schema import FLAG, NULL, OBJECT, TEXT, by_name, checked, many, number, one_of, parse_json, record
+from training.folder import saved_config
+from training.loop import Checkpoint
+from weights import sources
+
+MADE = Path(__file__).parent / "made_at_24701ab"
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize("rule, good, bad", [
+    (number(int, 1, 9), [1, 9], [0, 10, 1.0, True, "1", None, [1], 10**30]),
+    (number(above=0, most=1), [1, 0.5, 1e-9], [0, 1.1, float("nan"), float("inf"), -1, "0.5", True]),
+    (number(), [0, -1e30], [float("inf"), 10**400, {}]),
+    (one_of("a", 1), ["a", 1], ["b", 1.0, True, None, ["a"]]),
+    (many(TEXT, 1, 2), [["a"], ("a", "b")], [[], ["a"] * 3, "a", [1]]),
+    (by_name(FLAG), [{}, {"a": True}], [{"a": 1}, []]),
+    (record({"a": TEXT, "b": TEXT.or_else("")}), [{"a": ""}, {"a": "", "c": 1}], [{}, {"a": "", "b": 1}]),
+    (OBJECT | NULL, [{}, None], [[], 0]),
+])  # fmt: skip
+def test_a_rule_allows_its_values_alone(rule, good, bad):
+    assert [value for value in good if not rule.fits(value)] == []
+    assert [value for value in bad if rule.fits(value)] == []
+
+
+@pytest.mark.parametrize("text, message", {
+    '{"a": NaN}': "NaN is no finite number",
+    '{"a": [-Infinity]}': "-Infinity is no finite number",
+    '{"a": 1e999}': "1e999 is no finite number",
+    '{"a": 1, "a": 2}': '"a" stands in it twice',
+    '{"a": 1': "cannot be read as JSON",
+    NESTED: "more than 32 levels",
+    "[" * 33 + "]" * 33: "more than 32 levels",
+    "1" * 5000: "cannot be read as JSON",
+}.items(), ids=range(8))  # fmt: skip
+def test_unsound_json_is_refused(text: str, message: str):
+    with pytest.raises(DataError, match=f"^there: .*{message}") as error:
+        parse_json(text, "there")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_fields_are_required_known_and_within_their_rules():
+    fields = {"a": number(int), "b": TEXT.or_else("usual")}
+    assert checked({"a": 1, "c": 2}, fields, "there") == {"a": 1, "b": "usual", "c": 2}
+    for values, message in (
+        ({}, "there: lacks a; add it: a whole number"),
+        ({"a": 1, "c": 2}, 'there: "c": no such field'),
+        ({"a": "x" * 999}, 'there: a is "xxx.* ...; it must be a whole number'),
+    ):
+        with pytest.raises(DataError, match=message):
+            checked(values, fields, "there", closed=True)
+
+
+# ============================================================================================================
+# Weights
+# ============================================================================================================
+
+
+@pytest.fixture
+def sd(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ROOT / "mini" / "sd-mini", tmp_path / "sd"))
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+WRONG = {
+    "unet/config.json": {"in_channels": -1, "block_out_channels": 64, "down_block_types": [1],
+                         "attention_head_dim": 0, "cross_attention_dim": "128", "use_linear_projection": 1},
+    "vae/config.json": {"layers_per_block": 10**9, "latent_channels": 1e30, "scaling_factor": 0,
+                        "norm_num_groups": [8], "_class_name": ["AutoencoderKL"]},
+    "text_encoder/config.json": {"hidden_size": 128.5, "num_hidden_layers": 0, "layer_norm_eps": "1e-5",
+                                 "hidden_act": 3, "vocab_size": 10**9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file, field", [(file, field) for file in WRONG for field in WRONG[file]])
+def test_a_size_that_no_model_has_is_named(file: str, field: str, sd: Path):
+    kind = {"unet": "unet", "vae": "vae", "text_encoder": "clip-text"}[file.partition("/")[0]]
+    rewrite(sd / file, **{field: WRONG[file][field]})
+    with pytest.raises(weights.WeightsError, match=f"{file}: {field} is .*; it must be "):
+        weights.config(kind, sd)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "student.net."])
+def test_wrapped_names_are_read(prefix: str, tmp_path: Path, caplog):
+    tensors = load_file(ROOT / "mini" / "vit-mini" / "model.safetensors")
+    shutil.copy(ROOT / "mini" / "vit-mini" / "config.json", tmp_path)
+    save_file({prefix + name: value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    model = weights.load("vit", tmp_path).state_dict()
+    assert torch.equal(model["blocks.0.attn.qkv.weight"], tensors["blocks.0.attn.qkv.weight"])
+    assert f"begin otherwise than published ones ({prefix}" in caplog.text
+
+
+def test_wrappers_within_names_are_left_out_and_doubles_refused(tmp_path: Path):
+    tensors = load_file(ROOT / "mini" / "vit-mini" / "model.safetensors")
+    shutil.copy(ROOT / "mini" / "vit-mini" / "config.json", tmp_path)
+    within = {name.replace(".attn.", "._orig_mod.attn."): value for name, value in tensors.items()}
+    save_file(within, tmp_path / "model.safetensors")
+    assert torch.equal(weights.load("vit", tmp_path).cls_token, tensors["cls_token"])
+    save_file(tensors | {"module.cls_token": tensors["cls_token"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(weights.WeightsError, match="several tensors have one name"):
+        weights.load("vit", tmp_path)
+
+
+def test_a_folder_of_the_hubs_cache_is_its_snapshot(tmp_path: Path):
+    for name in ("abc", "def"):
+        shutil.copytree(ROOT / "mini" / "vit-mini", tmp_path / "snapshots" / name)
+    with pytest.raises(weights.WeightsError, match="snapshots/abc, snapshots/def.*; give one of them"):
+        weights.resolve(tmp_path)
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "main").write_text("def")
+    assert weights.resolve(tmp_path) == tmp_path / "snapshots" / "def"
+    (tmp_path / "refs" / "main").write_text("gone")
+    shutil.rmtree(tmp_path / "snapshots" / "abc")
+    assert weights.resolve(tmp_path) == tmp_path / "snapshots" / "def"
+
+
+def test_unusual_variants_are_named(sd: Path):
+    file = sd / "unet" / "diffusion_pytorch_model.safetensors"
+    for name in ("bf16", "non_ema"):
+        shutil.copy(file, file.with_suffix(f".{name}.safetensors"))
+    file.unlink()
+    with pytest.raises(weights.WeightsError, match=r"model\.bf16\.safetensors, .*non_ema.*; rename one"):
+        weights.config("unet", sd)
+
+
+def test_a_tensor_in_two_shards_is_that_of_the_named_one(tmp_path: Path):
+    for k in (1, 2):
+        save_file({"a": torch.full((2,), float(k)), f"b{k}": torch.zeros(1)}, tmp_path / f"{k}.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "b1": "1.safetensors", "b2": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert sources.stored_in(tmp_path)["a"].read().tolist() == [1, 1]
+
+
+def test_whole_numbers_in_place_of_weights_are_refused(sd: Path):
+    file = sd / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"conv_in.bias": torch.ones(64, dtype=torch.int8)}, file)
+    with pytest.raises(weights.WeightsError, match="1 of whole numbers, .*: conv_in.bias"):
+        weights.load("unet", sd)
+
+
+def nine_channels(sd: Path) -> None:
+    file = sd / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.weight"] = tensors["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].contiguous()
+    save_file(tensors, file)
+    rewrite(sd / "unet" / "config.json", in_channels=9)
+
+
+def small_vocabulary(sd: Path) -> None:
+    file = sd / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+    save_file(tensors | {name: tensors[name][:1000].contiguous()}, file)
+    rewrite(sd / "text_encoder" / "config.json", vocab_size=1000)
+
+
+@pytest.mark.parametrize("change, message", [
+    (nine_channels, "the unet.* cannot be used here: in_channels is 9; it must be 4"),
+    (small_vocabulary, "the clip-text cannot be used here: the tokenizer's ids reach 1023, .* 1000 tokens"),
+    (lambda sd: rewrite(sd / "unet" / "config.json", cross_attention_dim=64),
+     "the unet.* cannot be used here: context_dim is 64; it must be 128"),
+])  # fmt: skip
+def test_weights_that_cannot_read_what_is_fed_are_refused_first(change, message, sd, tmp_path, cache, capsys):
+    change(sd)
+    files = set(cache.iterdir())
+    assert train.main(["--weights", str(sd), "--captions", "empty", "--image-size", "64", "--out", "r"]) == 2
+    assert generate.main(["a cat", "--weights", str(sd), "--out", str(tmp_path / "pictures")]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    for line in lines:
+        assert re.search(message, line)
+    assert len(lines) == 2 and set(cache.iterdir()) == files and not (tmp_path / "pictures").exists()
+    assert not Path("r").exists()
+
+
+@pytest.mark.parametrize("field, value", [("pad_token", 5), ("pad_token", ["!"]), ("pad_token", {"id": 1})])
+def test_a_padding_that_is_no_text_is_refused(field: str, value, sd: Path):
+    rewrite(sd / "tokenizer" / "tokenizer_config.json", **{field: value})
+    with pytest.raises(weights.WeightsError, match="tokenizer_config.json: pad_token is "):
+        weights.load_tokenizer(sd)
+
+
+def test_damaged_vocabularies_are_refused(sd: Path):
+    vocabulary, merges = sd / "tokenizer" / "vocab.json", sd / "tokenizer" / "merges.txt"
+    words, lines = vocabulary.read_text(), merges.read_text().splitlines()
+    for content in (lines[:300], lines[:1]):
+        merges.write_text("\n".join(content))
+        with pytest.raises(weights.WeightsError, match="merges.txt: does not fit vocab.json .no line makes"):
+            weights.load_tokenizer(sd)
+    for changes, message in (({"!": -1}, "vocab.json: ! is -1"), ({"!": 7}, "two tokens have one id")):
+        vocabulary.write_text(words)
+        rewrite(vocabulary, **changes)
+        with pytest.raises(weights.WeightsError, match=message):
+            weights.load_tokenizer(sd)
+
+
+def test_a_captioner_whose_vocabulary_was_cut_is_refused(tmp_path: Path):
+    folder = shutil.copytree(ROOT / "mini" / "blip-mini", tmp_path / "blip")
+    file = folder / "vocab.txt"
+    file.write_text("\n".join(file.read_text().splitlines()[:-10]) + "\n")
+    with pytest.raises(weights.WeightsError, match=r"\[DEC\] is .* in the tokenizer and .* in the model"):
+        weights.load("blip", folder)
+
+
+def test_no_home_folder_is_one_line(monkeypatch):
+    monkeypatch.delenv("REVERSE_SD_CACHE", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where no user has an entry
+    with pytest.raises(weights.WeightsError, match="no such home folder; .* set REVERSE_SD_CACHE"):
+        weights.cache_dir()
+
+
+# ============================================================================================================
+# The noise schedule
+# ============================================================================================================
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_the_betas_of_a_folder_are_diffusers(schedule: str, sd: Path):
+    stated = {"beta_start": 0.001, "beta_end": 0.015, "beta_schedule": schedule}
+    rewrite(sd / "scheduler" / "scheduler_config.json", **stated)
+    assert torch.equal(generate.load_pipeline(str(sd)).alphas, DDIMScheduler(**stated).alphas_cumprod)
+    (sd / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert torch.equal(generate.load_pipeline(str(sd)).alphas, DDIMScheduler().alphas_cumprod)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("beta_schedule", "squaredcos_cap_v2"), ("rescale_betas_zero_snr", True), ("trained_betas", [0.1]),
+    ("prediction_type", "sample"), ("num_train_timesteps", 500), ("beta_end", 1), ("beta_start", "0.1"),
+])  # fmt: skip
+def test_other_noise_schedules_are_refused(field: str, value, sd: Path):
+    rewrite(sd / "scheduler" / "scheduler_config.json", **{field: value})
+    with pytest.raises(weights.WeightsError, match=f"scheduler_config.json: {field} is .*; it must be "):
+        generate.trained_as(str(sd))
+
+
+# ============================================================================================================
+# Runs
+# ============================================================================================================
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MADE / "finished", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("field, value", {
+    "heads": 7, "backbone": ["unet"], "lr": "0.1", "epochs": -1, "checkpoint_every": 0, "clean": "x",
+    "model": [], "preprocessing": {"size": [64, 64]}, "words": True, "data": None,
+}.items())  # fmt: skip
+def test_a_runs_configuration_is_read_by_its_rules(field: str, value, run: Path):
+    rewrite(run / "config.json", **{field: value})
+    for read in (saved_config, reverse_sd.load_run):
+        with pytest.raises(DataError, match=rf"run/config.json: {field} is .*; it must be "):
+            read(run)
+
+
+def test_fields_of_a_run_are_neither_missing_nor_unknown_nor_doubled(run: Path):
+    saved = json.loads((run / "config.json").read_text())
+    for changed, message in (
+        ({name: value for name, value in saved.items() if name != "data"}, "lacks data"),
+        (saved | {"colour": 1}, '"colour": no such field'),
+        (saved | {"phase_1": None}, "under an older name too"),
+    ):
+        (run / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=f"config.json: .*{message}"):
+            saved_config(run)
+
+
+@pytest.mark.parametrize("content", [[1, 2], None, {"a": 1}], ids=str)
+def test_a_vocabulary_is_a_list_of_words(content, run: Path):
+    (run / "vocabulary.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="vocabulary.json: is .*; it must be a list of"):
+        reverse_sd.load_run(run)
+
+
+@pytest.mark.parametrize("field, value", [("step", -5), ("step", 5), ("step", 6.5), ("best", "x"),
+                                          ("tensors", "../model.safetensors")])  # fmt: skip
+def test_a_checkpoints_state_fits_its_tensors(field: str, value, tmp_path: Path):
+    last = Path(shutil.copytree(MADE / "stopped" / "last", tmp_path / "last"))
+    assert Checkpoint(last).load(train.RegressorTrainer.state_fields)[0]["step"] == 6
+    rewrite(last / "state.json", **{field: value})
+    with pytest.raises(DataError, match=f"state.json: ({field}|tensors) is .*; it must be"):
+        Checkpoint(last).load(train.RegressorTrainer.state_fields)
+
+
+def test_a_caption_that_is_cut_is_mentioned(run: Path, capsys):
+    predict = reverse_sd.image_predictor(reverse_sd.load_run(run), "cpu")
+    image = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+    for caption, mentioned in (("a star", False), ("star " * 100, True), ("a star", False)):
+        predict([image], [caption])
+        assert ("was cut to 75 tokens" in capsys.readouterr().err) == mentioned
