@@ -20,7 +20,8 @@ from tables import readouts
 from tables.readouts import POOLED, fitted, pooled
 from training.config import TrainConfig, resolve
 from training.folder import saved_config
-from training.inputs import Samples, input_batches, prepare
+from training.inputs import Samples, evaluation_batches, prepare
+from training.loop import Process
 
 
 def problem() -> tuple[torch.Tensor, ...]:
@@ -106,7 +107,8 @@ def test_a_run_starts_at_ridge_regression(few_scenes: Path, cache: Path, tmp_pat
         rows = prepared.splits[split]
         samples = Samples(prepared, rows, load_run(run).vocabulary)
         with torch.no_grad():
-            features = torch.cat([backbone(*inputs) for inputs in input_batches(samples, "cpu")])
+            batches, _ = evaluation_batches(samples, Process(), 0)
+            features = torch.cat([backbone(*inputs) for *inputs, _, _, _ in batches])
         return features, torch.from_numpy(prepared.targets[rows])
 
     sums = RidgeSums(backbone.width, 384)
@@ -176,7 +178,8 @@ def test_the_table_of_frozen_features(few_scenes: Path, cache: Path, tmp_path: P
     backbone = UNetFeatures(weights.load("unet-encoder", "sd-mini").eval())
     every = Samples(prepared, np.arange(len(prepared.pairs)), Vocabulary([]))
     with torch.no_grad():
-        features = torch.cat([backbone(*inputs) for inputs in input_batches(every, "cpu")]).numpy()
+        batches, _ = evaluation_batches(every, Process(), 0)
+        features = torch.cat([backbone(*inputs) for *inputs, _, _, _ in batches]).numpy()
     _, expected = fitted(features, prepared, "cpu")
     found = rows["U-Net, empty text, middle block, maximum"]["per_seed"]
     assert found == pytest.approx([expected], abs=1e-4)
