@@ -124,10 +124,9 @@ def test_memory_is_for_plans_alone(capsys):
 
 
 REAL_STEP = """
-import sys, torch, weights
-from reverse_sd import cosine_loss, joint_loss, vocabulary_loss
+import sys, torch
 from training.config import TrainConfig, resolve
-from training.plan import on_meta, sizes_of, step_bytes
+from training.plan import on_meta, optimizer_of, random_batch, sizes_of, step_bytes, training_step
 
 def resident(line):
     text = open("/proc/self/status").read()
@@ -142,18 +141,10 @@ model = on_meta(config, sizes.model)
 before = resident("VmRSS")
 model = model.to_empty(device="cpu")
 for tensor in [*model.parameters(), *model.buffers()]:
-    tensor.data.zero_() if not tensor.is_floating_point() else tensor.data.uniform_(-0.02, 0.02)
-optimizer = torch.optim.Adam(model.parameters())
-inputs = [torch.randn(batch, *shape) for shape in sizes.inputs]
-target, words = torch.randn(batch, 384), torch.zeros(batch, config.words)
+    tensor.data.uniform_(-0.02, 0.02) if tensor.is_floating_point() else tensor.data.zero_()
+optimizer, batch = optimizer_of(model, config), random_batch(config, sizes)
 for _ in range(2):
-    optimizer.zero_grad(set_to_none=True)
-    prediction = model(*inputs)
-    loss = joint_loss(cosine_loss(prediction.embedding, target), vocabulary_loss(prediction.logits, words))
-    loss.sum().backward()
-    del prediction, loss
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    training_step(model, optimizer, batch, config, parts=1)
 measured = resident("VmHWM") - before
 print(measured, step_bytes(config, sizes, cuda=False))
 """

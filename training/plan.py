@@ -174,31 +174,48 @@ def step_bytes(
     configuration. `cuda`: as CUDA's kernels save activations, else the CPU's. `groups` freezes the parameters
     that do not train (train.py's `parameter_groups`). Workspaces of the kernels are not counted.
     """
-    regressor, bf16 = on_meta(config, sizes.model), config.precision == "bf16"
-    samples = math.ceil(config.batch_size / config.accumulate)
+    regressor = on_meta(config, sizes.model)
     kernels = cuda_kernels() if cuda else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, kernels:
         regressor.to_empty(device="cpu")
         if groups:
             groups(regressor, config)
-        trained = [parameter for parameter in regressor.parameters() if parameter.requires_grad]
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-        optimizer = kind(trained, lr=1e-4, foreach=cuda)
-        inputs = [torch.randn(samples, *shape) for shape in sizes.inputs]
-        target, words = torch.randn(samples, EMBEDDING_WIDTH), torch.zeros(samples, config.words)
+        optimizer = optimizer_of(regressor, config, foreach=cuda)
+        batch = random_batch(config, sizes)
         for _ in range(2):  # Adam's moments exist from the second step on
-            optimizer.zero_grad(set_to_none=True)
-            for _ in range(min(config.accumulate, 2)):  # gradients exist from the second part on
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    prediction = regressor(*inputs)
-                loss = cosine_loss(prediction.embedding.float(), target)
-                if prediction.logits is not None:
-                    loss = joint_loss(loss, vocabulary_loss(prediction.logits.float(), words))
-                torch.autograd.backward(loss.sum())
-                del prediction, loss
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
+            training_step(regressor, optimizer, batch, config, parts=min(config.accumulate, 2))
         return live.peak
+
+
+def optimizer_of(regressor: nn.Module, config: TrainConfig, foreach: bool | None = None) -> Any:
+    trained = [parameter for parameter in regressor.parameters() if parameter.requires_grad]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(trained, lr=1e-4, foreach=foreach)
+
+
+def random_batch(config: TrainConfig, sizes: Sizes, device: str = "cpu") -> list[Tensor]:
+    """Inputs, target embeddings and words of one part of a batch: batch_size / accumulate samples."""
+    samples = math.ceil(config.batch_size / config.accumulate)
+    shapes = (*sizes.inputs, (EMBEDDING_WIDTH,), (config.words,))
+    return [torch.rand(samples, *shape, device=device) for shape in shapes]
+
+
+def training_step(
+    regressor: Callable, optimizer: Any, batch: list[Tensor], config: TrainConfig, parts: int
+) -> None:
+    """A step like train.py's, with the same batch for each of its parts."""
+    *inputs, target, words = batch
+    optimizer.zero_grad(set_to_none=True)
+    for _ in range(parts):  # gradients exist from the second part on
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            prediction = regressor(*inputs)
+        loss = cosine_loss(prediction.embedding.float(), target)
+        if prediction.logits is not None:
+            loss = joint_loss(loss, vocabulary_loss(prediction.logits.float(), words))
+        torch.autograd.backward(loss.sum())
+        del prediction, loss
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
 
 
 @dataclass(frozen=True)
