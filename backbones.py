@@ -81,7 +81,7 @@ class Standardise(nn.Module):
         return (features - self.mean) / self.deviation
 
 
-def as_backbone(name: str, model: nn.Module, unet_features: str | None) -> nn.Module:
+def as_backbone(name: str, model: nn.Module, unet_features: str | None = None) -> nn.Module:
     """A model of kind BACKBONES[name].kind as a module from inputs to features (B, width)."""
     return UNetFeatures(model, unet_features or "middle") if BACKBONES[name].white_box else model
 
