@@ -98,7 +98,7 @@ def compare(folder: str | os.PathLike, other: str | os.PathLike, tolerance: floa
     where there is nothing to compare.
     """
     folder, other = Path(folder), Path(other)
-    dtype, index, ours = _index(folder)
+    wanted, index, ours = _index(folder)
     theirs = _port(other)
     compared = [(part, entry) for part in PARTS for entry in index[part] if entry["name"] in theirs]
     floats = {entry["name"]: str(theirs[entry["name"]].dtype).removeprefix("torch.")
@@ -110,7 +110,7 @@ def compare(folder: str | os.PathLike, other: str | os.PathLike, tolerance: floa
         if dtype not in ("float32", "float64"):
             raise WeightsError(f"{other}: {name} is {dtype}; a port is compared in float32 or float64 only")
     precision = min(floats.values())
-    judge = _Judge(stored_tensors(folder / "epsilons.safetensors"), precision, dtype, tolerance)
+    judge = _Judge(stored_tensors(folder / "epsilons.safetensors"), precision, wanted, tolerance)
     differences = [judge(part, entry, ours[part][entry["name"]], theirs[entry["name"]])
                    for part, entry in compared]
     golden = [entry for part in PARTS[1:] for entry in index[part]]
@@ -120,7 +120,7 @@ def compare(folder: str | os.PathLike, other: str | os.PathLike, tolerance: floa
         total=len(golden),
         lacking=[entry["name"] for entry in golden if entry["name"] not in theirs],
         ends=[entry["name"] for entry in index["outputs"]
-              if entry["name"] not in theirs and entry["equal"] not in theirs],
+              if not {entry["name"], *entry["equal"]} & theirs.keys()],
         unknown=[name for name in theirs if name not in known],
         unseen=judge.unseen,
         precision=precision,
@@ -208,7 +208,7 @@ def _index(folder: Path) -> tuple[str, Index, dict[str, dict[str, Stored]]]:
             sound &= largest >= 0 and mean >= 0
             if "epsilon" in entry:
                 sound &= entry["name"] in nudges and min(entry["blur"], entry["epsilon"]) >= 0
-        sound &= all(isinstance(entry["equal"], str) for entry in lists["outputs"])
+        sound &= all(isinstance(entry["equal"], list) for entry in lists["outputs"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: damaged ({error!r}); write the golden files again") from error
     if not sound:

@@ -216,8 +216,8 @@ def write(
     for entry in index["activations"] + index["outputs"]:
         entry |= _precision(entry["name"], fine, coarse[entry["name"]])
     for entry in index["outputs"]:
-        entry["equal"] = next((name for name, value in fine.activations.items()
-                               if torch.equal(value, fine.outputs[entry["name"]])), "")
+        entry["equal"] = [name for name, value in fine.activations.items()
+                          if torch.equal(value, fine.outputs[entry["name"]])]
     changes = {name: nudge.change.float() for name, nudge in fine.nudges.items()}
     _save(changes, folder / "epsilons.safetensors")
     _save(subject.model.to(dtype).state_dict(), folder / "weights.safetensors")
