@@ -242,6 +242,12 @@ def scheduler(source: str) -> dict[str, Any]:
     return checked(published, SCHEDULER, source)
 
 
+def alphas_of(source: str) -> Tensor:
+    """The source's alpha_bar at each timestep, (1000,) float32."""
+    settings = scheduler(source)
+    return alphas_bar(settings["beta_start"], settings["beta_end"], settings["beta_schedule"])
+
+
 def load_pipeline(
     source: str, device: str = "cpu", dtype: torch.dtype = torch.float32, predicts_v: bool | None = None
 ) -> Pipeline:
@@ -252,9 +258,8 @@ def load_pipeline(
     kinds = ("unet", "vae", "clip-text")
     weights.require_fed(source, *kinds)
     parts = (weights.load(kind, source, dtype=dtype, device=device) for kind in kinds)
-    tokenizer, settings = weights.load_tokenizer(source), scheduler(source)
-    alphas = alphas_bar(settings["beta_start"], settings["beta_end"], settings["beta_schedule"])
-    return Pipeline(*parts, tokenizer, trained_as(source)[1] if predicts_v is None else predicts_v, alphas)
+    predicts_v = trained_as(source)[1] if predicts_v is None else predicts_v
+    return Pipeline(*parts, weights.load_tokenizer(source), predicts_v, alphas_of(source))
 
 
 # ============================================================================================================

@@ -22,7 +22,7 @@ ALLOWED = {
     "models/layers.py": {"torch"},
     "models/*.py": {"torch", "models"},
     "weights/kinds/*.py": {"torch", "tokenizers", "models", "weights", "schema"},
-    "weights/__main__.py": {"torch", "weights", "command"},
+    "weights/__main__.py": {"torch", "command", "weights"},
     "weights/*.py": {
         "files",
         "schema",
