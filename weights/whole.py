@@ -22,8 +22,8 @@ def regressor(source: str, draw: Draw) -> Subject:
     """A run's regressor, or one with random heads on pretrained weights; of sd-mini's U-Net by default.
 
     The U-Net reads latents and a caption's states at timestep 0; its features are those of the run, or the
-    maximum over the middle block's places. Outputs: `embedding` (B, 384), not normalised, and `logits` (B, words). Raises WeightsError for a
-    run or weights that cannot be loaded.
+    maximum over the middle block's places. Outputs: `embedding` (B, 384), not normalised, and `logits` (B,
+    words). Raises WeightsError for a run or weights that cannot be loaded.
     """
     from backbones import BACKBONES, as_backbone
     from reverse_sd import Regressor, load_run
