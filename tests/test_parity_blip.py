@@ -357,6 +357,14 @@ def test_captions(vocabulary: Path, num_beams: int) -> None:
     assert len(set(found)) > 1 and all(found)
 
 
+def test_a_caption_has_no_special_tokens_and_ends_at_the_first_end(vocabulary: Path, monkeypatch) -> None:
+    ours, _ = talkative(1)
+    ours.tokenizer = load_tokenizer(vocabulary)
+    rows = [[38, 5, 6, 7, 8, 1, 9, 2, 4, 10, 3, 11], [38, 5, 6, 7, 3, 9, 0, 0, 0, 0, 0, 0]]
+    monkeypatch.setattr(ours, "generate_ids", lambda images, ids, **settings: torch.tensor(rows))
+    assert ours.generate(pictures()) == ["dogs cat", ""]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Names and sizes
 # ----------------------------------------------------------------------------------------------------------
