@@ -141,7 +141,10 @@ def test_unusual_variants_are_named(sd: Path):
     for name in ("bf16", "non_ema"):
         shutil.copy(file, file.with_suffix(f".{name}.safetensors"))
     file.unlink()
-    with pytest.raises(weights.WeightsError, match=r"model\.bf16\.safetensors, .*non_ema.*; rename one"):
+    with pytest.raises(weights.WeightsError, match=r"model\.bf16\.safetensors, .*non_ema.*; give or rename"):
+        weights.config("unet", sd)
+    file.symlink_to(sd / "blobs" / "gone")
+    with pytest.raises(weights.WeightsError, match=r"unet: .*: a link to a file that is gone"):
         weights.config("unet", sd)
 
 
@@ -266,13 +269,21 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("field, value", {
     "heads": 7, "backbone": ["unet"], "lr": "0.1", "epochs": -1, "checkpoint_every": 0, "clean": "x",
-    "model": [], "preprocessing": {"size": [64, 64]}, "words": True, "data": None,
+    "model": [], "words": True, "data": None, "preprocessing": {"size": [64, 64]},
 }.items())  # fmt: skip
 def test_a_runs_configuration_is_read_by_its_rules(field: str, value, run: Path):
     rewrite(run / "config.json", **{field: value})
     for read in (saved_config, reverse_sd.load_run):
         with pytest.raises(DataError, match=rf"run/config.json: {field} is .*; it must be "):
             read(run)
+
+
+@pytest.mark.parametrize("change", [{"rules": "x"}, {"squash": True}, {"std": [0, 1, 1]}, {"x": 1}], ids=str)
+def test_a_preprocessing_that_cannot_be_is_refused(change: dict, run: Path):
+    usual = json.loads((run / "config.json").read_text())["preprocessing"]
+    rewrite(run / "config.json", preprocessing=usual | change)
+    with pytest.raises(DataError, match="config.json: preprocessing is .*; it must be a data.Preprocessing"):
+        saved_config(run)
 
 
 def test_fields_of_a_run_are_neither_missing_nor_unknown_nor_doubled(run: Path):
@@ -294,8 +305,10 @@ def test_a_vocabulary_is_a_list_of_words(content, run: Path):
         reverse_sd.load_run(run)
 
 
-@pytest.mark.parametrize("field, value", [("step", -5), ("step", 5), ("step", 6.5), ("best", "x"),
-                                          ("tensors", "../model.safetensors")])  # fmt: skip
+@pytest.mark.parametrize("field, value", [
+    ("step", -5), ("step", 5), ("step", 6.5), ("best", "x"), ("total", None), ("data", 5),
+    ("tensors", "../model.safetensors"),
+])  # fmt: skip
 def test_a_checkpoints_state_fits_its_tensors(field: str, value, tmp_path: Path):
     last = Path(shutil.copytree(MADE / "stopped" / "last", tmp_path / "last"))
     assert Checkpoint(last).load(train.RegressorTrainer.state_fields)[0]["step"] == 6

@@ -220,12 +220,19 @@ def rules() -> dict[str, Rule]:
     return found
 
 
-PREPROCESSING = record({
-    "size": many(number(int, 1, 2**13), 2, 2),
-    "resize": number(int, 1, 2**13) | many(number(int, 1, 2**13), 2, 2) | NULL,
-    "filter": TEXT, "rules": TEXT, "squash": FLAG,
-    "mean": many(number(), 3, 3), "std": many(number(above=0), 3, 3),
-})  # fmt: skip
+SIDE = number(int, 1, 2**13)
+PREPROCESSING = {
+    "size": many(SIDE, 2, 2), "resize": SIDE | many(SIDE, 2, 2) | NULL, "filter": TEXT, "rules": TEXT,
+    "mean": many(number(), 3, 3), "std": many(number(above=0), 3, 3), "squash": FLAG,
+}  # fmt: skip
+
+
+def is_preprocessing(values: Any) -> bool:
+    """Whether these are the fields of a data.Preprocessing, and fit one another."""
+    try:
+        return record(PREPROCESSING).fits(values) and bool(data.Preprocessing(**values))
+    except (TypeError, ValueError):
+        return False
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -238,7 +245,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     values = {RENAMED.get(name, name): value for name, value in saved.items()}
     if len(values) < len(saved):
         raise data.DataError(f"{path}: a field stands in it under an older name too ({RENAMED}); remove one")
-    derived = {"model": OBJECT, "preprocessing": PREPROCESSING, "smoothing": number(least=0).or_else(None)}
+    preprocessing = Rule("a data.Preprocessing, as train.py wrote it", is_preprocessing)
+    derived = {"model": OBJECT, "preprocessing": preprocessing, "smoothing": number(least=0).or_else(None)}
     return checked(values, rules() | derived, path, closed=True)
 
 

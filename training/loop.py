@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import DataError
 from files import atomic_write, json_object, read_text, write_json
-from schema import Rule, check, number, one_of, read_json
+from schema import TEXT, Rule, check, number, one_of, read_json
 
 log = logging.getLogger("train")
 
@@ -109,6 +109,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     os.replace(partial, path)
 
 
+# Of every state.json; older ones lack some, and called `data` `identity`
+STATE = {
+    "step": number(int, 0), "total": number(int, 1).or_else(0), "tensors": TEXT,
+    "data": TEXT.or_else(""), "identity": TEXT.or_else(""),
+}  # fmt: skip
+
+
 class Checkpoint:
     """The last/ folder: one tensor file per saved step, and state.json, which names the valid one.
 
@@ -132,12 +139,12 @@ class Checkpoint:
                     other.unlink()
 
     def load(self, fields: Mapping[str, Rule]) -> tuple[dict, dict[str, Tensor]] | None:
-        """The last complete checkpoint, or None. `fields`: what its state.json must have."""
+        """The last complete checkpoint, or None. `fields`: its state.json's beside STATE."""
         path = self.folder / "state.json"
         if not path.exists():
             return None
         try:
-            state = read_json(path, {"step": number(int, 0)} | fields)
+            state = read_json(path, STATE | fields, closed=True)
             check(state, {"tensors": one_of(self.tensors_of(state["step"]))}, path)
             return state, load_file(self.folder / state["tensors"])
         except Exception as error:  # safetensors, JSON and the disk raise different exceptions
@@ -316,8 +323,8 @@ class Trainer(ABC):
         """Restore the last checkpoint, if any, and truncate the log to its step."""
         if (checkpoint := self.checkpoint.load(self.state_fields)) is not None:
             state, tensors = checkpoint
-            identity, total = state.get("data", state.get("identity")), state.get("total", self.total)
-            if (identity, total) != (self.identity, self.total):
+            recorded = state["data"] or state["identity"], state["total"] or self.total
+            if recorded != (self.identity, self.total):
                 raise DataError(
                     f"{self.folder}: was trained on other pairs or options; use the same again, or start a "
                     "new run"

@@ -4,10 +4,10 @@ import functools
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from re import fullmatch
 from typing import Any
 
 import torch
@@ -51,8 +51,9 @@ def load(
 
     kind    a name of weights.kinds.KINDS; "unet-encoder" leaves the file's decoder half alone
     source  a name of the registry (fetched at first use), a .safetensors file, a folder of diffusers (its
-            root or the part's own) or of Hugging Face, whole or in shards, or a single file of Stable
-            Diffusion; None = the kind's default. A registry name wins over a file of that name.
+            root or the part's own) or of Hugging Face, whole or in shards, a repository's folder in the hub's
+            cache, or a single file of Stable Diffusion; None = the kind's default. A registry name wins over
+            a file of that name. Prefixes that wrappers of modules leave in names are dropped.
     dtype   of the model, whatever the file holds
 
     Sizes come from config.json; a file without one must have the names and shapes of a published model. A
@@ -196,7 +197,7 @@ class WeightsSource:
         name matches a regex of `skip`."""
         read = self._reader()
         for name, make in self.recipes.items():
-            if not any(fullmatch(pattern, name) for pattern in skip):
+            if not any(re.fullmatch(pattern, name) for pattern in skip):
                 yield name, make(read)
 
     def _reader(self) -> Callable[[str], Tensor]:
@@ -261,7 +262,7 @@ def _part_prefix(kind: Kind, raw: Iterable[str], where: str) -> str:
         raise WeightsError(f"{where}: a single file of Stable Diffusion without a {kind.name} (nothing "
                            f"begins with {prefixes})")
     if unknown := [name for name in raw if not name.startswith(SINGLE_FILE)
-                   and not any(fullmatch(pattern, name) for pattern in SINGLE_FILE_IGNORED)]:
+                   and not any(re.fullmatch(pattern, name) for pattern in SINGLE_FILE_IGNORED)]:
         raise WeightsError(f"{where}: {len(unknown)} tensors belong to no part of Stable Diffusion 1 or 2: "
                            f"{listed(unknown)}")
     return prefix
@@ -327,8 +328,10 @@ def stored_in(path: Path) -> dict[str, Stored]:
         for pickled in sorted(path.iterdir()):
             refuse_pickle(pickled)
         usual = " or ".join(f"{stem}.safetensors" for stem in STEMS)
-        others = sorted(other.name for other in path.iterdir() if ".safetensors" in other.name)
-        shown = f" but {listed(others)}; rename one of them" if others else ""
+        others = sorted(x for x in path.iterdir() if re.search(r"\.safetensors|^models--", x.name))
+        if lost := [other.name for other in others if not other.exists()]:
+            raise WeightsError(f"{path}: {listed(lost)}: a link to a file that is gone; fetch it again")
+        shown = f" but {listed([other.name for other in others])}; give or rename one" if others else ""
         raise WeightsError(f"{path} holds no weights ({usual}){shown}")
     return _unwrapped(stored_tensors(file) if file.suffix != ".json" else _shards(file), file)
 
