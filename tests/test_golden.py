@@ -1,8 +1,11 @@
 """Golden files, their comparison, and the port in examples/ that they prove."""
 
 import json
+import re
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,42 +13,84 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import weights
+from models import clip, layers, unet
 from tests.test_train import tiny_blip
 from weights.__main__ import main
-from weights.golden import compare, golden
+from weights.compare import compare
+from weights.golden import Subject, golden, load_or_draw, record
+from weights.kinds import KINDS as ENTRIES
 
 KINDS = [("vit", "vit-mini"), ("swin", "swin-mini"), ("swin", "swinv2-mini"), ("clip-vision", "clip-mini"),
-         ("clip-text", "sd-mini"), ("vae", "sd-mini"), ("unet", "sd-mini"), ("unet-encoder", "sd-mini")]
+         ("clip-text", "sd-mini"), ("vae", "sd-mini"), ("unet", "sd-mini"), ("unet-encoder", "sd-mini"),
+         ("clip-text", "sd-2-tiny"), ("unet", "sd-2-tiny"), ("unet-encoder", "sd-2-tiny")]
+CONSTANTS = {"unet": {"sinusoids"}, "unet-encoder": {"sinusoids"},
+             "clip-text": {"position_ids", "causal_mask"},
+             "swin": {"layers.0.index", "layers.0.mask", "layers.1.index", "layers.1.mask", "layers.2.index"}}
+FILES = ("inputs", "constants", "activations", "outputs", "weights")
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("golden") / "vit"
-    golden("vit", folder, "vit-mini", dtype=torch.float64)
-    return folder
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, torch.dtype], Path]:
+    """Golden files of a kind in a source, written once."""
+    root, written = tmp_path_factory.mktemp("golden"), set()
+
+    def written_once(kind: str, source: str, dtype: torch.dtype = torch.float32) -> Path:
+        folder = root / f"{kind}-{source}-{str(dtype)[-2:]}"
+        if folder not in written:
+            golden(kind, folder, source, dtype=dtype)
+            written.add(folder)
+        return folder
+
+    return written_once
+
+
+@pytest.fixture
+def vit(folders) -> Path:
+    return folders("vit", "vit-mini", torch.float64)
+
+
+def port_of(kind: str, source: str, golden_files: Path, change: Callable[[nn.Module], object] = id,
+            dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Every activation and output of the model after `change`, as a port computes them."""
+    model = load_or_draw(kind, source)
+    change(model)
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value
+              for name, value in load_file(golden_files / "inputs.safetensors").items()}
+    return record(Subject(model, inputs, ENTRIES[kind].outputs, {}, {}), dtype).tensors()
+
+
+def compared(golden_files: Path, port: dict[str, Tensor], folder: Path, **options) -> tuple[int, list[str]]:
+    """The status and the lines of the report on a port's tensors."""
+    save_file({name: value.contiguous().clone() for name, value in port.items()}, folder / "port.safetensors")
+    report = compare(golden_files, folder / "port.safetensors", **options)
+    return report.status, report.lines()
 
 
 @pytest.mark.parametrize("kind, source", KINDS)
-def test_golden_files_are_what_the_model_makes(kind: str, source: str, tmp_path: Path):
-    names = golden(kind, tmp_path / "golden", source)
-    index = json.loads((tmp_path / "golden" / "index.json").read_text())
-    assert [entry["name"] for entry in index["activations"]] == names and len(names) > 20
-    files = {part: load_file(tmp_path / "golden" / f"{part}.safetensors")
-             for part in ("inputs", "activations", "outputs", "weights")}
-    for part in ("inputs", "activations", "outputs"):
+def test_golden_files_are_what_the_model_makes(kind: str, source: str, folders):
+    folder = folders(kind, source)
+    index = json.loads((folder / "index.json").read_text())
+    files = {part: load_file(folder / f"{part}.safetensors") for part in FILES}
+    for part in FILES[:-1]:
         assert {entry["name"]: entry["shape"] for entry in index[part]} == {
             name: list(value.shape) for name, value in files[part].items()}
+    assert len(files["activations"]) > 20
+    assert {value.dtype for value in files["activations"].values()} == {torch.float64}
+    assert CONSTANTS.get(kind, set()) <= set(files["constants"])
     model = weights.build(kind, index["config"])
     weights.load_strict(model, files["weights"])
     if kind == "vae":
         again = model.eval().encode(files["inputs"]["images"])
-        assert torch.allclose(again, files["outputs"]["latents"], atol=1e-5)
+        assert torch.allclose(again, files["outputs"]["latents"].float(), atol=1e-5)
     elif kind != "unet-encoder":
         again = model.eval()(**files["inputs"])
-        assert torch.allclose(again, files["outputs"]["output"], atol=1e-4)
-    assert not [d.name for d in compare(tmp_path / "golden", tmp_path / "golden") if d.problem]
+        assert torch.allclose(again, files["outputs"]["output"].float(), atol=1e-4)
+    report = compare(folder, folder)
+    assert (report.status, report.lacking, report.precision) == (0, [], "float64")
 
 
 def test_blip_and_minilm(tmp_path: Path, minilm_folder: Path):
@@ -57,7 +102,7 @@ def test_blip_and_minilm(tmp_path: Path, minilm_folder: Path):
         with torch.no_grad():
             again = weights.load(kind, source)(**inputs)
         output = load_file(tmp_path / f"golden-{kind}" / "outputs.safetensors")["output"]
-        assert torch.allclose(again, output, atol=1e-5)
+        assert torch.allclose(again, output.float(), atol=1e-5)
 
 
 def test_the_numpy_port_passes(vit: Path, tmp_path: Path, capsys):
@@ -65,6 +110,14 @@ def test_the_numpy_port_passes(vit: Path, tmp_path: Path, capsys):
     subprocess.run(script, check=True, env=environment(), capture_output=True)
     assert main(["compare", str(vit), str(tmp_path / "port"), "--tolerance", "1e-10"]) == 0
     assert "all 45 tensors agree" in capsys.readouterr().out
+
+
+def test_the_numpy_port_passes_in_float32(folders, tmp_path: Path, capsys):
+    folder = folders("vit", "vit-mini")
+    script = [sys.executable, str(ROOT / "examples" / "vit_numpy.py"), str(folder), str(tmp_path / "port")]
+    subprocess.run(script, check=True, env=environment(), capture_output=True)
+    assert main(["compare", str(folder), str(tmp_path / "port")]) == 0
+    assert "all 45 tensors agree in float32" in capsys.readouterr().out
 
 
 def test_the_first_difference_is_named(vit: Path, tmp_path: Path, capsys):
@@ -76,21 +129,226 @@ def test_the_first_difference_is_named(vit: Path, tmp_path: Path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("blocks.3.norm2 is the first that differs: off by")
     assert printed[1].endswith("the last of them blocks.3.attn.proj")
-    assert "3 of 44 tensors differ" in printed[2]
+    assert printed[2] == "3 of 44 tensors differ"
+    assert "no success: 1 outputs are not in OTHER: output" in printed
     port["blocks.0.norm1"] = port["blocks.0.norm1"].flatten()
     port["blocks.1.norm1"][0, 0, 0] = torch.nan
     np.savez(tmp_path / "port.npz", **{name: value.numpy() for name, value in port.items()})
-    problems = [d.problem for d in compare(vit, tmp_path / "port.npz") if d.problem]
+    problems = [difference.problem for difference in compare(vit, tmp_path / "port.npz").wrong]
     assert problems[0].startswith("shape") and "nan" in problems[1]
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Faults of a port
+# ------------------------------------------------------------------------------------------------------------
+
+
+def tanh_gelu(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    exact = F.gelu
+    patch.setattr(unet.F, "gelu", lambda x, approximate: exact(x, approximate="tanh"))
+
+
+def other_gelu(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    now = model.config.hidden_act
+    for layer in model.text_model.encoder.layers:
+        layer.hidden_act = "gelu" if now == "quick_gelu" else "quick_gelu"
+
+
+def epsilon(name: str) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    def smaller(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+        model.get_submodule(name).eps *= 0.9
+    return smaller
+
+
+def padding_elsewhere(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(unet.Downsample, "forward", lambda self, x: self.op(F.pad(x, (0, 1, 0, 1))))
+    for module in model.modules():
+        if isinstance(module, unet.Downsample):
+            module.op.padding = (0, 0)
+
+
+def no_mask(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(clip, "attention", lambda *args, causal=False: layers.attention(*args))
+
+
+def heads_last(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **masks: bool) -> Tensor:
+        q, k, v = (x.unflatten(-1, (-1, heads)).transpose(-1, -2).flatten(2) for x in (q, k, v))
+        return layers.attention(q, k, v, heads, **masks)
+
+    for module in (unet, clip):
+        patch.setattr(module, "attention", attention)
+
+
+FIRST_BLOCK = "input_blocks.1.1.transformer_blocks.0"
+LAYER = "text_model.encoder.layers"
+FAULTS = [
+    ("unet-encoder", "sd-mini", epsilon("input_blocks.1.0.in_layers.0"), "input_blocks.1.0.in_layers.0"),
+    ("unet-encoder", "sd-mini", epsilon("input_blocks.5.0.in_layers.0"), "input_blocks.5.0.in_layers.0"),
+    ("unet-encoder", "sd-mini", epsilon("middle_block.2.out_layers.0"), "middle_block.2.out_layers.0"),
+    ("unet-encoder", "sd-mini", tanh_gelu, f"{FIRST_BLOCK}.ff.net.0"),
+    ("unet-encoder", "sd-mini", padding_elsewhere, "input_blocks.2.0.op"),
+    ("unet-encoder", "sd-mini", heads_last, f"{FIRST_BLOCK}.attn1.to_out.0"),
+    ("unet-encoder", "sd-2-tiny", heads_last, f"{FIRST_BLOCK}.attn1.to_out.0"),
+    ("clip-text", "sd-mini", epsilon(f"{LAYER}.2.layer_norm1"), f"{LAYER}.2.layer_norm1"),
+    ("clip-text", "sd-mini", other_gelu, f"{LAYER}.0.mlp.fc2"),
+    ("clip-text", "sd-2-tiny", other_gelu, f"{LAYER}.0.mlp.fc2"),
+    ("clip-text", "sd-mini", no_mask, f"{LAYER}.0.self_attn.out_proj"),
+    ("clip-text", "sd-mini", heads_last, f"{LAYER}.0.self_attn.out_proj"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["32", "64"])
+@pytest.mark.parametrize("kind, source, fault, first", FAULTS)
+def test_faults_are_seen_and_the_first_layer_is_named(
+    kind: str, source: str, fault: Callable, first: str, dtype: torch.dtype, folders, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = folders(kind, source, dtype)
+    port = port_of(kind, source, folder, lambda model: fault(model, monkeypatch), dtype)
+    status, lines = compared(folder, port, tmp_path)
+    assert status == 1 and lines[0].startswith(f"{first} is the first that differs")
+    if fault.__name__ == "smaller":
+        assert re.search(r"as with an epsilon of (8\.9|9\.[01])e-06 instead of 1\.0e-05", lines[0])
+
+
+def test_an_epsilon_that_float32_cannot_show_is_named(folders, tmp_path: Path):
+    folder = folders("unet-encoder", "sd-mini")
+    change = lambda model: epsilon("middle_block.1.norm")(model, None)  # noqa: E731
+    port = port_of("unet-encoder", "sd-mini", folder, change)
+    status, lines = compared(folder, port, tmp_path)
+    assert status == 0 and "10% wrong cannot be seen at" in lines[-1] and "middle_block.1.norm" in lines[-1]
+    folder = folders("unet-encoder", "sd-mini", torch.float64)
+    port = port_of("unet-encoder", "sd-mini", folder, change, torch.float64)
+    status, lines = compared(folder, port, tmp_path)
+    assert status == 1 and lines[0].startswith("middle_block.1.norm is the first that differs")
+
+
+def test_lacking_and_unknown_tensors(folders, tmp_path: Path):
+    folder = folders("unet-encoder", "sd-mini")
+    right = port_of("unet-encoder", "sd-mini", folder)
+    model = load_or_draw("unet-encoder", "sd-mini")
+    own = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    port = {name: value for name, value in right.items() if name in own | {"middle"}}
+    status, lines = compared(folder, port, tmp_path)
+    assert status == 0 and lines[0].startswith("102 compared tensors agree")
+    assert lines[1].startswith("103 of 205 golden tensors are not in OTHER: time_embed.1, time_embed, ")
+    renamed = {f"x.{name}" if name in list(port)[:13] else name: value for name, value in port.items()}
+    status, lines = compared(folder, renamed, tmp_path)
+    assert status == 3 and "no success: 13 names are not in the golden files: x." in lines[1]
+    del port["middle"]
+    status, lines = compared(folder, port, tmp_path)
+    assert status == 3 and lines[1] == "no success: 1 outputs are not in OTHER: middle"
+    assert compared(folder, port | {"middle_block": right["middle_block"]}, tmp_path)[0] == 0  # equal to it
+
+
+def test_precisions_are_compared(vit: Path, folders, tmp_path: Path):
+    port = load_file(vit / "activations.safetensors") | load_file(vit / "outputs.safetensors")
+    assert compared(vit, port, tmp_path)[0] == 0
+    floats = {name: value.float() for name, value in port.items()}
+    status, lines = compared(vit, floats, tmp_path)
+    assert status == 1 and "float32 instead of float64" in lines[0]
+    assert compared(folders("vit", "vit-mini"), floats, tmp_path)[0] == 0
+    rounded = {name: value.double() for name, value in floats.items()}  # float64 with the digits of float32
+    assert compared(folders("vit", "vit-mini"), rounded, tmp_path)[0] == 1
+    for dtype in (torch.float16, torch.bfloat16, torch.int32):
+        with pytest.raises(weights.WeightsError, match="in float32 or float64 only"):
+            compared(vit, port | {"norm": port["norm"].to(dtype)}, tmp_path)
+
+
+def test_constants_of_a_port_are_compared(folders, tmp_path: Path):
+    folder = folders("clip-text", "sd-mini")
+    port, mask = port_of("clip-text", "sd-mini", folder), torch.ones(77, 77).tril().bool()
+    assert compared(folder, port | {"causal_mask": mask}, tmp_path)[0] == 0
+    status, lines = compared(folder, port | {"causal_mask": mask.T}, tmp_path)
+    assert status == 1 and lines[0].startswith("causal_mask is the first that differs")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The regressor and the sampler
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["sd-mini", "sd-2-tiny", "vit-mini", "run"])
+def test_the_regressor_is_features_and_heads(source: str, tmp_path: Path):
+    path = str(ROOT / "tests" / "made_at_24701ab" / "finished") if source == "run" else source
+    folder = tmp_path / "golden"
+    assert main(["golden", "regressor", str(folder), "--source", path]) == 0
+    files = {part: load_file(folder / f"{part}.safetensors") for part in FILES}
+    seen, held = files["activations"], {name: value.double() for name, value in files["weights"].items()}
+    features = seen["backbone"]
+    if source != "vit-mini":
+        assert torch.equal(features, seen["backbone.unet.middle_block.2"].amax(dim=(2, 3)))
+        assert not files["constants"]["timesteps"].any() and "timesteps" not in files["inputs"]
+    embedding = features @ held["heads.embedding.weight"].T + held["heads.embedding.bias"]
+    assert torch.allclose(embedding, files["outputs"]["embedding"], rtol=0, atol=1e-10)
+    assert compare(folder, folder).status == 0
+
+
+@pytest.mark.parametrize("source", ["sd-mini", "sd-2-tiny"])
+def test_the_sampler_predicts_noise_or_v(source: str, tmp_path: Path):
+    assert main(["golden", "sampler", str(tmp_path / "golden"), "--source", source]) == 0
+    files = {part: load_file(tmp_path / "golden" / f"{part}.safetensors") for part in FILES}
+    timesteps, alphas = files["constants"]["timesteps"].tolist(), files["constants"]["alphas_bar"].double()
+    assert timesteps == [751, 501, 251, 1]
+    x = files["inputs"]["noise"].double()
+    for i, t in enumerate(timesteps):
+        without, with_context = files["activations"][f"unet#{i}" if i else "unet"].chunk(2)
+        predicted, alpha = without + 7.5 * (with_context - without), alphas[t]
+        if source == "sd-2-tiny":  # v
+            predicted = alpha.sqrt() * predicted + (1 - alpha).sqrt() * x
+        after = alphas[timesteps[i + 1] if i < 3 else 0]
+        clean = (x - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+        x = after.sqrt() * clean + (1 - after).sqrt() * predicted
+        assert torch.allclose(x, files["outputs"][f"latents.{i}"], rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------------------
+
+
 def test_faults_in_one_line(vit: Path, tmp_path: Path, capsys):
+    np.savez(tmp_path / "cut.npz", norm=np.zeros((2, 65, 8)))
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:-40])
+    (tmp_path / "crc.npz").write_bytes(whole.replace(b"\0" * 64, b"\1" * 64, 1))
     for arguments, says in {
         ("golden", "vit", str(vit), "--source", "vit-mini"): "not an empty folder",
+        ("golden", "vit", "/dev/null/x", "--source", "vit-mini"): "Not a directory",
+        ("golden", "vae", str(tmp_path / "new"), "--source", "sd-2-tiny"): "sd-2-tiny has no vae",
         ("compare", str(tmp_path), str(vit)): "holds no index.json",
         ("compare", str(vit), str(tmp_path)): "holds neither",
-        ("compare", str(vit), str(vit / "weights.safetensors")): "none of its names",
+        ("compare", str(vit), str(vit / "weights.safetensors")): "is an activation or output",
+        ("compare", str(vit), str(tmp_path / "cut.npz")): "no arrays can be read",
     }.items():
         assert main(arguments) == 2
         printed = capsys.readouterr().err
         assert says in printed and len(printed.strip().splitlines()) == 1
+    for arguments in (("compare", str(vit), str(vit), "--tolerance", "inf"),
+                      ("compare", str(vit), str(vit), "--tolerance", "-1"),
+                      ("golden", "vit", str(tmp_path / "g"), "--batch", "0"),
+                      ("golden", "vit", str(tmp_path / "g"), "--seed", "9" * 30)):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+
+
+def test_an_array_that_claims_to_be_huge_is_not_read(vit: Path, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "port.npz", "w") as archive, archive.open("norm.npy", "w") as file:
+        claim = {"descr": "<f8", "fortran_order": False, "shape": (10**13,)}
+        np.lib.format.write_array_header_1_0(file, claim)
+    problem = compare(vit, tmp_path / "port.npz").wrong[0].problem
+    assert problem.startswith("shape (10000000000000,) instead of")
+
+
+def test_damaged_golden_files_are_refused(folders, tmp_path: Path):
+    whole = folders("vit", "vit-mini")
+    for path in whole.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    index = json.loads((whole / "index.json").read_text())
+    for change in ({"version": 1}, {"activations": None}, {"dtype": "int8"},
+                   {"activations": index["activations"][:-1]}, {"outputs": [{"name": "output"}]}):
+        (tmp_path / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(weights.WeightsError, match="write the golden files again"):
+            compare(tmp_path, whole)

@@ -21,6 +21,7 @@ ALLOWED = {
     "models/layers.py": {"torch"},
     "models/*.py": {"torch", "models"},
     "weights/kinds/*.py": {"torch", "tokenizers", "models", "weights"},
+    "weights/__main__.py": {"torch", "command", "weights"},
     "weights/*.py": {
         "torch",
         "numpy",

@@ -9,7 +9,8 @@
     fetch.py      bringing them into the cache
     sources.py    finding, parsing, reading and hashing a source; `load`
     preprocessing.py  how a checkpoint's pictures are prepared
-    golden.py     activations to test a port against
+    golden.py     activations to test a port against; compare.py compares them
+    whole.py      golden files of the regressor and the sampler
     tokenizer.py  CLIP's tokenizer
 """
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from weights import fetch, golden, sources
+from command import number, positive, run_command
+from weights import compare, fetch, golden, sources
 from weights.kinds import KINDS
 from weights.registry import ENTRIES, Entry
 from weights.strict import WeightsError
+from weights.whole import WHOLES
 
 EPILOG = """\
 A SOURCE, here as in weights.load, is any of
@@ -27,6 +29,12 @@ examples
   python -m weights verify ~/models/v1-5-pruned-emaonly.safetensors
   python -m weights golden vit golden/vit --source vit-mini
   python -m weights compare golden/vit my-port/
+
+exit status
+  0  done; of `compare`: nothing differs, no name is unknown, and every output is there
+  1  of `compare`: a tensor differs
+  2  wrong arguments, or a file that is missing or cannot be read
+  3  of `compare`: nothing differs, but OTHER lacks outputs or has names that the golden files do not hold
 """
 
 
@@ -76,23 +84,20 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _golden(args: argparse.Namespace) -> None:
     dtype = torch.float64 if args.float64 else torch.float32
-    names = golden.golden(args.kind, args.dir, args.source, batch=args.batch, seed=args.seed, dtype=dtype)
+    if args.kind in WHOLES:
+        folder = golden.new_folder(args.dir)
+        draw = golden.Draw(args.batch, torch.Generator().manual_seed(args.seed))
+        subject = WHOLES[args.kind](args.source or "sd-mini", draw)
+        names = golden.write(folder, args.kind, subject, dtype, seed=args.seed)
+    else:
+        names = golden.golden(args.kind, args.dir, args.source, batch=args.batch, seed=args.seed, dtype=dtype)
     print(f"{args.dir}: inputs, {len(names)} activations from {names[0]} to {names[-1]}, outputs, weights")
 
 
 def _compare(args: argparse.Namespace) -> int:
-    seen = list(golden.compare(args.dir, args.other, args.tolerance))
-    wrong = [difference for difference in seen if difference.problem]
-    if not wrong:
-        worst = max(seen, key=lambda difference: difference.share)
-        print(f"all {len(seen)} tensors agree; worst: {worst.name}, by {worst.share:.1e} of its largest")
-        return 0
-    before = seen[: seen.index(wrong[0])]
-    print(f"{wrong[0].name} is the first that differs: {wrong[0].problem}")
-    if before:
-        print(f"  {len(before)} before it agree, the last of them {before[-1].name}")
-    print(f"  {len(wrong)} of {len(seen)} tensors differ")
-    return 1
+    report = compare.compare(args.dir, args.other, args.tolerance)
+    print("\n".join(report.lines()))
+    return report.status
 
 
 NAME = ("name", {"metavar": "NAME", "help": "a name that `list` shows"})
@@ -104,17 +109,19 @@ COMMANDS: tuple[tuple[Callable, str, tuple[tuple[str, dict], ...]], ...] = (
     (_verify, "hash each file whose hash is registered, and strictly load every model in a source",
      (("source", {"metavar": "SOURCE", "help": "a name, a file or a folder"}),)),
     (_golden, "write a model's inputs, layers' outputs and weights, to test a port against (PORTING.md)",
-     (("kind", {"metavar": "KIND", "choices": list(KINDS), "help": ", ".join(KINDS)}),
+     (("kind", {"metavar": "KIND", "choices": [*KINDS, *WHOLES], "help": ", ".join([*KINDS, *WHOLES])}),
       ("dir", {"metavar": "DIR", "help": "a new folder"}),
-      ("--source", {"help": "a name, a file or a folder (default: the kind's own)"}),
-      ("--batch", {"type": int, "default": 2, "help": "inputs at once (default 2)"}),
-      ("--seed", {"type": int, "default": 0, "help": "of the inputs (default 0)"}),
-      ("--float64", {"action": "store_true", "help": "compute in double precision"}))),
-    (_compare, "name the first tensor of a port that differs from the golden ones; exit status 1 if any does",
+      ("--source", {"help": "a name, a file or a folder; a run for the regressor (default: the kind's own); "
+                    "sd-2-tiny: random weights with the parts of Stable Diffusion 2"}),
+      ("--batch", {"type": positive, "default": 2, "help": "inputs at once (default 2)"}),
+      ("--seed", {"type": number(int, 0, 2**63 - 1), "default": 0, "help": "of the inputs (default 0)"}),
+      ("--float64", {"action": "store_true", "help": "inputs and weights of a float64 port"}))),
+    (_compare, "compare a port with golden files and name the first tensor that differs; exit status 0 only "
+     "if nothing differs, no name is unknown and every output is there (`python -m weights --help`)",
      (("dir", {"metavar": "DIR", "help": "a folder that `golden` wrote"}),
       ("other", {"metavar": "OTHER", "help": "the port's folder, .safetensors or .npz"}),
-      ("--tolerance", {"type": float, "default": 1e-4, "help": "largest difference as a share of the largest "
-                       "value (default 1e-4; 1e-10 suits float64)"}))),
+      ("--tolerance", {"type": number(float, 0, 1), "help": "largest difference as a share of the largest "
+                       "value (default: 1e-10 in float64; in float32 a multiple of measured rounding)"}))),
 )
 
 
@@ -137,11 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        return args.run(args) or 0
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ class Kind:
     outputs: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]] = (  # of a golden file
         lambda model, inputs: {"output": model(**inputs)}
     )
+    # (configuration, inputs) -> a golden file's constants, beside the model's own buffers
+    constants: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]] = lambda config, inputs: {}
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # for fields that a config.json leaves out
     forms: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # field -> theirs to our form
     heads: Mapping[str, str] = field(default_factory=dict)  # number of heads -> the width that they share
@@ -143,6 +145,13 @@ def name_in(config: Mapping[str, Any]) -> str | None:
     """The name of the model in a config.json; None if it has none."""
     keys = ("_class_name", "model_type", "architecture")
     return next((config[key] for key in keys if config.get(key)), None)
+
+
+def causal(ids: Tensor) -> dict[str, Tensor]:
+    """A golden file's constants of a causal text model for ids (B, N): positions (N,), and the mask (N, N),
+    True where row i may read column j."""
+    places = torch.arange(ids.shape[1])
+    return {"position_ids": places, "causal_mask": places <= places[:, None]}
 
 
 def pair(size: Any) -> tuple[int, int]:

@@ -36,4 +36,5 @@ KIND = Kind(
     heads={"num_attention_heads": "hidden_size"},
     tokenizer=lambda folder: read_tokenizer(folder / "tokenizer.json"),
     example_inputs=_example,
+    constants=lambda config, inputs: {"position_ids": torch.arange(inputs["input_ids"].shape[1])},
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.blip import BLIP, CONFIGS, BLIPConfig
 from weights.dialects import Dialect, Row
 from weights.files import read_tokenizer
-from weights.options import CLIP, Kind, Options, Pictures, from_shapes
+from weights.options import CLIP, Kind, Options, Pictures, causal, from_shapes
 from weights.strict import WeightsError
 
 # Home, and what transformers 5 saves. The head's matrix is the word embeddings: the published files hold it
@@ -139,4 +139,5 @@ KIND = Kind(
         "images": draw.normal(3, config.vision_image_size, config.vision_image_size),
         "ids": draw.below(config.text_vocab_size, 8),
     },
+    constants=lambda config, inputs: causal(inputs["ids"]),
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.clip import CONFIGS, VISION_CONFIGS, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from weights.dialects import Dialect, Numbers, Row, StackedQkv, Transposed, indices_in, numbers
-from weights.options import CLIP, Kind, Options, Pictures, pair, same_names
+from weights.options import CLIP, Kind, Options, Pictures, causal, pair, same_names
 from weights.strict import WeightsError
 
 # Text tower. Home: Hugging Face's, as the published `text_encoder` folders hold it; a single file of Stable
@@ -189,6 +189,7 @@ TEXT = Kind(
     example_inputs=lambda config, draw: {
         "ids": draw.below(config.vocab_size, config.max_position_embeddings),
     },
+    constants=lambda config, inputs: causal(inputs["ids"]),
 )
 VISION = Kind(
     name="clip-vision", model=CLIPVision, config=CLIPVisionConfig, configs=VISION_CONFIGS,
