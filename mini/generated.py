@@ -24,7 +24,7 @@ from PIL import Image
 
 import generate
 import weights
-from command import positive, run_command
+from command import Parser, positive, run_command
 from data import read_pairs
 from files import atomic_write
 from mini import naming, scenes
@@ -119,7 +119,7 @@ def card(folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini.generated",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
