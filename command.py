@@ -6,9 +6,11 @@ import argparse
 import io
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
@@ -41,8 +43,27 @@ def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> 
 
 
 def failed(error: object) -> int:
-    print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+    print("error: " + shortened(" ".join(str(error).split("\n"))), file=sys.stderr)
     return 2
+
+
+def shortened(line: str) -> str:
+    """The line with the middle left out of what is longer than any path."""
+    return re.sub(r"(\S{500})\S{500,}(\S{100})", r"\1...\2", line)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are readable however long the arguments are."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(message))
+
+
+def text(value: str) -> str:
+    """A text that is not empty, for argparse."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
 
 
 def positive(text: str) -> int:

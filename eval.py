@@ -34,7 +34,7 @@ from typing import Any
 
 import data
 import weights
-from command import run_command
+from command import Parser, positive, run_command, text
 from tables.exhibit import Exhibit
 from tables.generation import read_drawbench
 from tables.probe import only_default_prompts
@@ -60,7 +60,8 @@ def selected(flag: str, kind: str) -> dict[tuple[str, int | str], Exhibit]:
 
 def seeds_of(flag: str) -> tuple[int, ...]:
     seeds = flag.split(",")
-    if not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
+    good = all(seed.isdecimal() and len(seed) < 20 for seed in seeds)
+    if not good or len(set(map(int, seeds))) < len(seeds):
         raise data.DataError(f"--seeds {flag}: must be distinct integers separated by commas, e.g. 0,1,2")
     return tuple(map(int, seeds))
 
@@ -97,8 +98,6 @@ def train_fields(flags: list[str]) -> dict[str, Any]:
 
 
 def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
-    if args.jobs is not None and args.jobs < 1:
-        raise data.DataError(f"--jobs {args.jobs}: must be at least 1")
     seeds, sources, options = seeds_of(args.seeds), sources_of(args.weights), train_fields(flags)
     name = Path(args.data).resolve().name
     kind = "" if args.weights == "mini" else "-" + args.weights.replace("/", "_")
@@ -148,7 +147,7 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         numbers = ", ".join(map(str, exhibits))
         parser.add_argument(f"--{kind}", metavar="N", help=f"{numbers}, several (1,2), or all")
     parser.add_argument(
-        "--data", default="mini", help="mini, drawn or a folder, as in train.py (default: mini)"
+        "--data", type=text, default="mini", help="mini, drawn or a folder, as in train.py (default: mini)"
     )
     parser.add_argument(
         "--weights",
@@ -171,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         "--runs", dest="folder", type=Path, metavar="DIR", help="the runs' folder (default: runs/tables-DATA)"
     )
     parser.add_argument(
-        "--jobs", type=int, help="parallel trainings (default: 2 on a multi-core CPU, otherwise 1)"
+        "--jobs", type=positive, help="parallel trainings (default: 2 on a multi-core CPU, otherwise 1)"
     )
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="(default: results; for other data results/DATA)"

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
-from command import number, run_command
+from command import Parser, number, run_command
 from files import atomic_write
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
@@ -434,7 +434,7 @@ def described(prompt: str, args: argparse.Namespace, seed: int, size: tuple[int,
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

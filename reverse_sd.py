@@ -13,7 +13,6 @@ h w latent height and width.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections import Counter
@@ -750,9 +749,9 @@ def print_predictions(
 def main(argv: list[str] | None = None) -> int:
     import data
     import weights
-    from command import positive, run_command
+    from command import Parser, positive, run_command
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Print for each image the nearest training prompts, the likely words and, with "
         "--prompt, the cosine with that prompt.",
         epilog="Train a run first: python train.py --backbone unet",

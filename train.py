@@ -134,7 +134,7 @@ def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, d
     named = dict(regressor.named_parameters())
     depths = depths_of(list(named), BACKBONES[config.backbone].blocks)
     top = max(depths)
-    first = 0 if config.train_blocks is None else top - config.train_blocks
+    first = 0 if config.train_blocks is None else max(0, top - config.train_blocks)
     factors = [config.layer_decay ** (top - depth) for depth in range(first, top + 1)]
     if config.curriculum == "lerac":
         factors = lerac_initial(1.0, config.lerac_min_lr / config.lr, top + 1 - first)

@@ -25,7 +25,7 @@ from PIL import Image
 
 import generate
 import weights
-from command import positive, run_command
+from command import Parser, positive, run_command
 from data import read_pairs
 from files import atomic_write
 from mini import naming, scenes
@@ -124,7 +124,7 @@ def card(folder: Path, source: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini.generated",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

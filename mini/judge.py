@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 import generate
-from command import positive, run_command
+from command import Parser, positive, run_command
 from files import atomic_write, write_json
 from mini import drawbench, naming, scenes
 from mini.scenes import Scene
@@ -90,7 +90,7 @@ def text_of(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--n", type=positive, default=500, help="prompts of each kind (default 500)")

@@ -43,7 +43,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 import weights
-from command import positive, run_command
+from command import Parser, positive, run_command
 from files import atomic_write, write_json
 from mini import scenes
 from mini.autoencoder import RECIPE as VAE_RECIPE
@@ -245,7 +245,7 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini.pretrain",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from command import positive, run_command
+from command import Parser, positive, run_command
 from data import clean
 from files import atomic_write
 from mini.backdrops import GROUNDS, SKIES
@@ -515,8 +515,8 @@ def contact_sheet(pictures: list[tuple[Image.Image, str]], columns: int = 8, zoo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mini.scenes", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m mini.scenes", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", metavar="PNG", help="draw pictures with their prompts and [undrawn words]")
     parser.add_argument("--n", type=positive, default=64, help="scenes on the sheet (default 64)")
     parser.add_argument("--seed", type=int, default=0,

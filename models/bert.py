@@ -141,7 +141,9 @@ class SentenceEncoder(Bert):
         self.tokenizer.enable_truncation(max_length=min(MAX_TOKENS, self.config.max_position_embeddings))
         ids, counts = [torch.empty(0, dtype=torch.int32)], []
         for start in range(0, len(sentences), TOKENISE_AT_ONCE):
-            chunk = [e.ids for e in self.tokenizer.encode_batch(sentences[start : start + TOKENISE_AT_ONCE])]
+            texts = sentences[start : start + TOKENISE_AT_ONCE]
+            texts = [text.encode("utf-8", "replace").decode() for text in texts]  # without lone surrogates
+            chunk = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
             counts += [len(tokens) for tokens in chunk]
             ids.append(torch.tensor([token for tokens in chunk for token in tokens], dtype=torch.int32))
         return torch.cat(ids), torch.tensor(counts, dtype=torch.int64)

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT, environment
 from safetensors import SafetensorError
 
-from command import number, positive, run_command
+from command import Parser, number, positive, run_command, text
 from data import DataError
-from weights import WeightsError
+from weights import WeightsError, load_tokenizer, resolve_device
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from weights import WeightsError
         (DataError("a.png: broken; replace it"), "error: a.png: broken; replace it"),
         (WeightsError("two\nlines"), "error: two lines"),
         (SafetensorError("truncated"), "error: truncated"),
+        (DataError("x" * 9000 + ": no"), "error: " + "x" * 500 + "..." + "x" * 99 + ":" + " no"),
         (PermissionError(13, "Permission denied", "runs"), "error: [Errno 13] Permission denied: 'runs'"),
     ],
 )
@@ -53,6 +54,21 @@ def test_a_closed_or_ascii_standard_output_is_no_traceback():
 def test_numbers_of_options():
     assert positive("7") == 7 and number(float, 0, 1)("1") == 1.0 and number(int)("-3") == -3
     share = number(float, 0, 1)
-    for parse, text in ((positive, "0"), (positive, "²"), (share, "1.1"), (share, "nan")):
-        with pytest.raises(ArgumentTypeError, match=f"{text}: must be"):
-            parse(text)
+    for parse, value in ((positive, "0"), (positive, "²"), (share, "1.1"), (share, "nan")):
+        with pytest.raises(ArgumentTypeError, match=f"{value}: must be"):
+            parse(value)
+
+
+def test_arguments_however_long_empty_or_undecoded(capsys):
+    parser = Parser(prog="p")
+    parser.add_argument("--n", type=positive)
+    parser.add_argument("--data", type=text)
+    for flags, line in ((["--n", "9" * 5000], "9..."), (["--data", " "], "--data: must not be empty")):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(flags)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("p: error: argument --") and line in error and len(error) < 900
+    tokenizer = load_tokenizer("sd-mini")
+    assert tokenizer(["a barn \udcff"]).tolist() == tokenizer(["a barn ?"]).tolist()
+    with pytest.raises(WeightsError, match="--device meta: not available here"):
+        resolve_device("meta")

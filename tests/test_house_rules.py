@@ -55,7 +55,7 @@ ALLOWED = {
     "training/cache.py": {"torch", "numpy", "data", "files", "training"},
     "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
     "training/*.py": TENSORS
-    | {"models", "weights", "data", "files", "schema", "backbones", "reverse_sd", "training"},
+    | {"models", "weights", "command", "data", "files", "schema", "backbones", "reverse_sd", "training"},
     "train.py": COMPOSITION,
     "eval.py": COMPOSITION,
     "tables/*.py": COMPOSITION,

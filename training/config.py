@@ -13,6 +13,7 @@ from typing import Any
 
 import data
 from backbones import BACKBONES
+from command import Parser, text
 from schema import FLAG, NULL, OBJECT, TEXT, Rule, checked, many, number, one_of, read_json, record
 
 EMBEDDED = ("mini", "drawn")  # --data without a folder
@@ -93,7 +94,7 @@ class TrainConfig:
     )
     train_blocks: int | None = option(
         "model", None, "train only the last N blocks of the backbone; 0 = train only the heads, on cached "
-        "features (default: all)", least=0
+        "features (default: all)", least=0, most=10**6
     )
     heads: int = option("model", 3, "placement of the vocabulary head in figure 3; 0 = none", (0, 1, 2, 3))
     words: int = option("model", 1000, "vocabulary size m", least=1, most=10**6)
@@ -153,7 +154,8 @@ class TrainConfig:
         "the paper's)", least=1, most=10**6
     )
     accumulate: int = option(
-        "optimisation", 1, "gradient accumulation: micro-batches per step and process", least=1
+        "optimisation", 1, "gradient accumulation: micro-batches per step and process", least=1,
+        most=10**6
     )
     optimizer: str = option(
         "optimisation", "adam", "adam (paper) or adamw (authors' code)", ("adam", "adamw")
@@ -189,7 +191,7 @@ class TrainConfig:
         "are cached or reading an image takes less than 1 ms on a GPU, 20 ms on a CPU; else the machine's "
         "cores / training processes)", least=0, most=1024
     )
-    checkpoint_every: int = option("machine", 100, "optimizer steps between checkpoints", least=1)
+    checkpoint_every: int = option("machine", 100, "optimizer steps between checkpoints", least=1, most=10**9)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -336,7 +338,7 @@ def epoch_weights(config: TrainConfig) -> list[float] | None:
 
 def parse_args(argv: list[str], description: str) -> tuple[dict[str, Any], Path | None, Path | None]:
     """(flags by field name, folder of --out, folder of --resume) from the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -349,6 +351,7 @@ def parse_args(argv: list[str], description: str) -> tuple[dict[str, Any], Path 
             group.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=help + default)
         else:
             choices = f.metadata["choices"] or None
+            kind = text if kind is str else kind
             group.add_argument(flag_of(f.name), type=kind, choices=choices, help=help + default)
     folder = parser.add_argument_group("folder")
     folder.add_argument(

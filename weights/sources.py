@@ -383,7 +383,7 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the meta device holds no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise WeightsError(f"--device {device}: not available here ({reason})") from error

@@ -36,6 +36,7 @@ class ClipTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         ids = torch.full((len(texts), LENGTH), self.pad, dtype=torch.int64)
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # without lone surrogates
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         for row, encoding in zip(ids, encodings, strict=True):
             self.truncated += len(encoding.ids) > LENGTH - 2
