@@ -47,6 +47,24 @@ def test_the_plan_that_flags_make(flags, cores, results, expected, monkeypatch: 
     assert (where, kind, number) == (Path(results), "table", 2)
 
 
+def test_tables_and_figures_are_made_by_one_call(monkeypatch: pytest.MonkeyPatch):
+    written = []
+    for exhibits in eval.EXHIBITS.values():
+        for number in exhibits:
+            made = SimpleNamespace(
+                runs=(), needs_probe=False, write=lambda plan, where, *which: written.append(which)
+            )
+            monkeypatch.setitem(exhibits, number, made)
+    monkeypatch.setattr(eval, "train_missing", lambda plan, runs: [])
+    assert eval.main(["--table", "2,7", "--figure", "9", "--device", "cpu"]) == 0
+    assert written == [("table", 2), ("table", 7), ("figure", 9)]
+
+
+def test_dakl_s_defaults_are_the_papers_best_row():
+    method = methods.DaklMethod()
+    assert (method.k, method.gamma, method.form) == (10_000, 1e-3, "exact")
+
+
 def test_the_weights_of_each_backbone():
     assert SOURCES["mini"] == {
         "unet": "sd-mini", "vit": "vit-mini", "swin": "swin-mini", "clip": "clip-mini", "blip": "blip-mini"

@@ -350,7 +350,10 @@ def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.Cap
     titled = generate.grid_picture([[Image.new("RGB", (64, 64))] * 3], ["original", str(run), str(run)], [""])
     assert page.crop((0, 0, 3 * 196, 16)).tobytes() == titled.crop((0, 0, 3 * 196, 16)).tobytes()
     assert generate.main([*asked, "--swap-after", "2"]) == 0
-    assert "Swap: unet after 2" in Image.open(tmp_path / "000-seed0.png").info["parameters"]
+    assert Image.open(tmp_path / "000-seed0.png").info["parameters"] == (
+        "a red cat\nSteps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: sd-mini, "
+        "Swap: unet after 2"
+    )
     assert generate.main([*asked, "--attention"]) == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"000-seed0.png", "grid.png", "attention-000.png"}

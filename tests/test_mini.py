@@ -442,6 +442,21 @@ def test_generated_pairs_are_read_and_say_how_they_were_made(
     assert {path.name: path.read_bytes() for path in images.iterdir()} == before
 
 
+@pytest.mark.parametrize("n, shown", [(3, 3), (64, 64), (70, 64)])
+def test_a_sheet_shows_the_first_64_pairs_with_their_unread_words(n: int, shown: int, tmp_path, monkeypatch):
+    picture, sheets = scenes.Image.new("RGB", (64, 64)), []
+    meta = [{"undrawn": ["red", "owl"]}, *({} for _ in range(n - 1))]
+    names = [f"p{i}" for i in range(n)]
+    pairs = data.Pairs(names, names, [tmp_path], np.zeros(n), meta)
+    monkeypatch.setattr(data.Pairs, "image", lambda self, i: picture)
+    monkeypatch.setattr(generated, "read_pairs", lambda folder: pairs)
+    monkeypatch.setattr(scenes, "contact_sheet", lambda pictures: sheets.append(pictures) or picture)
+    monkeypatch.setattr("sys.argv", ["generated", "--sheet", str(tmp_path / "sheet.png")])
+    generated.main()
+    assert [text for _, text in sheets[0]] == ["p0 [red, owl]", *(f"p{i}" for i in range(1, shown))]
+    assert (tmp_path / "sheet.png").exists()
+
+
 def test_the_shipped_pairs_are_those_of_their_card():
     card = json.loads((generated.FOLDER / "card.json").read_text())
     files = sorted((generated.FOLDER / "images").iterdir())

@@ -276,6 +276,19 @@ def test_contact_sheet(tmp_path, monkeypatch):
     assert sheet.width > 8 * 128 and sheet.height > 2 * 128
 
 
+@pytest.mark.parametrize("n, rows", [(1, 1), (8, 1), (9, 2), (17, 3)])
+def test_each_cell_of_a_contact_sheet_holds_a_picture_above_its_text(n, rows):
+    pictures = [(scenes.Image.new("RGB", (64, 64), (3 * i, 90, 0)), "a word" * (i % 2)) for i in range(n)]
+    sheet = scenes.contact_sheet(pictures)
+    assert sheet.size == (8 * 136 + 8, rows * 198 + 8)
+    for i, (image, text) in enumerate(pictures):
+        x, y = 8 + i % 8 * 136, 8 + i // 8 * 198
+        assert sheet.crop((x, y, x + 128, y + 128)).getcolors() == [(128 * 128, image.getpixel((0, 0)))]
+        strip = sheet.crop((x, y + 130, x + 128, y + 142))
+        assert (len(strip.getcolors()) > 1) == bool(text)
+    assert sheet.getpixel((4, 4)) == sheet.getpixel((4, sheet.height - 1)) == (250, 248, 244)
+
+
 def test_nothing_to_do_is_said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scenes"])
     with pytest.raises(SystemExit):

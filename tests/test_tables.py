@@ -368,22 +368,40 @@ def test_sources():
 # -- the paper's figures ----------------------------------------
 
 
-def test_the_papers_figures():
-    def of(number: int, name: str) -> float:
-        return next(row.paper for row in ROW_TABLES[number].rows if row.name == name)
+# The paper's number of each row, and with how many other rows the row is compared.
+PAPER: dict[int | str, tuple[list[float | None], list[int]]] = {
+    1: ([0.6725, 0.6739, 0.6750, 0.6130, 0.6455, 0.6497, 0.6624, 0.6671, 0.6671, 0.6526, 0.6539, 0.6550],
+        [0, 1, 2, 0, 1, 5, 0, 1, 2, 0, 1, 2]),
+    2: ([0.6624, 0.6620, 0.6632, 0.6671], [0, 1, 1, 1]),
+    7: ([0.6526, 0.6525, 0.6254, 0.6544], [0, 1, 1, 3]),
+    8: ([0.6879, 0.6900, 0.6917, None, None, None, 0.6497, None], [0, 1, 1, 1, 1, 2, 1, 1]),
+    9: ([0.6750, 0.6497, 0.6671, 0.6550, 0.6785, 0.6887, 0.6854, 0.6787, 0.6732, 0.6792, 0.6900, 0.6901,
+         0.6901, 0.6820, 0.6917], [0] * 4 + [2] * 6 + [3] * 4 + [4]),
+    10: ([0.6900, 0.6899, 0.6905, 0.6917, 0.6898, 0.6909, 0.6878, None], [0] + [1] * 6 + [2]),
+    11: ([0.6725, 0.6624, 0.6526, 0.6130, 0.6189, 0.5129, None], [0] + [1] * 6),
+    "captions": ([None] * 3, [0, 1, 1]),
+    "ceiling": ([None] * 4, [0, 1, 1, 1]),
+}  # fmt: skip
 
-    assert [row.paper for row in ROW_TABLES[1].rows] == [
-        0.6725, 0.6739, 0.6750, 0.6130, 0.6455, 0.6497, 0.6624, 0.6671, 0.6671, 0.6526, 0.6539, 0.6550
-    ]
-    assert [row.paper for row in ROW_TABLES[7].rows] == [0.6526, 0.6525, 0.6254, 0.6544]
-    assert [row.paper for row in ROW_TABLES[8].rows[:3]] == [0.6879, 0.6900, 0.6917]
-    assert len(ROW_TABLES[9].rows) == 15
-    assert of(9, "CLIP + Swin") == 0.6887 and of(9, "U-Net + ViT") == 0.6732
-    assert of(9, "CLIP + Swin + ViT") == 0.6901 and of(9, "U-Net + Swin + ViT") == 0.6820
-    assert of(10, "DAKL, k = 5,000, gamma = 0.001") == 0.6905
-    assert of(10, "DAKL, k = 10,000, gamma = 0.1") == 0.6878
-    assert of(11, "BLIP") == 0.5129 and of(11, "CLIP + k-NN") == 0.6189
-    assert [row.paper for row in ROW_TABLES["captions"].rows] == [None] * 3
+
+def test_the_papers_figures():
+    def row(number: int, name: str) -> Row:
+        return next(row for row in ROW_TABLES[number].rows if row.name == name)
+
+    rows = {number: table.rows for number, table in ROW_TABLES.items()}
+    assert {n: ([r.paper for r in some], [len(r.against) for r in some]) for n, some in rows.items()} == PAPER
+    assert row(9, "CLIP + Swin").paper == 0.6887 and row(9, "U-Net + ViT").paper == 0.6732
+    assert row(9, "CLIP + Swin + ViT").paper == 0.6901 and row(9, "U-Net + Swin + ViT").paper == 0.6820
+    for r in ROW_TABLES[10].rows[1:-1]:
+        assert r.name == f"DAKL, k = {r.method.k:,}, gamma = {r.method.gamma:g}" and r.method.form == "exact"
+    settings = [(r.method.k, r.method.gamma) for r in ROW_TABLES[10].rows[1:-1]]
+    assert settings == [(1_000, 1e-3), (5_000, 1e-3), *((10_000, g) for g in (1e-3, 1e-4, 1e-2, 1e-1))]
+    assert ROW_TABLES[8].rows[2].method == ROW_TABLES[10].rows[3].method
+    linear = [r.method for r in (*ROW_TABLES[8].rows, *ROW_TABLES[10].rows) if "linear limit" in r.name]
+    assert [(m.k, m.form) for m in linear] == [(None, "linear")] * 3
+    assert [table.needs_probe for table in ROW_TABLES.values()] == [False] * 8 + [True]
+    knn = [r.method.pretrained for r in ROW_TABLES[11].rows if "k-NN" in r.name]
+    assert knn == [False, True]
     for table in ROW_TABLES.values():
         names = [row.name for row in table.rows]
         assert len(set(names)) == len(names)
