@@ -200,7 +200,8 @@ def node(port: int, number: int, cache: Path, *arguments: object) -> subprocess.
     command += ["--rdzv-conf", f"is_host={int(not number)}", *map(str, arguments)]
     return subprocess.Popen(
         command,
-        env=environment(REVERSE_SD_CACHE=str(cache)),
+        # else a node that comes back waits in vain for the address of the first process (torch 2.14)
+        env=environment(REVERSE_SD_CACHE=str(cache), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

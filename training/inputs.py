@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     # Read first: missing weights then stop the run before slow work. The encoders are loaded only if their
     # cache lacks rows.
     cache = cache_folder()
-    with exclusive(cache, f"{cache}: another process fetches weights; waiting for it"):
+    with exclusive(cache, f"{cache}: another process checks or fetches weights; waiting for it"):
         kinds = (backbone.kind, *(("vae", "clip-text") if backbone.white_box else ()))
         weights.require_fed(config.weights, *kinds)
         if backbone.white_box and (captioner := captioner_of(config.captions)):

@@ -116,10 +116,10 @@ def _claimed(caches: list[RowCache], bar: tqdm) -> Iterator[list[int]]:
     share = math.ceil(size / BLOCK) * BLOCK
     for start in range(0, n, share):
         stop = min(start + share, n)
-        claims = [cache.claim(start, stop) for cache in caches]
+        all(cache.claim(start, stop) for cache in caches)  # none after one of another process, who claims all
         for first in range(start, stop, size):
             rows = range(first, min(first + size, stop))
-            if any(claims) and any(cache.lacks(rows) for cache in caches):
+            if any(cache.lacks(rows) for cache in caches):
                 yield list(rows)
             bar.update(len(rows))
 
@@ -238,15 +238,18 @@ class RowCache:
             self.files["done"].unlock(first, first + 1)
 
     def claim(self, start: int, stop: int) -> bool:
-        """Whether rows start ... stop - 1 lack some, and this process is now the one to encode them."""
+        """Whether no other process encodes rows start ... stop - 1; if some are missing, this one is to."""
         done = self.files["done"]
-        if done.read(start, stop).all() or not done.lock(start, stop):
+        if done.read(start, stop).all():
+            return True
+        if not done.lock(start, stop):
             return False
-        state = done.read(start, stop)  # again: its former process may have ended in between
+        state = done.read(start, stop)  # again: they may have been written in between
         if state.all():
             done.unlock(start, stop)
-            return False
-        self.shares.append(Share(start, self.files["rows"].read(start, stop), state, np.zeros_like(state)))
+        else:
+            rows = self.files["rows"].read(start, stop)
+            self.shares.append(Share(start, rows, state, np.zeros_like(state)))
         return True
 
     def lacks(self, rows: Sequence[int]) -> Share | None:
