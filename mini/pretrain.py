@@ -97,10 +97,10 @@ def data_text(n: int) -> str:
 
 
 def train_part(
-    name: str, recipe: Recipe, parts: int, seed: int, folder: Path = MINI, device: str = "cpu"
+    name: str, recipe: Recipe, parts: int, seed: int, folder: Path | None = None, device: str = "cpu"
 ) -> None:
-    """Train a part, write it and its card into `folder`, and remove its checkpoint."""
-    part, world = PARTS[name], training_world(parts)
+    """Train a part, write it and its card into `folder` (None: mini/), and remove its checkpoint."""
+    part, world, folder = PARTS[name], training_world(parts), folder or MINI
     if folder != MINI:
         for shared in ("text_encoder", "tokenizer"):
             shutil.copytree(FOLDER / shared, folder / "sd-mini" / shared, dirs_exist_ok=True)
@@ -277,7 +277,7 @@ def main() -> None:
     else:
         recipe = replace(PARTS[args.part].recipe, **flags)
         device = weights.resolve_device(args.device or "cpu")
-        train_part(args.part, recipe, args.parts, args.seed, args.folder or MINI, device)
+        train_part(args.part, recipe, args.parts, args.seed, args.folder, device)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import weights
-from backbones import BACKBONES, SDReader, UNetFeatures
+from backbones import BACKBONES, SDReader, UNetFeatures, captioner_of
 from baselines import Ridge, RidgeSums, ridge
 from tables.exhibit import Exhibit, bullets, interval, markdown, page, provenance_text
 from tables.runs import Plan, RunName
-from training.cache import Encoder, cached_rows
-from training.inputs import Prepared, captions_of, prepare, prompt_targets
+from training.cache import Encoder, as_texts, cached_rows, image_caches
+from training.inputs import Prepared, captions_encoder, captions_of, prepare, prompt_targets
 from training.metrics import cosines, student_interval
 
 log = logging.getLogger("tables")
@@ -89,7 +89,9 @@ def caption_features(plan: Plan) -> Features:
     """The sentence embedding of each image's caption by the U-Net's captioner."""
     config = plan.config(RunName("unet", "mlc"), plan.seeds[0])
     pairs = prepare(config, plan.device).pairs
-    captions = captions_of(config, pairs, SDReader(config.weights, config.captions, plan.device))
+    encoders = captions_encoder(SDReader(config.weights, captioner_of(config.captions), plan.device))
+    made = image_caches(weights.cache_dir(), pairs, encoders, config.workers, plan.device) if encoders else []
+    captions = as_texts(made[0][0]) if made else captions_of(config, pairs)
     embedded = prompt_targets(captions, plan.device)
     return Features("caption", embedded[np.arange(len(pairs))])
 

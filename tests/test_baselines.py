@@ -289,4 +289,4 @@ def test_the_miniature_is_trained_from_random_values_and_written_as_published(
     start = captioner.new_captioner(0)[0].state_dict()
     assert not torch.equal(start["vision_model.post_layernorm.bias"],
                            model.state_dict()["vision_model.post_layernorm.bias"])
-    assert Checkpoint(weights.cache_dir() / "pretrain-captioner" / "last").load() is None
+    assert Checkpoint(weights.cache_dir() / "pretrain-captioner" / "last").load({}) is None

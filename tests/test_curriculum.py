@@ -342,7 +342,7 @@ def test_cbs_kernel_and_its_decay():
         ("vit", "vit-mini", "patch_embed.proj", 1),
         ("clip-vision", "clip-mini", "vision_model.embeddings.patch_embedding", 1),
         ("swin", "swin-mini", "patch_embed.proj", 1 + 2),
-        ("unet-encoder", "sd-mini", "input_blocks.0.0", 1 + 6 * 2 + 3),  # 6 ResBlocks, halved 3 times
+        ("unet-encoder", "sd-mini", "input_blocks.0.0", 1 + 5 * 2 + 2),  # 5 ResBlocks, halved twice
     ],
 )
 @torch.no_grad()

@@ -25,7 +25,9 @@ UNETS = {
     "sd-2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
              "use_linear_projection": True},
     "sd-mini": {"cross_attention_dim": 128, "attention_head_dim": 4, "layers_per_block": 1,
-                "block_out_channels": (64, 128, 128, 128)},
+                "block_out_channels": (64, 128, 256),
+                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")},
 }
 
 

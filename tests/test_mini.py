@@ -22,6 +22,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 import data
 import generate
 import weights
+from archives import Zips
+from columns import PairsBuilder
 from command import run_command
 from mini import (
     autoencoder,
@@ -233,6 +235,7 @@ def test_the_autoencoder_is_written_for_diffusers(trained: Callable[[str], Path]
 
 
 def test_the_unet_is_written_for_diffusers(trained: Callable[[str], Path]):
+    trained("vae")
     folder = trained("unet") / "sd-mini"
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float64).eval()
     ours = weights.load("unet", folder, dtype=torch.float64)
@@ -446,8 +449,11 @@ def test_generated_pairs_are_read_and_say_how_they_were_made(
 def test_a_sheet_shows_the_first_64_pairs_with_their_unread_words(n: int, shown: int, tmp_path, monkeypatch):
     picture, sheets = scenes.Image.new("RGB", (64, 64)), []
     meta = [{"undrawn": ["red", "owl"]}, *({} for _ in range(n - 1))]
-    names = [f"p{i}" for i in range(n)]
-    pairs = data.Pairs(names, names, [tmp_path], np.zeros(n), meta)
+    builder = PairsBuilder()
+    for i in range(n):
+        builder.add(tmp_path, f"p{i}", f"p{i}", meta[i])
+    columns, facts = builder.columns()
+    pairs = data.Pairs(columns, facts["words"], Zips([tmp_path]), [])
     monkeypatch.setattr(data.Pairs, "image", lambda self, i: picture)
     monkeypatch.setattr(generated, "read_pairs", lambda folder: pairs)
     monkeypatch.setattr(scenes, "contact_sheet", lambda pictures: sheets.append(pictures) or picture)
@@ -512,7 +518,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(
     monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
     monkeypatch.setattr(pretrain, "training_world", lambda parts: world)
     trainer = loop.MiniTrainer("vit", small_model(), lambda *_: {}, 20, QUICK, seed=1)
-    trainer.checkpoint.save({"step": 0, "data": "of another recipe"}, {"x": torch.zeros(1)})
+    trainer.checkpoint.save({"step": 0, "seconds": 0, "data": "of another recipe"}, {"x": torch.zeros(1)})
     monkeypatch.setattr("sys.argv", ["pretrain", "vit"])
     status = run_command(pretrain.main)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]

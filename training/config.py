@@ -25,6 +25,7 @@ RENAMED = {
     "record_difficulty": "record_cosines",
     "difficulty_weights": "epoch_weights",
 }
+ADDED = {"unet_features", "head_start", "head_lr", "order"}  # fields that older config.json files lack
 GROUPS = {
     "data": "image-prompt pairs, their cleaning and splits",
     "model": "backbone, weights and heads",
@@ -218,7 +219,8 @@ def rules() -> dict[str, Rule]:
         kind, choices = type_of(f.name), f.metadata["choices"]
         usual = {bool: FLAG, str: TEXT}.get(kind) or number(kind, **f.metadata["bounds"])
         rule = one_of(*choices) if choices else usual
-        found[f.name] = rule | NULL if f.default is None else rule
+        rule = rule | NULL if f.default is None else rule
+        found[f.name] = rule.or_else(f.default) if f.name in ADDED else rule
     return found
 
 
@@ -280,6 +282,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
     if not backbone.white_box:
         defaults = {k: v for k, v in defaults.items() if k not in WHITE_BOX}
+    if config.curriculum == "lerac":  # it sets the rates of all layers
+        defaults["head_lr"] = None
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, weights=source, **unset)
     for message, occurs in conflicts(config).items():
