@@ -103,13 +103,14 @@ class Pairs:
         """Image i as `load_image` gives it. Raises DataError with the image's `where`."""
         name, row = self.names[i], self.row[i]
         k, member = (self._columns[column][row].item() for column in ("archive", "member"))
+        where = place_of(self.archives[k], name)
         if not is_zip(self.archives[k]):
-            return load_image(self.archives[k] / name)
+            return load_image(where)
         try:
             content = self._zips.read(k, name, member, MAX_BYTES)
         except ZIP_ERRORS as error:
-            raise DataError(f"{self.where(i)}: cannot be read ({error}); fetch the zip again") from error
-        return load_image(content, self.where(i))
+            raise DataError(f"{where}: cannot be read ({error}); fetch the zip again") from error
+        return load_image(content, where)
 
 
 def _pairs(path: Path, columns: Arrays, facts: dict) -> Pairs:
