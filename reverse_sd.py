@@ -604,6 +604,7 @@ class Run:
     config: dict[str, Any]
     regressor: Regressor
     vocabulary: Vocabulary
+    sizes: Any = None  # of the backbone
 
     @property
     def backbone(self) -> Backbone:
@@ -629,6 +630,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):
         model = weights.build(run.backbone.kind, config["model"])
+        run.sizes = model.config
         backbone = as_backbone(config["backbone"], model, config.get("unet_features"))
         run.regressor = Regressor(
             nn.Identity() if run.frozen else backbone,
@@ -667,6 +669,20 @@ def nearest(query: np.ndarray, rows: np.ndarray, n: int) -> list[tuple[int, floa
     return [(int(i), float(similarities[i])) for i in order]
 
 
+def frozen_backbone(run: Run, device: str) -> nn.Module:
+    """The pretrained backbone whose features a frozen run's regressor reads. Raises weights.WeightsError if
+    its weights have other sizes than when the run was trained."""
+    import weights
+
+    kind, source = run.backbone.kind, run.config["weights"]
+    if weights.config(kind, source) != run.sizes:
+        raise weights.WeightsError(
+            f"{run.folder}: {source} had other sizes when this run was trained; train it again"
+        )
+    model = weights.load(kind, source, device=device)
+    return as_backbone(run.config["backbone"], model, run.config.get("unet_features"))
+
+
 def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
     """A function images -> predictions (see `predict`) of PIL images, with the run's preprocessing.
 
@@ -676,16 +692,13 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
     import data
     import weights
 
-    name, source = run.config["backbone"], run.config["weights"]
+    source = run.config["weights"]
     preprocessing = data.Preprocessing(**run.config["preprocessing"])
     captioner = captioner_of(run.config["captions"]) if run.backbone.white_box else None
     sd = SDReader(source, captioner, device)
     kinds = (run.backbone.kind,) if run.frozen else ()
     weights.require_fed(source, *kinds, *(("vae", "clip-text") if run.backbone.white_box else ()))
-    backbone = None
-    if run.frozen:
-        model = weights.load(run.backbone.kind, source, device=device)
-        backbone = as_backbone(name, model, run.config.get("unet_features"))
+    backbone = frozen_backbone(run, device) if run.frozen else None
 
     def tensors(images: Sequence[Any], preprocessing: data.Preprocessing) -> Tensor:
         return torch.stack([data.image_tensor(image, preprocessing) for image in images]).to(device)

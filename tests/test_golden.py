@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, train_here
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -271,8 +271,11 @@ def test_constants_of_a_port_are_compared(folders, tmp_path: Path):
 
 
 @pytest.mark.parametrize("source", ["sd-mini", "sd-2-tiny", "vit-mini", "run"])
-def test_the_regressor_is_features_and_heads(source: str, tmp_path: Path):
-    path = str(ROOT / "tests" / "made_at_24701ab" / "finished") if source == "run" else source
+def test_the_regressor_is_features_and_heads(source: str, few_scenes: Path, cache: Path, tmp_path: Path):
+    path = source
+    if source == "run":
+        flags = ("--train-blocks", "0", "--captions", "empty", "--unet-features", "middle")
+        path = str(train_here(few_scenes, tmp_path / "run", *flags, "--head-start", "random"))
     folder = tmp_path / "golden"
     assert main(["golden", "regressor", str(folder), "--source", path]) == 0
     files = {part: load_file(folder / f"{part}.safetensors") for part in FILES}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train_here
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -317,7 +317,8 @@ def test_a_checkpoints_state_fits_its_tensors(field: str, value, tmp_path: Path)
         Checkpoint(last).load(train.RegressorTrainer.state_fields)
 
 
-def test_a_caption_that_is_cut_is_mentioned(run: Path, capsys):
+def test_a_caption_that_is_cut_is_mentioned(few_scenes: Path, cache: Path, tmp_path: Path, capsys):
+    run = train_here(few_scenes, tmp_path / "run", "--train-blocks", "0", "--captions", "empty")
     predict = reverse_sd.image_predictor(reverse_sd.load_run(run), "cpu")
     image = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
     for caption, mentioned in (("a star", False), ("star " * 100, True), ("a star", False)):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from models.layers import Namespace, timestep_embedding
 from weights.golden import TINY, Draw, Subject, load_or_draw, randomised
 from weights.kinds import KINDS
-from weights.sources import load
 
 N_WORDS = 100  # of the vocabulary head, where the source is not a run
 STEPS, GUIDANCE = 4, 7.5  # of the sampler
@@ -26,15 +25,14 @@ def regressor(source: str, draw: Draw) -> Subject:
     words). Raises WeightsError for a run or weights that cannot be loaded.
     """
     from backbones import BACKBONES, as_backbone
-    from reverse_sd import Regressor, load_run
+    from reverse_sd import Regressor, frozen_backbone, load_run
 
     if (Path(source) / "vocabulary.json").is_file():
         run = load_run(source)
         name, model, placement = run.config["backbone"], run.regressor, run.config["heads"]
         features = run.config.get("unet_features")
         if run.frozen:
-            network = load(run.backbone.kind, run.config["weights"])
-            model.backbone = as_backbone(name, network, features)
+            model.backbone = frozen_backbone(run, "cpu")
     else:
         name = next((name for name, backbone in BACKBONES.items() if backbone.mini == source), "unet")
         network, placement, features = load_or_draw(BACKBONES[name].kind, source), 3, None
