@@ -104,7 +104,8 @@ def test_every_step_is_that_of_diffusers(both: tuple, steps: int, guidance: floa
         theirs, noise, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=[negative] * 2
     )
     seen: list[Tensor] = []
-    final = replace(ours, predicts_v=v).sample(
+    pipeline = replace(ours, predicts_v=True) if v else ours  # noise is the default
+    final = pipeline.sample(
         PROMPTS, noise, negative, steps, guidance, on_step=lambda i, latents: seen.append(latents)
     )
     assert len(seen) == len(expected) == steps
