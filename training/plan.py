@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import weights
 from backbones import BACKBONES, as_backbone, captioner_of
-from files import atomic_write, write_json
+from files import atomic_write, json_object, write_json
 from reverse_sd import EMBEDDING_WIDTH, Regressor, cosine_loss, joint_loss, vocabulary_loss
 from training.cache import CAPTION_BYTES
 from training.config import TrainConfig, resolve
@@ -314,11 +314,11 @@ def rows_done(name: str, rows: int, shape: tuple[int, ...], kind: str, source: s
     rows. Its pairs are not compared."""
     most = 0
     for path in sorted(weights.cache_dir().glob(f"{name}-*/key.json")):
-        identity = weights.read_json(path)
+        identity = json_object(path.read_text("utf-8")) or {"shape": [0], "key": {}}  # not written yet
         n, *row = identity["shape"]
         key = identity["key"].get("encoder", identity["key"])
-        model = key.get("model", key.get("vae"))
-        if n <= rows and tuple(row) == shape and (not kind or model == fingerprint(kind, source)):
+        own = not kind or key.get("model") == fingerprint(kind, source)
+        if own and n <= rows and tuple(row) == shape:
             try:
                 state = np.load(path.with_name("done.npy"), mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError):
