@@ -293,7 +293,7 @@ def text_of(result: dict) -> str:
     rows = [(name, f"{part['seconds']:.1f}", f"{part['bytes'] / 2**30:.1f}" if part["bytes"] else "")
             for name, part in good.items() if name.startswith("dakl")]  # fmt: skip
     if rows:
-        lines += table("DAKL, 10,000 + 60,000 rows | s | GiB", rows)
+        lines += table(f"DAKL, {'50 + 200' if result['mini'] else '10,000 + 60,000'} rows | s | GiB", rows)
     if failed := {name: part["error"] for name, part in sections.items() if "error" in part}:
         lines += ["", *(f"* {name}: failed: {error}" for name, error in failed.items())]
     return "\n".join(lines) + "\n"

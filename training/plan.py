@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import weights
 from backbones import BACKBONES, as_backbone, captioner_of
-from files import atomic_write, write_json
+from files import atomic_write, json_object, write_json
 from reverse_sd import EMBEDDING_WIDTH, Regressor, cosine_loss, joint_loss, vocabulary_loss
 from training.cache import CAPTION_BYTES
 from training.config import TrainConfig, resolve
@@ -245,7 +245,7 @@ def variants(
     """The step of a resolved configuration in each precision, without and with activation checkpointing,
     beside `memory` GiB."""
     sizes, room = sizes_of(config), (memory - RESERVED * cuda) * GIB
-    found = []
+    result = []
     for precision in PRECISIONS:
         for checkpointing in (False, True):
             variant = dataclasses.replace(
@@ -254,8 +254,8 @@ def variants(
             measure = functools.partial(step_bytes, sizes=sizes, cuda=cuda, groups=groups)
             nbytes = measure(variant)
             fitting = least_parts(variant, nbytes, room, measure)
-            found.append(Variant(precision, checkpointing, nbytes, fitting))
-    return found
+            result.append(Variant(precision, checkpointing, nbytes, fitting))
+    return result
 
 
 def least_parts(
@@ -320,11 +320,11 @@ def rows_done(name: str, rows: int, shape: tuple[int, ...], kind: str, source: s
     rows. Its pairs are not compared."""
     most = 0
     for path in sorted(weights.cache_dir().glob(f"{name}-*/key.json")):
-        identity = weights.read_json(path)
+        identity = json_object(path.read_text("utf-8")) or {"shape": [0], "key": {}}  # not written yet
         n, *row = identity["shape"]
         key = identity["key"].get("encoder", identity["key"])
-        model = key.get("model", key.get("vae"))
-        if n <= rows and tuple(row) == shape and (not kind or model == fingerprint(kind, source)):
+        own = not kind or key.get("model") == fingerprint(kind, source)
+        if own and n <= rows and tuple(row) == shape:
             try:
                 state = np.load(path.with_name("done.npy"), mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError):
@@ -361,12 +361,12 @@ def plan_lines(
     would. With `memory`, in GiB, the step is that of such a card, else that of the run's device."""
     device = weights.resolve_device(config.device)
     cuda = device.startswith("cuda") or (memory is not None and config.device != "cpu")
-    found = data.read_pairs(pairs_folder(config.data))
-    pairs = found.subset(cleaned(found.prompts, config.clean))
+    all_pairs = data.read_pairs(pairs_folder(config.data))
+    pairs = all_pairs.subset(cleaned(all_pairs.prompts, config.clean))
     pictures = data.same_pictures(pairs)
     splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size, pictures)
     counts = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items())
-    yield f"pairs    {len(found):,} found, {len(pairs):,} kept: {counts}"
+    yield f"pairs    {len(all_pairs):,} found, {len(pairs):,} kept: {counts}"
     steps = math.ceil(len(splits["train"]) / config.batch_size)
     phases = "twice: phase 1 and phase 2" if config.curriculum == "difficulty" and not config.phase_1 else ""
     yield (f"steps    {steps * config.epochs:,} of {config.batch_size} samples: {config.epochs} epochs of "
@@ -388,7 +388,7 @@ def disk_lines(config: TrainConfig, pairs: data.Pairs) -> Iterator[str]:
     folder = weights.cache_dir()
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     plans, phases = cache_plans(config, pairs), 1 + (config.curriculum == "difficulty")
-    needed = sum(plan.nbytes * (plan.done == 0) for plan in plans)
+    needed = sum(plan.nbytes * (plan.done == 0) for plan in plans)  # a cache reserves all of its room at once
     room = "enough" if needed < free else f"{(needed - free) / GB:,.1f} GB too few"
     yield f"caches   {needed / GB:,.2f} GB to write, {free / GB:,.1f} GB free ({room}) in {folder}"
     for plan in plans:
@@ -461,12 +461,12 @@ def text_of(result: dict) -> str:
         "|---" * (3 + len(columns)) + "|",
     ]
     each = [[Variant(**fields) for fields in row["variants"]] for row in result["rows"]]
-    for row, found in zip(result["rows"], each, strict=True):
+    for row, ways in zip(result["rows"], each, strict=True):
         cells = [row["backbone"], row["weights"], f"{row['parameters'] / 1e6:.0f} M"]
-        lines.append(f"| {' | '.join(cells + [f'{v.nbytes / GIB:.1f}' for v in found])} |")
+        lines.append(f"| {' | '.join(cells + [f'{v.nbytes / GIB:.1f}' for v in ways])} |")
     lines += ["", "| backbone | flags that fit | GiB |", "|---|---|---|"]
-    for row, found in zip(result["rows"], each, strict=True):
-        for v in found:
+    for row, ways in zip(result["rows"], each, strict=True):
+        for v in ways:
             size = f"{v.fitting[1] / GIB:.1f}" if v.fitting else ""
             lines.append(f"| {row['backbone']} | `{v.flags()}` | {size} |")
     return "\n".join(lines) + "\n"
