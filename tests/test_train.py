@@ -166,6 +166,7 @@ def test_a_run_is_that_of_a_plain_loop(
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=count(0, 2).__next__))  # 2 s a step
     monkeypatch.setattr(train, "time", SimpleNamespace(time=count(0, 1000).__next__))
     frozen = ["--train-blocks", "0", "--val-size", "13", "--precision", "float32"]
+    frozen += ["--head-start", "random", "--head-lr", flags.split("--lr ")[1].split()[0]]
     run = train_here(few_scenes, tmp_path / "run", *frozen, *flags.split())
     config = saved_config(run)
     prepared = prepare(config)
@@ -649,9 +650,10 @@ def test_defaults_are_the_papers_row_but_for_the_miniature():
     assert paper.captions == "blip-base"
     assert (paper.weight_decay, paper.clip_norm, paper.layer_decay, paper.accumulate) == (0, 1, 1, 1)
     mini, vit = resolve(TrainConfig()), resolve(TrainConfig(backbone="vit"))
-    assert (mini.epochs, mini.batch_size, mini.lr, mini.image_size) == (6, 32, 2e-3, 64)
-    assert (vit.epochs, vit.batch_size, vit.lr, vit.image_size, vit.captions) == (6, 32, 1e-3, None, None)
-    assert mini.captions == "blip-mini"
+    for small in (mini, vit):
+        assert (small.epochs, small.batch_size, small.lr, small.head_lr) == (4, 32, 1e-3, 5e-5)
+    assert (mini.image_size, mini.captions) == (64, "blip-mini")
+    assert (vit.image_size, vit.captions) == (None, None)
 
 
 # The least and the most that each flag takes, and what lies just beyond; `tiny` stands for "above 0".
@@ -667,7 +669,7 @@ ENDS: dict[str, tuple[list, list]] = {
     "train_blocks": ([0], [-1]),
     "heads": ([0, 3], [-1, 4]),
     "hard_share": ([0.0, 0.9999], [-TINY, 1.0]),
-    "lr": ([TINY, 1e3], [0.0, 1000.0001]),
+    **dict.fromkeys(("lr", "head_lr"), ([TINY, 1e3], [0.0, 1000.0001])),
     "weight_decay": ([0.0, 1e3], [-TINY, 1000.0001]),
     "clip_norm": ([0.0], [-TINY, np.inf]),
     "mlc_weight": ([0.0, 1e6], [-TINY, 1000000.1]),
