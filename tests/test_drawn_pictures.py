@@ -40,7 +40,7 @@ def views() -> dict[str, View]:
 def quarters(view: View) -> list[float]:
     """The mean level of each colour in each quarter of the picture: 12 numbers."""
     pixels = np.asarray(render(Scene("", (), (), view, view, 7))).astype(float)
-    return pixels.reshape(2, 32, 2, 32, 3).mean(axis=(1, 3)).flatten().round(2).tolist()
+    return pixels.reshape(2, 32, 2, 32, 3).mean(axis=(1, 3)).flatten().round(3).tolist()
 
 
 def digest() -> str:
@@ -61,7 +61,8 @@ def test_the_scenes_are_those_of_their_version(world: dict):
 @pytest.mark.parametrize("name", views())
 def test_the_pictures_are_those_of_their_version(name: str, world: dict):
     assert world["pictures"].keys() == views().keys()
-    np.testing.assert_allclose(quarters(views()[name]), world["pictures"][name], atol=0.02)
+    # of 1,024 pixels ten may differ by a level
+    np.testing.assert_allclose(quarters(views()[name]), world["pictures"][name], atol=0.01)
 
 
 def test_the_build_writes_eight_parts_of_a_thousand():
