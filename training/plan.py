@@ -323,8 +323,7 @@ def rows_done(name: str, rows: int, shape: tuple[int, ...], kind: str, source: s
         identity = json_object(path.read_text("utf-8")) or {"shape": [0], "key": {}}  # not written yet
         n, *row = identity["shape"]
         key = identity["key"].get("encoder", identity["key"])
-        own = not kind or key.get("model") == fingerprint(kind, source)
-        if own and n <= rows and tuple(row) == shape:
+        if n <= rows and tuple(row) == shape and (not kind or key.get("model") == fingerprint(kind, source)):
             try:
                 state = np.load(path.with_name("done.npy"), mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError):
