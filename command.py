@@ -43,20 +43,20 @@ def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> 
 
 
 def failed(error: object) -> int:
-    print("error: " + shortened(" ".join(str(error).split("\n"))), file=sys.stderr)
+    print("error: " + one_line(error), file=sys.stderr)
     return 2
 
 
-def shortened(line: str) -> str:
-    """The line with the middle left out of what is longer than any path."""
-    return re.sub(r"(\S{500})\S{500,}(\S{100})", r"\1...\2", line)
+def one_line(error: object) -> str:
+    """The error's text on one line, with the middle left out of long words."""
+    return re.sub(r"(\S{500})\S{500,}(\S{100})", r"\1...\2", " ".join(str(error).split("\n")))
 
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser, whose errors are readable however long the arguments are."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(shortened(message))
+        super().error(one_line(message))
 
 
 def text(value: str) -> str:
@@ -64,6 +64,11 @@ def text(value: str) -> str:
     if not value.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return value
+
+
+def decodable(value: str) -> str:
+    """The text with "?" for bytes that are no UTF-8, for argparse."""
+    return value.encode("utf-8", "replace").decode()
 
 
 def positive(text: str) -> int:

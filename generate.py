@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import weights
-from command import Parser, number, run_command
+from command import Parser, decodable, number, run_command
 from files import atomic_write
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
@@ -439,17 +439,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     count = number(int, 1)
-    add("prompts", nargs="+", metavar="PROMPT")
+    add("prompts", type=decodable, nargs="+", metavar="PROMPT")
     source = "sd-1, sd-2, sd-mini, a diffusers folder or a single file (default sd-mini)"
     add("--weights", default="sd-mini", help=source)
-    add("--n", type=count, default=1, help="pictures for each prompt (default 1)")
+    add("--n", type=number(int, 1, 10**6), default=1, help="pictures for each prompt (default 1)")
     seeds = "seed of each prompt's first picture, +1 for each further one (default 0)"
     add("--seed", type=number(int, 0), default=0, help=seeds)
     add("--steps", type=number(int, 1, TRAIN_STEPS - 1), default=50, help="DDIM steps (default 50)")
-    add("--guidance", type=number(float), default=7.5, help="guidance scale, 1 = none (default 7.5)")
-    add("--negative", default="", metavar="TEXT", help="negative prompt")
+    scale = "guidance scale, 1 = none (default 7.5)"
+    add("--guidance", type=number(float, -1e6, 1e6), default=7.5, help=scale)
+    add("--negative", type=decodable, default="", metavar="TEXT", help="negative prompt")
     sides = "height and width in pixels, multiples of 8 (default: the training size)"
-    add("--size", type=number(int, 8), nargs=2, metavar=("H", "W"), help=sides)
+    add("--size", type=number(int, 8, 8192), nargs=2, metavar=("H", "W"), help=sides)
     add("--batch-size", type=count, default=8, help="pictures per batch (default 8)")
     runs = "draw with the U-Net of this train.py run; repeat for --grid runs"
     add("--swap", action="append", metavar="RUN", help=runs)

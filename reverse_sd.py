@@ -727,6 +727,7 @@ def print_predictions(
     """The exit status: 2 if an image was skipped. Prints a run's predictions for images."""
     import data
     import weights
+    from command import one_line
 
     run, skipped = load_run(folder, device), 0
     try:
@@ -745,7 +746,7 @@ def print_predictions(
         try:
             image = data.load_image(path)
         except data.DataError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            print(f"skipped: {one_line(error)}", file=sys.stderr)
             skipped += 1
             continue
         embeddings, probabilities = predict_images([image], None if caption is None else [caption])
