@@ -155,7 +155,7 @@ def test_training_learns(few_scenes: Path, cache: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--optimizer adamw --weight-decay 0.5 --clip-norm 0 --seed 3 --words 20 --lr 0.02",
+        "--optimizer adamw --weight-decay 20 --clip-norm 0 --seed 3 --words 20 --lr 0.002",
         "--optimizer adam --weight-decay 0.1 --clip-norm 0.01 --seed 1 --lr 0.01 --mlc-weight 0.7",
     ],
 )

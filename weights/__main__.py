@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from command import number, positive, run_command
+from command import Parser, number, positive, run_command
 from weights import compare, fetch, golden, sources
 from weights.kinds import KINDS
 from weights.registry import ENTRIES, Entry
@@ -126,7 +126,7 @@ COMMANDS: tuple[tuple[Callable, str, tuple[tuple[str, dict], ...]], ...] = (
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m weights", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="List, find, fetch and verify checkpoints; write and compare golden files.",
     )
