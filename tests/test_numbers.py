@@ -1,0 +1,45 @@
+"""Numbers of README.md that come from runs equal those of the results files that a marker above them names."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from tables.exhibit import interval, short
+from training.evaluate import summary
+
+README = (ROOT / "README.md").read_text()
+TABLE = re.compile(r"<!-- numbers (\S+)\n(.*?)-->\n\n(?:\|.*\n){2}((?:\|.*\n)+)", re.S)
+RESULT = re.compile(r"<!-- result (\S+) -->\n```\n(.*?)\n```\n", re.S)
+
+
+def wrong_numbers(text: str) -> list[str]:
+    """What differs from the results files: rows of tables, and whole summaries of runs."""
+    wrong = []
+    for file, names, lines in TABLE.findall(text):
+        rows = {row["name"]: row for row in json.loads((ROOT / file).read_text())["rows"]}
+        names = [name.strip() for name in re.split(r"[;\n]", names) if name.strip()]
+        for name, line in zip(names, lines.splitlines(), strict=True):
+            expected = f"{short(rows[name]['cosine'])} ({interval(rows[name]['seeds_95'])})"
+            if line.split("|")[2].strip() != expected:
+                wrong.append(f"{file}, {name}: {line}, not {expected}")
+    for file, block in RESULT.findall(text):
+        result = json.loads((ROOT / file).read_text())
+        if block != summary(Path(block.splitlines()[0]), result):
+            wrong.append(f"{file}: {block}")
+    return wrong
+
+
+def test_the_readme_has_the_numbers_of_its_results_files():
+    assert TABLE.search(README) and RESULT.search(README)
+    assert wrong_numbers(README) == []
+
+
+@pytest.mark.parametrize("pattern", [TABLE, RESULT])
+def test_a_changed_digit_is_seen(pattern: re.Pattern):
+    found = pattern.search(README)
+    place = README.rindex("." + re.findall(r"\.(\d{3})", found[0])[-1], found.start(), found.end()) + 1
+    digit = "7" if README[place] != "7" else "3"
+    assert wrong_numbers(README[:place] + digit + README[place + 1 :])
