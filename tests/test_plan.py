@@ -156,8 +156,8 @@ def test_the_plan_is_within_a_tenth_of_a_real_step(backbone: str, source: str, b
     """Peak resident memory of the step's process, less what it held before.
 
     glibc's malloc keeps freed blocks of up to 32 MB for later ones that often do not fit into them, which
-    added 5 to 9 % in a measurement; the child therefore maps each large block by itself. What remains above
-    the plan is oneDNN's scratch memory, weights that it holds in its own layout, and its code: 4 to 6 %.
+    added 5 to 9 % in a measurement; the child therefore maps each large block by itself. oneDNN's scratch
+    memory and its code remain, up to 6 % of these steps.
     """
     command = [sys.executable, "-c", REAL_STEP, backbone, source, str(batch)]
     settings = environment(MALLOC_MMAP_THRESHOLD_="1000000", MALLOC_ARENA_MAX="1")
