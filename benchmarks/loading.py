@@ -108,6 +108,7 @@ def write(case: Case, folder: Path, dtype: str = "float32") -> Path:
     (folder / ("open_clip_config.json" if open_clip else "config.json")).write_text(json.dumps(described))
     if KINDS[case.kind].tokenizer:
         words = {word: i for i, word in enumerate([*blip.BERTS_OWN, *blip.BLIPS_OWN])}
+        words |= {token: getattr(config, name) for name, token in KINDS[case.kind].tokens.items()}
         Tokenizer(WordPiece(words, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
     return folder
 

@@ -1,4 +1,4 @@
-"""Numbers of README.md that come from runs equal those of the results files that a marker above them names."""
+"""The numbers of README.md from runs are those of the results files that a marker above them names."""
 
 import json
 import re
