@@ -11,8 +11,8 @@ from tables.exhibit import interval, short
 from training.evaluate import summary
 
 README = (ROOT / "README.md").read_text()
-TABLE = re.compile(r"<!-- numbers (\S+)\n(.*?)-->\n\n(?:\|.*\n){2}((?:\|.*\n)+)", re.S)
-RESULT = re.compile(r"<!-- result (\S+) -->\n```\n(.*?)\n```\n", re.S)
+TABLE = re.compile(r"<!-- numbers (\S+)\n([^>]*)-->\n\n(?:\|.*\n){2}((?:\|.*\n)+)")
+RESULT = re.compile(r"<!-- result (\S+) -->\n```\n([^`]*)\n```\n")
 
 
 def wrong_numbers(text: str) -> list[str]:
