@@ -63,7 +63,8 @@ def timed(processes: int, *arguments: object) -> tuple[float, float, list[int]]:
     """(wall seconds and CPU seconds of the slowest process, rows that each has encoded)."""
     command = [sys.executable, __file__, "--fill", *map(str, arguments)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    running = [subprocess.Popen(command, **pipes) for _ in range(processes)]
+    # Each in a session of its own, as by torchrun: Linux shares a busy machine out by sessions.
+    running = [subprocess.Popen(command, **pipes, start_new_session=True) for _ in range(processes)]
     for process in running:
         process.stdout.readline()
     for process in running:
