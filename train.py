@@ -84,7 +84,7 @@ from training.inputs import (
     sample_readers,
 )
 from training.loop import Process, Trainer, epoch_batches, learning_rate, process_group, save_tensors
-from training.plan import plan_lines, plan_options
+from training.plan import plan_lines
 
 log = logging.getLogger("train")
 
@@ -534,14 +534,14 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, argv = plan_options(sys.argv[1:] if argv is None else argv)
-    flags, out, resume = parse_args(argv, __doc__)
+    flags, out, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__)
+    only_plan, memory = flags.pop("plan", False), flags.pop("memory", None)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def train() -> None:
-        if options.plan:
+        if only_plan:
             config = TrainConfig(**saved_fields(resume) | flags) if resume else resolve(TrainConfig(**flags))
-            for line in plan_lines(config, options.memory, parameter_groups):
+            for line in plan_lines(config, memory, parameter_groups):
                 print(line, flush=True)
         else:
             train_run(flags, out, resume)

@@ -57,7 +57,7 @@ OPTIONS_OF = {
 # The paper's number (section 4.2), for the miniatures too: with their default of six, the 36 trainings of
 # table 1 would take more than an hour on two cores.
 EPOCHS = 3
-SET_BY_ROWS = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed"}
+SET_BY_ROWS = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed", "plan", "memory"}
 
 
 @dataclass(frozen=True)

@@ -406,17 +406,6 @@ def kinds_of(config: TrainConfig) -> tuple[str, ...]:
     return (backbone.kind, *(("vae", "clip-text") if backbone.white_box else ()))
 
 
-def plan_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(--plan and --memory, the other arguments) of train.py's command line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--plan", action="store_true")
-    parser.add_argument("--memory", type=float)
-    options, others = parser.parse_known_args(argv)
-    if options.memory is not None and not (options.plan and 0 < options.memory < math.inf):
-        parser.error("--memory: takes GiB above 0, with --plan")
-    return options, others
-
-
 # ============================================================================================================
 # The paper's rows
 # ============================================================================================================
