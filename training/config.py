@@ -167,7 +167,8 @@ class TrainConfig:
         "else 1e-4, the paper's)", above=0, most=1e3
     )
     head_lr: float | None = option(
-        "optimisation", None, "peak learning rate of the heads (default: 5e-5 for miniatures, else --lr)", above=0, most=1e3
+        "optimisation", None, "peak learning rate of the heads (default: 5e-5 for miniatures, else --lr)",
+        above=0, most=1e3
     )
     layer_decay: float = option(
         "optimisation", 1.0, "factor between the learning rates of neighbouring blocks, falling towards the "
