@@ -6,6 +6,7 @@ import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -467,9 +468,23 @@ def test_mixed_shows_each_sample_as_often_as_the_papers_stages():
     assert len(set(np.concatenate(alone[:3]).tolist())) > 5  # not the easy ones first
 
 
-@pytest.mark.parametrize("order", ["hard-first", "shuffled", "mixed"])
-def test_a_run_of_each_control(few_scenes: Path, cache: Path, tmp_path: Path, order: str):
-    run = train_here(few_scenes, tmp_path / "run", "--curriculum", "difficulty", "--order", order)
+@pytest.mark.parametrize(
+    "order, pools",
+    [("hard-first", [{0, 1}, {0, 1, 2, 3}]), ("shuffled", [{2, 3}, {0, 1, 2, 3}]), ("mixed", [])],
+)
+def test_chunks_of_each_control(order: str, pools: list[set[int]], tmp_path: Path):
+    """Six samples, the last the easiest; `pools` are those of the first two stages."""
+    config = resolve(TrainConfig(curriculum="difficulty", order=order, epochs=18, batch_size=2))
+    prepared = SimpleNamespace(fingerprint="of these pairs")
+    chunks = train.chunks_of(config, tmp_path, Process(), np.arange(6.0)[None] / 10, prepared)
+    stages = reverse_sd.curriculum_stages(chunks, 54)
+    assert [set(pool.tolist()) for _, _, pool in stages[:-1]] == pools
+    assert set(stages[-1][2].tolist()) == set(range(6))
+    about = json.loads((tmp_path / "curriculum.json").read_text())
+    assert about["order"] == order and len(about["stages"]) == len(stages)
+
+
+def test_a_run_of_a_control(few_scenes: Path, cache: Path, tmp_path: Path):
+    run = train_here(few_scenes, tmp_path / "run", "--curriculum", "difficulty", "--order", "mixed")
     about = json.loads((run / "curriculum.json").read_text())
-    assert about["order"] == order
-    assert [stage["samples"] for stage in about["stages"]] == ([360] if order == "mixed" else [20, 40, 60])
+    assert [stage["samples"] for stage in about["stages"]] == [360]

@@ -231,6 +231,7 @@ def predictions(run: Path) -> dict[str, np.ndarray]:
     return {split: np.load(run / "predictions" / f"{split}.npy") for split in ("train", "val", "test")}
 
 
+@pytest.mark.slow
 def test_two_nodes_have_the_losses_caches_and_predictions_of_one_process(
     few_scenes: Path, cache: Path, tmp_path: Path
 ):

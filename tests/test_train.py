@@ -236,7 +236,7 @@ def test_accumulation_does_not_change_the_losses(
     np.testing.assert_allclose(losses(parts)[:3], losses(uninterrupted)[:3], atol=1e-6)
 
 
-@pytest.mark.parametrize("curriculum", ["none", "difficulty"])
+@pytest.mark.parametrize("curriculum", [pytest.param("none", marks=pytest.mark.slow), "difficulty"])
 def test_two_processes_have_the_losses_of_one(few_scenes: Path, cache: Path, tmp_path: Path, curriculum: str):
     # 59 training pairs in batches of 29: the last batch is one sample, so one process has none
     flags = ["--data", str(few_scenes), *SMALL, "--batch-size", "29", "--val-size", "13", "--device", "cpu"]
