@@ -514,7 +514,7 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     [
         (["--table", ""], "choose from 1, 2"),
         (["--figure", ""], "choose from 9, 11, all"),
-        (["--table", "3"], "5, 6, 7, 8, 9, 10, 11, captions, ceiling, noise, readouts, all"),
+        (["--table", "3"], "5, 6, 7, 8, 9, 10, 11, captions, ceiling, noise, readouts, white-box, all"),
         (["--table", "2,x"], "--table x"),
         (["--figure", "5"], "--figure 5"),
         (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),
