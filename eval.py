@@ -16,8 +16,8 @@ DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise,
 paper, captions, the text that the U-Net reads, ceiling, the best achievable cosine, readouts, ridge
 regression on frozen features, and white-box, the U-Net beside Swin) and --figure (9 easy, medium and hard
 pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
-results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply to
-every run, e.g. --epochs (here 3).
+results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply
+to every run, e.g. --epochs (here 3).
 
 tables/ defines the tables and figures.
 """
