@@ -430,6 +430,27 @@ def test_long_and_deep_sources_end_soon(tmp_path):
     assert time.process_time() - start < 10
 
 
+def test_an_object_under_a_negative_key_holds_no_prompt():
+    """A front end's settings, with both texts in objects of their own."""
+    texts = {"settings": json.dumps({"negative": {"prompt": "ugly, blurry"}, "main": {"prompt": "a barn"}})}
+    assert find_prompt(texts)[0] == "a barn"
+    with pytest.raises(NoPrompt):
+        find_prompt({"settings": json.dumps({"negative": {"prompt": "ugly, blurry"}})})
+
+
+def test_a_placeholder_is_named_and_an_empty_prompt_beside_an_uncertain_one_is_none():
+    with pytest.raises(NoPrompt, match="a placeholder stands for its prompt"):
+        find_prompt({"settings": json.dumps({"prompt": "unknown", "steps": 20})})
+    node = {"class_type": "LLM", "inputs": {"temperature": 1, "prompt": "write a prompt"}}
+    encode = {"class_type": "CLIPTextEncode", "inputs": {"text": ["1", 0], "clip": ["9", 0]}}
+    sampler = {"class_type": "KSampler", "inputs": {"positive": ["2", 0], "seed": 1, "steps": 2}}
+    graph = {"1": node, "2": encode, "3": sampler,
+             "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0]}}}
+    empty = json.dumps({"prompt": "", "steps": 20})
+    with pytest.raises(NoPrompt, match="made while its ComfyUI graph ran"):
+        find_prompt({"prompt": json.dumps(graph), "settings": empty})
+
+
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"])
 def test_pixels_and_prompt_survive_other_texts(tmp_path, kind):
     large = zlib.compress(b"{" + b" " * 20_000_000 + b"}")
