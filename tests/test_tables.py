@@ -381,6 +381,7 @@ PAPER: dict[int | str, tuple[list[float | None], list[int]]] = {
     11: ([0.6725, 0.6624, 0.6526, 0.6130, 0.6189, 0.5129, None], [0] + [1] * 6),
     "captions": ([None] * 3, [0, 1, 1]),
     "ceiling": ([None] * 4, [0, 1, 1, 1]),
+    "white-box": ([None] * 3, [0, 1, 2]),
 }  # fmt: skip
 
 
