@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from tables.exhibit import interval, short
 from training.evaluate import summary
+from training.metrics import student_interval
 
 README = (ROOT / "README.md").read_text()
 TABLE = re.compile(r"<!-- numbers (\S+)\n([^>]*)-->\n\n(?:\|.*\n){2}((?:\|.*\n)+)")
@@ -22,7 +23,8 @@ def wrong_numbers(text: str) -> list[str]:
         rows = {row["name"]: row for row in json.loads((ROOT / file).read_text())["rows"]}
         names = [name.strip() for name in re.split(r"[;\n]", names) if name.strip()]
         for name, line in zip(names, lines.splitlines(), strict=True):
-            expected = f"{short(rows[name]['cosine'])} ({interval(rows[name]['seeds_95'])})"
+            limits = student_interval(rows[name]["per_seed"])
+            expected = f"{short(rows[name]['cosine'])} ({interval(limits)})"
             if line.split("|")[2].strip() != expected:
                 wrong.append(f"{file}, {name}: {line}, not {expected}")
     for file, block in RESULT.findall(text):
