@@ -69,7 +69,10 @@ def view_of(probabilities: Tensor) -> scenes.View:
 
 
 def ridge_regression(x: np.ndarray, y: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Slope (d, e) and intercept (e,) of ridge regression of rows y (n, e) on rows x (n, d), in float64."""
+    """Slope (d, e) and intercept (e,) of ridge regression of rows y (n, e) on rows x (n, d), in float64.
+
+    Not `baselines.ridge`: labels have one scale, and to standardise them would magnify the rare ones.
+    """
     x, y = x.astype(np.float64), y.astype(np.float64)
     x0, y0 = x - x.mean(axis=0), y - y.mean(axis=0)
     slope = np.linalg.solve(x0.T @ x0 + alpha * np.eye(x.shape[1]), x0.T @ y0)

@@ -53,6 +53,18 @@ def test_ridge_is_scikit_learns_on_standardised_features():
     assert found.penalty == PENALTIES[int(np.argmax(cosines))]
 
 
+def test_ridge_by_hand():
+    """y = 1, 2, 6 at x = 0, 1, 2 of deviation s = sqrt(2/3): weight 5/3 / s / (1 + penalty), bias 3."""
+    x, y = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1.0], [2.0], [6.0]])
+    sums = RidgeSums(1, 1)
+    sums.add(x, y)
+    found = ridge(sums, x, y)  # cosines of single numbers are all 1: the first penalty
+    assert found.penalty == PENALTIES[0] == 10 and found.bias.item() == pytest.approx(3)
+    s = (2 / 3) ** 0.5
+    assert found.weight.item() == pytest.approx(5 / 3 / s / 11)
+    assert found.predict(torch.tensor([[4.0]])).item() == pytest.approx(3 + 3 / s * (5 / 3 / s / 11))
+
+
 def test_processes_that_share_the_rows_find_the_same():
     """Sums over two shares of the training rows, cosines over two shares of the validation rows."""
     x, y, rows, truth = problem()

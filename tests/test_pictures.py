@@ -1,6 +1,7 @@
 """The sheets of training/pictures.py: which picture and which text stands where."""
 
 import io
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,5 +123,5 @@ def test_lines_are_as_full_as_their_width_allows(text: str):
     lines = pictures.wrap(text, font, width)
     assert " ".join(lines).split() == text.split() and len(lines) >= 1
     assert all(font.getlength(line) <= width or " " not in line for line in lines)
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in pairwise(lines):
         assert line and font.getlength(f"{line} {following.split()[0]}") > width

@@ -94,10 +94,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
         weights.require_fed(None, "minilm")
     preprocessing = preprocessing_of(config)
     path = pairs_folder(config.data)
-    pairs = data.read_pairs(path)
-    pairs = pairs.subset(cleaned(pairs.prompts, config.clean))
-    pictures = data.same_pictures(pairs)
-    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size, pictures)
+    _, pairs, splits = split_pairs(config, path)
     targets = prompt_targets(pairs.prompts, device)
     inputs_of = unet_inputs if backbone.white_box else image_inputs
     inputs, readable = inputs_of(config, pairs, preprocessing, device)
@@ -110,6 +107,15 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     for rows in splits.values():
         digest.update(rows.tobytes())
     return Prepared(pairs, splits, targets, inputs, preprocessing, digest.hexdigest())
+
+
+def split_pairs(config: TrainConfig, path: Path) -> tuple[int, data.Pairs, dict[str, np.ndarray]]:
+    """(number of pairs read, the cleaned pairs, rows of each split). Raises DataError as `read_pairs`."""
+    found = data.read_pairs(path)
+    pairs = found.subset(cleaned(found.prompts, config.clean))
+    pictures = data.same_pictures(pairs)
+    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size, pictures)
+    return len(found), pairs, splits
 
 
 def cache_folder() -> Path:

@@ -40,7 +40,7 @@ from files import atomic_write, json_object, write_json
 from reverse_sd import EMBEDDING_WIDTH, Regressor, cosine_loss, joint_loss, vocabulary_loss
 from training.cache import CAPTION_BYTES
 from training.config import TrainConfig, resolve
-from training.inputs import cleaned, pairs_folder
+from training.inputs import pairs_folder, split_pairs
 from weights.fetch import missing
 from weights.kinds import find_kind
 from weights.registry import ENTRIES
@@ -360,12 +360,9 @@ def plan_lines(
     would. With `memory`, in GiB, the step is that of such a card, else that of the run's device."""
     device = weights.resolve_device(config.device)
     cuda = device.startswith("cuda") or (memory is not None and config.device != "cpu")
-    all_pairs = data.read_pairs(pairs_folder(config.data))
-    pairs = all_pairs.subset(cleaned(all_pairs.prompts, config.clean))
-    pictures = data.same_pictures(pairs)
-    splits = data.split(pairs.prompts, config.seed, config.val_size, config.test_size, pictures)
+    found, pairs, splits = split_pairs(config, pairs_folder(config.data))
     counts = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items())
-    yield f"pairs    {len(all_pairs):,} found, {len(pairs):,} kept: {counts}"
+    yield f"pairs    {found:,} found, {len(pairs):,} kept: {counts}"
     steps = math.ceil(len(splits["train"]) / config.batch_size)
     phases = "twice: phase 1 and phase 2" if config.curriculum == "difficulty" and not config.phase_1 else ""
     yield (f"steps    {steps * config.epochs:,} of {config.batch_size} samples: {config.epochs} epochs of "
