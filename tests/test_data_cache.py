@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 class Lengths:
     """A little encoder: (length, first letter) of each text; counts what it was asked, and may stop."""
 
-    def __init__(self, stop_after=None, stop=KeyboardInterrupt):
+    def __init__(self, stop_after=None, stop=AssertionError):
         self.asked, self.stop_after, self.stop = [], stop_after, stop
 
     def __call__(self, texts):
@@ -42,12 +42,12 @@ class Lengths:
 class Means:
     """A little encoder: the mean of each channel."""
 
-    def __init__(self, stop_after=None):
-        self.seen, self.batches, self.stop_after = 0, 0, stop_after
+    def __init__(self, stop_after=None, stop=AssertionError):
+        self.seen, self.batches, self.stop_after, self.stop = 0, 0, stop_after, stop
 
     def __call__(self, images):
         if self.batches == self.stop_after:
-            raise KeyboardInterrupt
+            raise self.stop
         assert images.dtype == torch.float32 and images.shape[1:] == (3, 16, 16) and images.abs().max() <= 1
         self.batches += 1
         self.seen += len(images)
@@ -268,7 +268,7 @@ def test_images_broken_ones_are_passed_over_and_listed(tmp_path, pairs, caplog, 
 
 def test_image_cache_resumes(tmp_path, pairs):
     with pytest.raises(KeyboardInterrupt):
-        images_cache(tmp_path, pairs, Means(stop_after=3))
+        images_cache(tmp_path, pairs, Means(stop_after=3, stop=KeyboardInterrupt))
     rest = Means()
     rows, ok = images_cache(tmp_path, pairs, rest)
     assert rest.seen == 20 - 12 - 1 and ok.sum() == 17  # batches 0..11 were done, of 12..19 one is broken
@@ -368,7 +368,7 @@ def test_a_disk_that_fills_half_way_leaves_a_cache_to_resume(tmp_path, monkeypat
 
 def test_rows_are_reserved_on_the_disk(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        encode = Lengths(stop_after=0)
+        encode = Lengths(stop_after=0, stop=KeyboardInterrupt)
         cached_texts(tmp_path, TEXTS, Encoder("targets", "k", (100_000,), np.float32, 2, encode))
     (rows,) = tmp_path.rglob("rows.npy")
     if hasattr(os, "posix_fallocate"):
