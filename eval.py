@@ -17,7 +17,7 @@ paper, captions, the text that the U-Net reads, ceiling, the best achievable cos
 regression on frozen features, and white-box, the U-Net beside Swin) and --figure (9 easy, medium and hard
 pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
 results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply
-to every run, e.g. --epochs (here 3).
+to every run, e.g. --epochs.
 
 tables/ defines the tables and figures.
 """
@@ -40,7 +40,7 @@ from tables.exhibit import Exhibit
 from tables.generation import read_drawbench
 from tables.probe import only_default_prompts
 from tables.registry import EXHIBITS
-from tables.runs import EPOCHS, SET_BY_ROWS, SOURCES, Plan, cores, train_missing, with_phase_1
+from tables.runs import SET_BY_ROWS, SOURCES, Plan, cores, train_missing, with_phase_1
 from training.config import parse_args
 from training.evaluate import evaluate
 from training.folder import saved_config
@@ -105,7 +105,6 @@ def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
     folder = args.folder or Path("runs") / f"tables-{name}{kind}"
     device = weights.resolve_device(args.device)
     jobs = args.jobs or (2 if device == "cpu" and cores() > 1 else 1)
-    options = {"epochs": EPOCHS} | options
     return Plan(args.data, sources, seeds, folder, jobs, device, options, command, args.drawbench)
 
 

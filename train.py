@@ -129,7 +129,8 @@ def depths_of(names: list[str], blocks: str) -> list[int]:
 def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, dict[str, nn.Parameter]]:
     """Trained parameters by name, grouped by the factor of their learning rate; the others are frozen.
 
-    With LeRaC the factor is that of the rate at step 0.
+    With LeRaC the factor is that of the rate at step 0. With --head-lr its rates fall over the blocks alone,
+    as its authors train a pretrained transformer: the last norm has the full rate and the heads theirs.
     """
     named = dict(regressor.named_parameters())
     depths = depths_of(list(named), BACKBONES[config.backbone].blocks)
@@ -137,7 +138,8 @@ def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, d
     first = 0 if config.train_blocks is None else max(0, top - config.train_blocks)
     factors = [config.layer_decay ** (top - depth) for depth in range(first, top + 1)]
     if config.curriculum == "lerac":
-        factors = lerac_initial(1.0, config.lerac_min_lr / config.lr, top + 1 - first)
+        falling = top + 1 - first - bool(config.head_lr)
+        factors = lerac_initial(1.0, config.lerac_min_lr / config.lr, falling) + [1.0] * bool(config.head_lr)
     groups: dict[float, dict[str, nn.Parameter]] = {}
     for depth, (name, parameter) in zip(depths, named.items(), strict=True):
         if depth >= first:
@@ -249,8 +251,9 @@ class RegressorTrainer(Trainer):
             self.smoothing.sigma = cbs_sigma(self.step, every)
         return learning_rate(self.config.lr, self.step, self.total)
 
-    def group_rate(self, lr: float, scale: float) -> float:
-        if self.config.curriculum != "lerac":
+    def group_rate(self, lr: float, group: dict[str, Any]) -> float:
+        scale, head_lr = group["scale"], self.config.head_lr
+        if self.config.curriculum != "lerac" or (head_lr and scale == head_lr / self.config.lr):
             return lr * scale
         meet = max(1, round(self.config.lerac_epochs * self.steps_per_epoch))
         if self.step >= meet:

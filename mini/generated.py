@@ -75,9 +75,10 @@ def generate_parts(
     per_part: int = scenes.PER_PART,
     steps: int = STEPS,
     source: str = "sd-mini",
+    device: str = "cpu",
 ) -> Path:
     """The path folder/images; writes part-000001.zip ... there. Complete parts are kept."""
-    pipeline, probe = generate.load_pipeline(source), naming.load_probe(naming.FOLDER)
+    pipeline, probe = generate.load_pipeline(source, device), naming.load_probe(naming.FOLDER)
     images, made = folder / "images", version(source)
     images.mkdir(parents=True, exist_ok=True)
     everything = chosen_scenes(parts * per_part)
@@ -89,7 +90,9 @@ def generate_parts(
             continue
         pairs, title = [], f"drawing part {number} of {parts}"
         prompts, seeds = [scene.prompt for scene in chosen], [scene.seed for scene in chosen]
-        drawn = pipeline.draw(prompts, seeds, (64, 64), title=title, steps=steps, guidance=GUIDANCE)
+        batch = 500 if device == "cuda" else BATCH
+        options = {"title": title, "steps": steps, "guidance": GUIDANCE}
+        drawn = pipeline.draw(prompts, seeds, (64, 64), batch, **options)
         drawn = drawn.permute(0, 3, 1, 2).contiguous().numpy()
         for scene, pixels, undrawn in zip(chosen, drawn, unread(probe, drawn, chosen), strict=True):
             entry = {"p": scene.prompt, "se": scene.seed, "c": GUIDANCE, "st": steps, "sa": SAMPLER}
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="(default mini/generated)")
     parser.add_argument("--parts", type=positive, default=scenes.PARTS, help="of 1,000 pictures (default 8)")
     parser.add_argument("--weights", default="sd-mini", help="the generator (default sd-mini)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a sheet of the existing pairs")
     args = parser.parse_args()
     if args.sheet:
@@ -142,7 +146,8 @@ def main() -> None:
         return
     command = f"python -m mini.generated --parts {args.parts}"
     command += f" --weights {args.weights}" if args.weights != "sd-mini" else ""
-    generate_parts(args.folder, args.parts, source=args.weights)
+    device = weights.resolve_device(args.device)
+    generate_parts(args.folder, args.parts, source=args.weights, device=device)
     write_card(args.folder, command, **card(args.folder, args.weights))
     print(args.folder)
 

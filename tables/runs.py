@@ -49,27 +49,25 @@ PHASE_1 = {"mlc-cl": "mlc", "cl": "plain"}  # the recipe whose recorded cosines 
 
 # Options that apply only to runs of one curriculum or backbone.
 OPTIONS_OF = {
-    "difficulty": ("chunks", "easy_share", "hard_share", "epoch_weights"),
+    "difficulty": ("chunks", "order", "easy_share", "hard_share", "epoch_weights"),
     "lerac": ("lerac_epochs", "lerac_min_lr"),
     "cbs": ("cbs_every",),
     "unet": ("captions", "image_size", "unet_features"),
 }
-# The paper's number (section 4.2), for the miniatures too: with their default of six, the 36 trainings of
-# table 1 would take more than an hour on two cores.
-EPOCHS = 3
 SET_BY_ROWS = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed", "plan", "memory"}
 
 
 @dataclass(frozen=True)
 class RunName:
-    """A backbone trained by a recipe of RECIPES."""
+    """A backbone trained by a recipe of RECIPES; `changes`: (field of TrainConfig, value) beside it."""
 
     backbone: str
     recipe: str
+    changes: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.backbone}-{self.recipe}"
+        return "-".join([self.backbone, self.recipe, *(f"{field}={value}" for field, value in self.changes)])
 
     def folder(self, seed: int) -> str:
         return f"{self.name}-seed{seed}"
@@ -77,7 +75,10 @@ class RunName:
     @property
     def phase_1(self) -> RunName | None:
         """The run whose recorded cosines this one's curriculum uses."""
-        return RunName(self.backbone, PHASE_1[self.recipe]) if self.recipe in PHASE_1 else None
+        if self.recipe not in PHASE_1:
+            return None
+        kept = tuple(change for change in self.changes if change[0] not in OPTIONS_OF["difficulty"])
+        return RunName(self.backbone, PHASE_1[self.recipe], kept)
 
 
 # The runs that record their cosines, as phase 1 of another run.
@@ -111,8 +112,8 @@ class Plan:
         fields |= {"backbone": run.backbone, "data": self.data, "weights": self.sources[run.backbone]}
         if run.backbone == "unet":
             fields.setdefault("captions", self.sources["blip"])
-        fields |= {"seed": seed, "device": self.device} | recipe
-        if run in RECORDING:
+        fields |= {"seed": seed, "device": self.device} | recipe | dict(run.changes)
+        if RunName(run.backbone, run.recipe) in RECORDING:
             fields["record_cosines"] = True
         if run.phase_1:
             fields["phase_1"] = str(self.run_folder(run.phase_1, seed))

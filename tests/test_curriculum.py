@@ -390,12 +390,28 @@ def test_lerac_s_rates_meet_after_its_epochs(
     epochs: float, meet: int, few_scenes: Path, cache: Path, tmp_path: Path
 ):
     trainer = trainer_of(few_scenes, tmp_path, curriculum="lerac", lerac_epochs=epochs, lerac_min_lr=1e-7)
-    lowest = min(group["scale"] for group in trainer.optimizer.param_groups)
+    lowest = min(trainer.optimizer.param_groups, key=lambda group: group["scale"])
     common = [1e-3 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
     for trainer.step in range(10):
         t = trainer.step / meet
         expected = 1e-7 ** (1 - t) * common[meet] ** t if t < 1 else common[trainer.step]
         assert trainer.group_rate(trainer.rate(), lowest) == pytest.approx(expected)
+
+
+def test_with_a_rate_of_the_heads_lerac_falls_over_the_blocks_alone(
+    few_scenes: Path, cache: Path, tmp_path: Path
+):
+    fields = {"curriculum": "lerac", "lerac_epochs": 0.5, "lerac_min_lr": 1e-5, "head_lr": 2e-4}
+    trainer = trainer_of(few_scenes, tmp_path, **fields)
+    groups = trainer.optimizer.param_groups
+    rates = dict(zip(trainer.names, (g for g in groups for _ in g["params"]), strict=True))
+    last = max(int(name.split(".")[2]) for name in trainer.names if name.startswith("backbone.blocks."))
+    expected = {f"backbone.blocks.{last}.norm1.bias": 1e-5, "backbone.norm.bias": 1e-3, "heads.embedding.bias": 2e-4}
+    for name, rate in expected.items():
+        assert trainer.group_rate(1e-3, rates[name]) == pytest.approx(rate)
+    trainer.step = 5
+    assert trainer.group_rate(5e-4, rates["heads.embedding.bias"]) == pytest.approx(1e-4)
+    assert trainer.group_rate(5e-4, rates["backbone.norm.bias"]) == 5e-4
 
 
 def trainer_of(few_scenes: Path, folder: Path, **fields: object) -> train.RegressorTrainer:

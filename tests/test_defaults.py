@@ -10,7 +10,7 @@ import reverse_sd
 from mini import generated
 from mini.loop import Recipe
 from models import bert
-from tables import generation, methods, runs
+from tables import generation, methods
 from training import metrics
 
 DEFAULTS = [
@@ -43,7 +43,7 @@ def test_the_documented_defaults(function: object, expected: dict):
 def test_the_documented_constants():
     assert baselines.NEIGHBOURS == (1, 2, 5, 10, 20, 50, 100, 200, 500)
     assert baselines.TEMPERATURES == (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    assert (metrics.RESAMPLES, runs.EPOCHS, bert.MAX_TOKENS) == (2000, 3, 256)
+    assert (metrics.RESAMPLES, bert.MAX_TOKENS) == (2000, 256)
     assert (generation.STEPS, generation.GUIDANCE, generation.SWAP_AFTER) == (50, 7.5, 1)
     assert (generation.MINI_PROMPTS, generation.PROMPTS, generation.VOTES) == (200, 2500, 100)
     assert (generation.NOISE_PROMPTS, generation.NOISE_SEEDS) == (100, 10)

@@ -26,7 +26,7 @@ RENAMED = {
     "record_difficulty": "record_cosines",
     "difficulty_weights": "epoch_weights",
 }
-ADDED = {"unet_features", "head_start", "head_lr", "order"}  # fields that older config.json files lack
+ADDED = {"unet_features", "head_start", "head_lr", "order", "recipe"}  # fields that older config.json files lack
 GROUPS = {
     "data": "image-prompt pairs, their cleaning and splits",
     "model": "backbone, weights and heads",
@@ -138,7 +138,10 @@ class TrainConfig:
         "curriculum", None, "weights of phase 1's epochs in the mean cosine, e.g. 0,0,0,.2,.3,.5, the "
         "authors' code (default: equal, the paper's)"
     )
-    lerac_epochs: float = option("curriculum", 1.0, "epochs until LeRaC's learning rates meet", above=0)
+    lerac_epochs: float = option(
+        "curriculum", 1.0, "epochs until LeRaC's learning rates meet; with --head-lr the last norm and the "
+        "heads do not take part, as its authors train a pretrained transformer", above=0
+    )
     lerac_min_lr: float = option(
         "curriculum", 1e-8, "LeRaC: first learning rate of the output layer (input layer: --lr)", above=0
     )
@@ -147,6 +150,11 @@ class TrainConfig:
         "(default: a twentieth of the run, so that smoothing also ends in short runs)", above=0
     )
     # -- optimisation
+    recipe: str = option(
+        "optimisation", "default", "where the unset flags come from: default = the defaults stated here; "
+        "paper = the paper's training, also for miniatures: 3 epochs, heads that start at random and learn "
+        "at --lr, the U-Net's middle block", ("default", "paper")
+    )
     epochs: int | None = option(
         "optimisation", None, "passes over the training pairs (default: 4 for miniatures, else 3, the "
         "paper's)", least=1, most=10**6
@@ -264,6 +272,8 @@ PAPER_DEFAULTS = {
 }  # fmt: skip
 MINI_DEFAULTS = {"epochs": 4, "batch_size": 32, "lr": 1e-3, "head_start": "ridge", "head_lr": 5e-5}
 SD_MINI_DEFAULTS = {"image_size": 64, "captions": "blip-mini", "unet_features": "levels"}
+PAPER_RECIPE = {name: PAPER_DEFAULTS[name] for name in ("epochs", "head_start", "unet_features")}
+PAPER_RECIPE |= {"head_lr": None}
 SOURCE_DEFAULTS = {"sd-mini": MINI_DEFAULTS | SD_MINI_DEFAULTS}
 WHITE_BOX = ("image_size", "captions", "unet_features")  # options of the U-Net alone
 
@@ -281,6 +291,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         if config.unet_features:
             raise data.DataError("--unet-features: only --backbone unet has it; leave it out")
     defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
+    if config.recipe == "paper":
+        defaults |= PAPER_RECIPE
     if not backbone.white_box:
         defaults = {k: v for k, v in defaults.items() if k not in WHITE_BOX}
     if config.curriculum == "lerac":  # it sets the rates of all layers
@@ -310,7 +322,6 @@ def conflicts(c: TrainConfig) -> dict[str, Any]:
         f"{compared}: needs blocks that train; leave out --train-blocks 0":
             c.curriculum in ("lerac", "cbs") and c.train_blocks == 0,
         f"{compared}: sets the rates of all layers; remove --layer-decay": lerac and c.layer_decay != 1,
-        f"{compared}: sets the rates of all layers; remove --head-lr": lerac and c.head_lr,
         f"--lerac-min-lr: must be at most --lr, {c.lr:g}": lerac and c.lerac_min_lr > c.lr,
         f"--lerac-epochs: must be below --epochs, {c.epochs}, when the rate is 0":
             lerac and c.lerac_epochs >= c.epochs,

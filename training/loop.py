@@ -267,7 +267,7 @@ class Trainer(ABC):
                 for samples, batch in self.batches(epoch, first):
                     lr = self.rate()  # by the step's number alone, so that resuming continues the schedule
                     for group in self.optimizer.param_groups:
-                        group["lr"] = self.group_rate(lr, group.get("scale", 1.0))
+                        group["lr"] = self.group_rate(lr, group)
                     terms = self.train_step(batch)
                     self.step += 1
 
@@ -305,9 +305,9 @@ class Trainer(ABC):
         next(iter(terms.values())).backward()
         return {name: term.item() for name, term in terms.items()}
 
-    def group_rate(self, lr: float, scale: float) -> float:
-        """The learning rate of a parameter group; the schedule's is `lr`."""
-        return lr * scale
+    def group_rate(self, lr: float, group: dict[str, Any]) -> float:
+        """The learning rate of a parameter group of the optimizer; the schedule's is `lr`."""
+        return lr * group.get("scale", 1.0)
 
     def bar_text(self, terms: dict[str, float]) -> dict[str, str]:
         """Text beside the progress bar."""
