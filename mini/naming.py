@@ -30,6 +30,7 @@ from mini.write import write_tensors
 from models import swin, vit
 
 FOLDER = Path(__file__).parent
+SECOND = Path("second")  # of the second probe, which is not shipped
 RECIPE = Recipe(steps=4000, batch_size=64, lr=1e-3, warmup=300, weight_decay=0.05, betas=(0.9, 0.99))
 TABLES = {
     "subject": scenes.SUBJECTS, "colour": scenes.COLOURS, "material": scenes.MATERIALS,

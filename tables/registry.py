@@ -4,6 +4,7 @@ from tables.compute import COMPUTED_TABLES
 from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES
+from tables.judges import JUDGES
 from tables.readouts import READOUTS
 
 
@@ -12,7 +13,10 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
     return dict(sorted(exhibits.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
-EXHIBITS = {"table": in_order(COMPUTED_TABLES | GENERATION_TABLES | READOUTS), "figure": in_order(FIGURES)}
+EXHIBITS = {
+    "table": in_order(COMPUTED_TABLES | GENERATION_TABLES | JUDGES | READOUTS),
+    "figure": in_order(FIGURES),
+}
 
 
 def text_of(result: dict) -> str:
