@@ -1,11 +1,12 @@
 """Multi-label classifiers of scenes: miniature ViT and Swin, and the probe that judges pictures.
 
-    python -m mini.pretrain vit|swin|probe
+    python -m mini.pretrain vit|swin|probe|probe-vit
 
 A label is one thing that a picture can show, as ("place", "snow"); a picture has several. ViT and Swin are
 pretrained on these labels and stored without the classifier. The probe, a smaller Swin, keeps its classifier
 and is trained on drawings and on their reconstructions by the autoencoder, because it reads generated
-pictures.
+pictures. The second probe, a ViT, is trained on the same pictures and labels; it measures how far verdicts
+depend on the probe.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mini.write import write_tensors
 from models import swin, vit
 
 FOLDER = Path(__file__).parent
+SECOND = Path("second")  # of the second probe, which is not shipped
 RECIPE = Recipe(steps=4000, batch_size=64, lr=1e-3, warmup=300, weight_decay=0.05, betas=(0.9, 0.99))
 TABLES = {
     "subject": scenes.SUBJECTS, "colour": scenes.COLOURS, "material": scenes.MATERIALS,
@@ -40,7 +42,14 @@ POSITION = {label: i for i, label in enumerate(LABELS)}
 SLOTS = {slot: [i for i, label in enumerate(LABELS) if label[0] == slot] for slot in TABLES}
 HALF = 0.5  # mean and deviation of these networks' input pixels
 PROBE = replace(swin.CONFIGS["swin-mini"], embed_dim=32)
-REBUILT = 16_000  # of the pictures, for the probe
+BACKBONES = {
+    "vit": lambda: vit.ViT(vit.CONFIGS["vit-mini"]),
+    "swin": lambda: swin.Swin(swin.CONFIGS["swin-mini"]),
+    "probe": lambda: swin.Swin(PROBE),
+    "probe-vit": lambda: vit.ViT(replace(vit.CONFIGS["vit-mini"], patch_size=(4, 4))),
+}
+PROBES = ("probe", "probe-vit")
+REBUILT = 16_000  # of the pictures, for the probes
 
 
 def named_labels(view: scenes.View) -> list[tuple[str, str]]:
@@ -83,16 +92,14 @@ def naming_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(dim=1).mean()
 
 
-def train_namer(name: str, folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
-    """The card's fields; trains "vit", "swin" or "probe" and writes folder/<name>-mini."""
+def train_namer(
+    name: str, folder: Path, world: World, recipe: Recipe, seed: int, device: str = "cpu"
+) -> dict:
+    """The card's fields; trains one of BACKBONES and writes it to folder/<name> (probes) or <name>-mini."""
     torch.manual_seed(seed)
-    if name == "vit":
-        backbone = vit.ViT(vit.CONFIGS["vit-mini"])
-    else:
-        backbone = swin.Swin(PROBE if name == "probe" else swin.CONFIGS["swin-mini"])
-    model, truth, n = Namer(backbone), targets(world.views), len(world) - HELD_OUT
-    model = model.to(memory_format=torch.channels_last)
-    rebuilt = reconstructed(world.images[: min(n, REBUILT)]) if name == "probe" else None
+    model, truth, n = Namer(BACKBONES[name]()), targets(world.views).to(device), len(world) - HELD_OUT
+    model = model.to(device, memory_format=torch.channels_last)
+    rebuilt = reconstructed(world.images[: min(n, REBUILT)], device) if name in PROBES else None
 
     def loss(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         x = batch_of(world.images, rows)
@@ -105,31 +112,32 @@ def train_namer(name: str, folder: Path, world: World, recipe: Recipe, seed: int
     minutes = MiniTrainer(name, model, loss, n, recipe, seed).fit()
     held_out, views = world.images[-HELD_OUT:], world.views[-HELD_OUT:]
     quality = {"drawn": accuracy(model, held_out, views)}
-    if name == "probe":
-        quality["reconstructed"] = accuracy(model, reconstructed(held_out), views)
-    if name == "probe":
-        write_tensors(model.state_dict(), folder / "probe" / "model.safetensors")
+    if name in PROBES:
+        quality["reconstructed"] = accuracy(model, reconstructed(held_out, device), views)
+        write_tensors(model.state_dict(), folder / name / "model.safetensors")
     else:
         write_backbone(model, name, folder / f"{name}-mini")
     return {"minutes": round(minutes, 1), "labels": len(LABELS), "found": quality}
 
 
 @torch.no_grad()
-def reconstructed(images: np.ndarray) -> np.ndarray:
+def reconstructed(images: np.ndarray, device: str = "cpu") -> np.ndarray:
     """Pictures through the autoencoder and back, uint8."""
-    vae, rebuilt = weights.load("vae", "sd-mini").to(memory_format=torch.channels_last), np.empty_like(images)
-    for rows in tqdm(torch.arange(len(images)).split(32), "reconstructing", mininterval=5):
+    vae, rebuilt = weights.load("vae", "sd-mini", device=device), np.empty_like(images)
+    vae = vae.to(memory_format=torch.channels_last)
+    batches = torch.arange(len(images), device=device).split(32)
+    for rows in tqdm(batches, "reconstructing", mininterval=5):
         x = batch_of(images, rows).contiguous(memory_format=torch.channels_last)
         x = vae.decode(vae.encode(x)).clamp(-1, 1)
-        rebuilt[rows.numpy()] = ((x + 1) * 127.5).round().to(torch.uint8).numpy()
+        rebuilt[rows.cpu().numpy()] = ((x + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
     return rebuilt
 
 
 @torch.no_grad()
 def name_pictures(model: Namer, images: np.ndarray) -> Tensor:
-    """Probabilities (n, labels) of uint8 pictures (n, 3, 64, 64)."""
-    rows = torch.arange(len(images))
-    return torch.cat([model(batch_of(images, part)).sigmoid() for part in rows.split(256)])
+    """Probabilities (n, labels), on the CPU, of uint8 pictures (n, 3, 64, 64)."""
+    rows = torch.arange(len(images), device=model.head.weight.device)
+    return torch.cat([model(batch_of(images, part)).sigmoid() for part in rows.split(256)]).cpu()
 
 
 def shown_labels(probabilities: Tensor, view: scenes.View) -> dict[tuple[str, str], bool]:
@@ -184,9 +192,9 @@ def write_backbone(model: Namer, name: str, folder: Path) -> None:
     write_tensors(model.backbone.state_dict(), folder / "model.safetensors")
 
 
-def load_probe(folder: Path) -> Namer:
-    """The probe that `train_namer` wrote."""
+def load_probe(folder: Path, name: str = "probe") -> Namer:
+    """The probe, one of PROBES, that `train_namer` wrote."""
     with torch.device("meta"):
-        model = Namer(swin.Swin(PROBE))
-    weights.load_strict(model, weights.read_tensors(folder / "probe" / "model.safetensors"))
+        model = Namer(BACKBONES[name]())
+    weights.load_strict(model, weights.read_tensors(folder / name / "model.safetensors"))
     return model.eval()

@@ -12,14 +12,18 @@
 
 Each part is written under mini/ under its published names, beside a card.json with the command, seed, steps,
 time, data and quality. Repeat a command to resume an interrupted training. The pictures show every word of
-their prompts, and have their own seed. On two cores all of it takes about six hours; vae and unet can also be
-trained on a GPU (--device cuda).
+their prompts, and have their own seed. On two cores all of it takes about six hours; vae, unet and
+probe-vit can also be trained on a GPU (--device cuda).
 
 A second generator, with a seed of its own and sd-mini's text tower, in another folder:
 
     python -m mini.pretrain vae --seed 1 --folder second
     python -m mini.pretrain unet --seed 1 --folder second
     python -m mini.generated second/generated --weights second/sd-mini
+
+A second probe, of another architecture, for the tables probe and difficulty; it is not shipped:
+
+    python -m mini.pretrain probe-vit --seed 1 --folder second --device cuda
 """
 
 from __future__ import annotations
@@ -75,7 +79,7 @@ class Part:
     """A part that `mini.loop.train` trains: its recipe, its function, and where its card goes."""
 
     recipe: Recipe
-    train: Callable[..., dict]  # of folder, world, recipe, seed and, for the parts in GENERATOR, device
+    train: Callable[..., dict]  # of folder, world, recipe, seed and, for the parts in MOVABLE, device
     card: str
 
 
@@ -86,10 +90,16 @@ PARTS = {
     "vit": Part(NAMING_RECIPE, partial(train_namer, "vit"), "vit-mini"),
     "swin": Part(NAMING_RECIPE, partial(train_namer, "swin"), "swin-mini"),
     "probe": Part(replace(NAMING_RECIPE, steps=9000), partial(train_namer, "probe"), "probe"),
+    "probe-vit": Part(
+        replace(NAMING_RECIPE, steps=8000, batch_size=128, warmup=500),
+        partial(train_namer, "probe-vit"),
+        "probe-vit",
+    ),
 }
 
 
-GENERATOR = ("vae", "unet")  # can be trained again for a second generator, and on a GPU
+GENERATOR = ("vae", "unet")  # of a second generator too
+MOVABLE = (*GENERATOR, "probe-vit")  # can be written elsewhere than mini/, and trained on a GPU
 
 
 def data_text(n: int) -> str:
@@ -101,10 +111,10 @@ def train_part(
 ) -> None:
     """Train a part, write it and its card into `folder` (None: mini/), and remove its checkpoint."""
     part, world, folder = PARTS[name], training_world(parts), folder or MINI
-    if folder != MINI:
+    if folder != MINI and name in GENERATOR:
         for shared in ("text_encoder", "tokenizer"):
             shutil.copytree(FOLDER / shared, folder / "sd-mini" / shared, dirs_exist_ok=True)
-    quality = part.train(folder, world, recipe, seed, *((device,) if name in GENERATOR else ()))
+    quality = part.train(folder, world, recipe, seed, *((device,) if name in MOVABLE else ()))
     command = f"python -m mini.pretrain {name} --parts {parts} --steps {recipe.steps} "
     command += f"--batch-size {recipe.batch_size} --lr {recipe.lr:g} --seed {seed}"
     command += f" --folder {folder}" if folder != MINI else ""
@@ -257,12 +267,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, help="(default: the part's own)")
     parser.add_argument("--lr", type=float, help="peak of the schedule (default: the part's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="of vae and unet: where they are written (default mini)")
-    parser.add_argument("--device", help="of vae and unet: cpu or cuda (default cpu)")
+    parser.add_argument(
+        "--folder", type=Path, help=f"of {', '.join(MOVABLE)}: where they are written (default mini)"
+    )
+    parser.add_argument("--device", help=f"of {', '.join(MOVABLE)}: cpu or cuda (default cpu)")
     args = parser.parse_args()
     for name in ("folder", "device"):
-        if getattr(args, name) and args.part not in GENERATOR:
-            parser.error(f"argument --{name}: only {' and '.join(GENERATOR)} have it")
+        if getattr(args, name) and args.part not in MOVABLE:
+            parser.error(f"argument --{name}: only {', '.join(MOVABLE)} have it")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr")}
     flags = {name: value for name, value in flags.items() if value is not None}

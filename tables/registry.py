@@ -4,6 +4,7 @@ from tables.compute import COMPUTED_TABLES
 from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES
+from tables.judges import JUDGES
 from tables.readouts import READOUTS
 from tables.sweep import SWEEP
 
@@ -13,8 +14,9 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
     return dict(sorted(exhibits.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
+TABLES = (COMPUTED_TABLES, GENERATION_TABLES, JUDGES, READOUTS, SWEEP)
 EXHIBITS = {
-    "table": in_order(COMPUTED_TABLES | GENERATION_TABLES | READOUTS | SWEEP),
+    "table": in_order({name: exhibit for tables in TABLES for name, exhibit in tables.items()}),
     "figure": in_order(FIGURES),
 }
 

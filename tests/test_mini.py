@@ -285,11 +285,12 @@ def test_vit_and_swin_are_written_for_timm(trained: Callable[[str], Path], name:
     assert torch.equal(data.image_tensor(image, data.Preprocessing(**how)), data.image_tensor(image, square))
 
 
-def test_the_probe_is_written_and_read(trained: Callable[[str], Path], world: World):
-    folder = trained("probe")
-    probabilities = naming.name_pictures(naming.load_probe(folder), world.images[:3])
+@pytest.mark.parametrize("name", naming.PROBES)
+def test_a_probe_is_written_and_read(trained: Callable[[str], Path], world: World, name: str):
+    folder = trained(name)
+    probabilities = naming.name_pictures(naming.load_probe(folder, name), world.images[:3])
     assert probabilities.shape == (3, len(naming.LABELS)) and probabilities.isfinite().all()
-    card = json.loads((folder / "probe" / "card.json").read_text())
+    card = json.loads((folder / name / "card.json").read_text())
     assert card["found"].keys() == {"drawn", "reconstructed"}
 
 
