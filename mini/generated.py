@@ -34,6 +34,7 @@ from mini.write import write_card
 
 FOLDER = Path(__file__).parent / "generated"
 STEPS, GUIDANCE, SAMPLER = 50, 7.5, "ddim"
+BATCH = {"cpu": 50, "cuda": 500}
 
 
 def image_name(scene: Scene, version: str) -> str:
@@ -90,9 +91,8 @@ def generate_parts(
             continue
         pairs, title = [], f"drawing part {number} of {parts}"
         prompts, seeds = [scene.prompt for scene in chosen], [scene.seed for scene in chosen]
-        batch = 500 if device == "cuda" else BATCH
         options = {"title": title, "steps": steps, "guidance": GUIDANCE}
-        drawn = pipeline.draw(prompts, seeds, (64, 64), batch, **options)
+        drawn = pipeline.draw(prompts, seeds, (64, 64), BATCH[device.split(":")[0]], **options)
         drawn = drawn.permute(0, 3, 1, 2).contiguous().numpy()
         for scene, pixels, undrawn in zip(chosen, drawn, unread(probe, drawn, chosen), strict=True):
             entry = {"p": scene.prompt, "se": scene.seed, "c": GUIDANCE, "st": steps, "sa": SAMPLER}

@@ -40,20 +40,21 @@ class Sweep:
 def sweeps() -> dict[str, Sweep]:
     start = {"lr": 1e-3, "head_lr": 5e-5, "layer_decay": 1.0, "epochs": 4}
     axes = (
-        grid(lr=(3e-4, 1e-3, 2e-3), head_lr=(2e-5, 5e-5, 2e-4)),
-        grid(layer_decay=(0.6, 0.8, 1.0)),
-        grid(epochs=(4, 6, 9)),
+        grid(lr=(3e-4, 1e-3, 2e-3), head_lr=(5e-5, 2e-4)),
+        grid(layer_decay=(0.7, 1.0)),
+        grid(epochs=(4, 6)),
     )
     backbones = {title: Sweep(RunName(backbone, "mlc"), axes, start) for backbone, title in MODELS.items()}
     thirds, thresholds = {"chunks": "thirds"}, {"chunks": "thresholds"}
-    shares = tuple(thresholds | each for each in grid(easy_share=(0.3, 0.5, 0.7), hard_share=(0.1, 0.3)))
+    shares = tuple(thresholds | each for each in grid(easy_share=(0.5, 0.8), hard_share=(0.1,)))
     curricula = {
         "cl": ((thirds, *shares),),
-        "lerac": (grid(lerac_min_lr=(1e-8, 1e-5), lerac_epochs=(0.08, 0.25, 1.0)),),
-        "cbs": (grid(cbs_every=(0.02, 0.06, 0.2)),),
+        "lerac": (grid(lerac_min_lr=(1e-8, 1e-5), lerac_epochs=(0.08, 1.0)),),
+        "cbs": (grid(cbs_every=(0.02, 0.2)),),
     }
     for recipe, values in curricula.items():
-        backbones[f"ViT, {recipe}"] = Sweep(RunName("vit", recipe), values, {}, MODELS["vit"])
+        start = {"layer_decay": 1.0} if recipe == "lerac" else {}
+        backbones[f"ViT, {recipe}"] = Sweep(RunName("vit", recipe), values, start, MODELS["vit"])
     return backbones
 
 

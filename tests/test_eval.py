@@ -40,7 +40,7 @@ def test_the_plan_that_flags_make(flags, cores, results, expected, monkeypatch: 
     ((plan, where, kind, number),) = written
     default = {
         "data": "mini", "sources": SOURCES["mini"], "seeds": (0, 1, 2), "folder": Path("runs/tables-mini"),
-        "jobs": 2, "device": "cpu", "options": {"epochs": 3}, "drawbench": None,
+        "jobs": 2, "device": "cpu", "options": {}, "drawbench": None,
     }  # fmt: skip
     command = " ".join(["python eval.py", *CPU, *flags])
     assert vars(plan) == default | expected | {"command": command}
