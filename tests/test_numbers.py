@@ -45,3 +45,34 @@ def test_a_changed_digit_is_seen(pattern: re.Pattern):
     place = README.rindex("." + re.findall(r"\.(\d{3})", found[0])[-1], found.start(), found.end()) + 1
     digit = "7" if README[place] != "7" else "3"
     assert wrong_numbers(README[:place] + digit + README[place + 1 :])
+
+
+# -- AUDIT.md: each number of a paragraph or table row stands in a results file that the same one links --------
+
+NUMBER = re.compile(r"[+-]?\.\d{3,4}\b|\d+\.\d(?= ?%)")
+LINK = re.compile(r"\]\((results/[^)]+\.md)\)")
+
+
+def results_section(text: str) -> str:
+    """AUDIT.md's part about the project's own runs."""
+    return text.partition("\n## What the miniature confirms")[2].partition("\n## ")[0]
+
+
+def unsupported(section: str) -> list[str]:
+    """The numbers of a section that no results file linked in their paragraph or row has."""
+    blocks = re.split(r"\n\n|\n(?=[|*])", section.replace("−", "-"))
+    wrong = []
+    for block in blocks:
+        text = " ".join((ROOT / file).read_text().replace("−", "-") for file in LINK.findall(block))
+        there = set(NUMBER.findall(text)) | {number.lstrip("+-") for number in NUMBER.findall(text)}
+        wrong += [f"{number}: {block[:60]}" for number in NUMBER.findall(block) if number not in there]
+    return wrong
+
+
+def test_each_number_of_the_audit_stands_in_a_linked_results_file():
+    section = results_section((ROOT / "AUDIT.md").read_text())
+    assert len(NUMBER.findall(section)) > 50
+    assert unsupported(section) == []
+    first = NUMBER.search(section.replace("−", "-"))[0]
+    changed = first[:-1] + ("0" if first[-1] != "0" else "7")
+    assert unsupported(section.replace("−", "-").replace(first, changed, 1))
