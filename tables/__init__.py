@@ -6,6 +6,6 @@
     methods.py     predictions of a row from its runs: ensemble, DAKL, k-NN, captioner;  probe.py  the ceiling
     compute.py     the numbers and the Markdown of these tables
     generation.py  tables 5 and 6, section 4.7: pictures by the trained U-Net;  figures.py  figures 9 and 11
-    readouts.py    ridge regression on frozen features
+    readouts.py    ridge regression on frozen features;  shift.py  DAKL under a shift of domain
     runs.py        the runs by name; training of the missing ones
 """

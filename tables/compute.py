@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -87,16 +88,27 @@ def summary_of(values: Sequence[np.ndarray]) -> dict:
     }
 
 
-def compute_table(table: Table, plan: Plan) -> dict:
-    """All numbers of a table, from finished runs."""
-    first = [Member(plan.run_folder(table.rows[0].runs[0], seed)) for seed in plan.seeds]
-    baseline = {"name": "mean training embedding", "paper": None, "runs": []}
-    entries = [baseline | summary_of([mean_embedding_cosines(member) for member in first])]
-    values, chosen = {}, {}
-    for row in table.rows:
+def first_members(table: Table, plan: Plan) -> list[Member]:
+    """The table's first run, seed by seed; all others must have its pairs."""
+    return [Member(plan.run_folder(table.rows[0].runs[0], seed)) for seed in plan.seeds]
+
+
+def table_cosines(table: Table, plan: Plan) -> tuple[dict[str, tuple], dict[str, tuple]]:
+    """(cosines of the test pairs (n,), settings chosen on validation) of each seed, by row."""
+    first, values, chosen = first_members(table, plan), {}, {}
+    for row in (*table.baselines, *table.rows):
         by_seed = [row_cosines(plan, row, seed, like) for seed, like in zip(plan.seeds, first, strict=True)]
         values[row.name], chosen[row.name] = zip(*by_seed, strict=True)
-    for row in table.rows:
+    return values, chosen
+
+
+def compute_table(table: Table, plan: Plan) -> dict:
+    """All numbers of a table, from finished runs."""
+    first = first_members(table, plan)
+    baseline = {"name": "mean training embedding", "paper": None, "runs": []}
+    entries = [baseline | summary_of([mean_embedding_cosines(member) for member in first])]
+    values, chosen = table_cosines(table, plan)
+    for row in (*table.baselines, *table.rows):
         entry = {"name": row.name, "paper": row.paper, "runs": [run.name for run in row.runs]}
         entry |= summary_of(values[row.name])
         entry["tests"] = [
@@ -137,12 +149,22 @@ def table_text(result: dict) -> str:
         )
     cells = [
         (row["name"], row["cosine"], interval(student_interval(row["per_seed"])), interval(row["cosine_95"]))
-        + (row["paper"],)
+        + (length_of(row, result), row["paper"])
         for row in rows
     ]
-    columns = "method | cosine | 95 % interval over seeds | 95 % interval over pairs | paper"
+    columns = "method | cosine | 95 % interval over seeds | 95 % interval over pairs | steps × batch | paper"
     methods = markdown(columns, cells)
     return page(title, introduction, methods, comparisons_text(rows), bullets(notes_of(result)))
+
+
+def length_of(row: dict, result: dict) -> str:
+    """The steps and the batch size of each training of a row, "2 x" with the curriculum's two phases."""
+    lengths = {}
+    for run in (result["runs"][name] for name in row["runs"]):
+        steps = math.ceil(result["n_train"][0] / run["batch_size"]) * run["epochs"]
+        phases = "2 × " if run["curriculum"] == "difficulty" else ""
+        lengths[f"{phases}{steps:,} × {run['batch_size']}"] = None
+    return " or ".join(lengths)
 
 
 def comparisons_text(rows: Sequence[dict]) -> str:
@@ -170,6 +192,15 @@ def notes_of(result: dict) -> list[str]:
         "test of the seeds' means; by Holm: adjusted for the number of the paper's claims in this table. "
         "Over pairs: bootstrap over the test pairs of all seeds, which does not cover chance in training."
     )
+    notes.append(
+        "Steps × batch is the number of samples that each training sees, but for smaller last batches; 2 ×: "
+        "the curriculum's two phases have as many steps each."
+    )
+    if any(row["name"].startswith("ridge: ") for row in rows):
+        notes.append(
+            "ridge: ridge regression, in closed form, on the pretrained features of the frozen backbone or, "
+            "caption, on the sentence embedding of the captioner's text; nothing is trained."
+        )
     for row in rows:
         if row.get("chose"):
             choices = "; ".join(map(choice_text, row["chose"]))

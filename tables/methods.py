@@ -1,4 +1,4 @@
-"""Predictions of a table's row: one run, the ensemble of several, DAKL, k-NN, or a captioner.
+"""Predictions of a table's row: one run, the ensemble of several, ridge regression, DAKL, k-NN, a captioner.
 
 A method maps the finished runs of one seed to (test predictions (n, E), settings chosen on validation). The
 predictions of a method with a `version` are cached (compute.py): raise it when its numbers change.
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor
 import baselines
 import data
 import reverse_sd
+from tables import readouts
 from tables.runs import Plan, RunName
 from training import captioner
 from training.inputs import prepare
 
-CLIP = RunName("clip", "plain")
+CLIP, CAPTIONED = RunName("clip", "plain"), RunName("unet", "plain")
 
 
 class Member:
@@ -124,30 +125,116 @@ def fit_ensemble_weights(predictions: Sequence[Tensor], targets: Tensor, iterati
     return weights
 
 
+class Predicted(NamedTuple):
+    """Predictions to be improved by a regression, and the true embeddings: rows (n, E) of each.
+
+    train, val: with truth, the second to choose a penalty; domain: unlabelled target rows; test.
+    """
+
+    train: Tensor
+    train_targets: Tensor
+    val: Tensor
+    val_targets: Tensor
+    domain: Tensor
+    test: Tensor
+
+
+def predicted_by(members: Sequence[Member], average: str, device: str) -> Predicted:
+    """The members' predictions, their "mean", "median" or "side by side", with all validation and test pairs
+    as the target domain."""
+
+    def of(split: str) -> Tensor:
+        parts = [tensor(member.predicted(split), device) for member in members]
+        return torch.cat(parts, dim=1) if average == "side by side" else reverse_sd.ensemble(parts, average)
+
+    train, val, test = map(of, ("train", "val", "test"))
+    targets, val_targets = (tensor(members[0].targets(split), device) for split in ("train", "val"))
+    return Predicted(train, targets, val, val_targets, torch.cat([val, test]), test)
+
+
 @dataclass(frozen=True)
-class DaklMethod(Method):
-    """DAKL on the runs' mean. Its sources are `k` centroids of the training predictions, or all if there are
-    at most k; its targets are the validation and test predictions."""
+class RidgeMethod(Method):
+    """Ridge regression on the runs' training predictions: their "mean", "median" or "side by side". It has no
+    target rows and is the baseline of DAKL."""
 
     version: ClassVar = 1
+    average: str = "mean"
+
+    def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
+        return self.improved(predicted_by(members, self.average, plan.device), seed)
+
+    def improved(self, p: Predicted, seed: int) -> tuple[np.ndarray, dict]:
+        """(test predictions (n, E), settings chosen on validation)."""
+        sums = baselines.RidgeSums(p.train.shape[1], p.train_targets.shape[1], p.train.device)
+        sums.add(p.train, p.train_targets)
+        solution = baselines.ridge(sums, p.val, p.val_targets)
+        return solution.predict(p.test).float().cpu().numpy(), {"penalty": solution.penalty}
+
+
+@dataclass(frozen=True)
+class DaklMethod(Method):
+    """DAKL on the runs' mean or median. Its sources are `k` centroids of the training predictions, or all if
+    there are at most k.
+
+    target_rows: "both", the validation and test predictions, or a control: "noise", as many unit rows in
+    random directions, or "none". centroids: "nearest", the target of the nearest training row; or "weighted
+    mean", the mean target of the cluster, with the cluster's size as weight: the centroid then stands in the
+    sources once for each row of its cluster. Paper: a centroid's target is not stated, and none has a weight.
+    """
+
+    version: ClassVar = 2
     k: int | None = 10_000
     gamma: float = 1e-3
     form: str = "exact"
+    average: str = "mean"
+    target_rows: str = "both"
+    centroids: str = "nearest"
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
-        sources, val, test = (
-            reverse_sd.ensemble([tensor(member.predicted(split), plan.device) for member in members])
-            for split in ("train", "val", "test")
-        )
-        targets, val_targets = (tensor(members[0].targets(split), plan.device) for split in ("train", "val"))
-        if self.k and self.k < len(sources):
-            centroids, _ = reverse_sd.kmeans(sources, self.k)
-            sources, targets = centroids, reverse_sd.centroid_targets(centroids, sources, targets)
+        return self.improved(predicted_by(members, self.average, plan.device), seed)
+
+    def improved(self, p: Predicted, seed: int) -> tuple[np.ndarray, dict]:
+        """(test predictions (n, E), settings chosen on validation)."""
+        sources, targets = self.sources(p.train, p.train_targets)
         dakl = reverse_sd.Dakl(self.gamma, form=self.form)
-        dakl.fit(sources, targets, torch.cat([val, test]), (val, val_targets))
+        dakl.fit(sources, targets, self.target_domain(p.domain, seed), (p.val, p.val_targets))
         relative = dakl.alpha / dakl.scale
         chosen = {"sources": len(sources), "alpha": dakl.alpha, "in units of its scale": relative}
-        return dakl.predict(test).float().cpu().numpy(), chosen
+        return dakl.predict(p.test).float().cpu().numpy(), chosen
+
+    def sources(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The sources and their targets, of training predictions (n, E) and true embeddings (n, E)."""
+        if not self.k or self.k >= len(rows):
+            return rows, targets
+        centroids, labels = reverse_sd.kmeans(rows, self.k)
+        if self.centroids == "nearest":
+            return centroids, reverse_sd.centroid_targets(centroids, rows, targets)
+        return centroids[labels], reverse_sd.cluster_means(targets, labels, self.k)[labels]
+
+    def target_domain(self, rows: Tensor, seed: int) -> Tensor:
+        """The target rows (t, E) in place of `rows`."""
+        if self.target_rows == "noise":
+            generator = torch.Generator().manual_seed(seed)
+            return F.normalize(torch.randn(rows.shape, generator=generator), dim=1).to(rows)
+        return rows if self.target_rows == "both" else rows[:0]
+
+
+@dataclass(frozen=True)
+class FrozenMethod(Method):
+    """Ridge regression on the features of the runs' frozen backbones, side by side, and with `caption` on the
+    sentence embedding of the captioner's text. Nothing is trained."""
+
+    runs: tuple[RunName, ...] = ()
+    caption: bool = False
+
+    def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
+        frozen = [readouts.frozen(plan, run, seed) for run in self.runs or (CAPTIONED,)]
+        features = [np.asarray(prepared.inputs[0]) for prepared in frozen[: len(self.runs)]]
+        features += [readouts.caption_features(plan).rows] if self.caption else []
+        rows = np.concatenate(features, axis=1)
+        solution, _ = readouts.fitted(rows, frozen[0], plan.device)
+        test = tensor(rows[frozen[0].splits["test"]], plan.device)
+        return solution.predict(test).float().cpu().numpy(), {"penalty": solution.penalty}
 
 
 @dataclass(frozen=True)

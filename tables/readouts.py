@@ -96,10 +96,15 @@ def caption_features(plan: Plan) -> Features:
     return Features("caption", embedded[np.arange(len(pairs))])
 
 
+def frozen(plan: Plan, run: RunName, seed: int) -> Prepared:
+    """The inputs of a run's heads if its backbone were frozen: the features of all pairs."""
+    config = dataclasses.replace(plan.config(run, seed), train_blocks=0, curriculum="none")
+    return prepare(config, plan.device)
+
+
 def black_box(plan: Plan, backbone: str) -> Features:
     """The features of a frozen black box."""
-    config = plan.config(RunName(backbone, "plain"), plan.seeds[0])
-    prepared = prepare(dataclasses.replace(config, train_blocks=0, curriculum="none"), plan.device)
+    prepared = frozen(plan, RunName(backbone, "plain"), plan.seeds[0])
     return Features(BACKBONES[backbone].title, np.asarray(prepared.inputs[0]))
 
 

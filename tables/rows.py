@@ -3,17 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
 
-from tables.methods import CaptionerMethod, DaklMethod, EnsembleMethod, KnnMethod, Method, SingleRun
+from tables.methods import (
+    CaptionerMethod,
+    DaklMethod,
+    EnsembleMethod,
+    FrozenMethod,
+    KnnMethod,
+    Method,
+    RidgeMethod,
+    SingleRun,
+)
 from tables.probe import ProbeMethod
-from tables.runs import MODELS, RunName
+from tables.runs import MODELS, RECIPES, RunName
 
 SOURCES_NOTE = (
     "DAKL with gamma 0.001 and k = 10,000 centroids unless stated; if k is at least the number of training "
     "pairs, their predictions are the sources, without centroids. Alpha is chosen on validation."
+)
+CONTROLS_NOTE = (
+    "Ridge regression uses the same training predictions, their targets and validation, and no target rows. "
+    "Noise: as many unit rows in random directions are the target rows. Both are on the mean of the members "
+    "unless stated."
 )
 
 
@@ -31,14 +45,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
+    """A table of cosines. `baselines`: rows that need no training, shown before the others."""
+
     caption: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     needs_probe: bool = False
+    baselines: tuple[Row, ...] = ()
 
     @property
     def runs(self) -> tuple[RunName, ...]:
         return tuple(run for row in self.rows for run in row.runs)
+
+    def with_recipes(self, recipes: Mapping[str, str]) -> Table:
+        """The same table with runs of other recipes, e.g. {"mlc": "head-2"}."""
+
+        def renamed(run: RunName) -> RunName:
+            return replace(run, recipe=recipes.get(run.recipe, run.recipe))
+
+        rows = (replace(row, runs=tuple(map(renamed, row.runs))) for row in self.rows)
+        return replace(self, rows=tuple(rows))
 
 
 def one_run(backbone: str, recipe: str) -> tuple[RunName]:
@@ -47,6 +73,35 @@ def one_run(backbone: str, recipe: str) -> tuple[RunName]:
 
 def each_model(recipe: str, backbones: Iterable[str] = MODELS) -> tuple[RunName, ...]:
     return tuple(RunName(backbone, recipe) for backbone in backbones)
+
+
+# ============================================================================================================
+# Rows that need no training
+# ============================================================================================================
+
+TEXTS = {"empty": ", empty text", "prompt": ", the true prompt"}  # that the U-Net reads instead of captions
+CAPTION = "ridge: caption"
+
+
+def ridge_name(runs: Iterable[RunName]) -> str:
+    texts = (TEXTS.get(RECIPES[run.recipe].get("captions"), "") for run in runs)
+    return "ridge: " + " + ".join(MODELS[run.backbone] + text for run, text in zip(runs, texts, strict=True))
+
+
+def ridge_rows(*groups: tuple[RunName, ...], captioned: bool = True) -> tuple[Row, ...]:
+    """Ridge regression on the frozen features of each group of runs; and, where a row's U-Net reads captions,
+    on the caption alone and on frozen Swin with the caption."""
+    rows = [Row(ridge_name(runs), (), method=FrozenMethod(runs)) for runs in groups]
+    if captioned:
+        swin = one_run("swin", "plain")
+        rows.append(Row(CAPTION, (), method=FrozenMethod((), True)))
+        rows.append(Row(f"{ridge_name(swin)} + caption", (), method=FrozenMethod(swin, True)))
+    return tuple(rows)
+
+
+# ============================================================================================================
+# The paper's tables
+# ============================================================================================================
 
 
 def table_1() -> Table:
@@ -62,8 +117,9 @@ def table_1() -> Table:
         against = (name, f"{name}, MLC")
         if backbone == "unet":  # the white box against the black ones
             against += tuple(f"{other}, MLC, CL" for other in MODELS.values() if other != name)
+            against += (f"ridge: {MODELS['swin']} + caption",)
         rows += [
-            Row(name, one_run(backbone, "plain"), plain),
+            Row(name, one_run(backbone, "plain"), plain, (f"ridge: {name}",)),
             Row(f"{name}, MLC", one_run(backbone, "mlc"), mlc, (name,)),
             Row(f"{name}, MLC, CL", one_run(backbone, "mlc-cl"), cl, against),
         ]
@@ -71,25 +127,28 @@ def table_1() -> Table:
         "Each backbone without and with the vocabulary head (MLC) and the curriculum (CL)",
         tuple(rows),
         ("MLC is the head of figure 3 (3). Phase 1 of CL is the run of the row above it.",),
+        baselines=ridge_rows(*((run,) for run in each_model("plain"))),
     )
 
 
 def table_2() -> Table:
     paper = {"no vocabulary head": 0.6624, "head 1": 0.6620, "head 2": 0.6632, "head 3": 0.6671}
     recipes, none = ("plain", "head-1", "head-2", "mlc"), "Swin, no vocabulary head"
+    frozen = ridge_rows(one_run("swin", "plain"), captioned=False)
+    against = (frozen[0].name,)
     rows = [
-        Row(f"Swin, {name}", one_run("swin", recipe), number, (none,) if recipe != "plain" else ())
+        Row(f"Swin, {name}", one_run("swin", recipe), number, (none,) if recipe != "plain" else against)
         for recipe, (name, number) in zip(recipes, paper.items(), strict=True)
     ]
-    return Table("Position of the vocabulary head (figure 3), on Swin", tuple(rows))
+    return Table("Position of the vocabulary head (figure 3), on Swin", tuple(rows), baselines=frozen)
 
 
 def table_7() -> Table:
-    none = "ViT, no curriculum"
+    none, frozen = "ViT, no curriculum", ridge_rows(one_run("vit", "plain"), captioned=False)
     return Table(
         "Our curriculum beside LeRaC and CBS, on ViT",
         (
-            Row(none, one_run("vit", "plain"), 0.6526),
+            Row(none, one_run("vit", "plain"), 0.6526, (frozen[0].name,)),
             Row("ViT, LeRaC", one_run("vit", "lerac"), 0.6525, (none,)),
             Row("ViT, CBS", one_run("vit", "cbs"), 0.6254, (none,)),
             Row("ViT, our curriculum", one_run("vit", "cl"), 0.6544, (none, "ViT, LeRaC", "ViT, CBS")),
@@ -135,17 +194,35 @@ def curriculum_table() -> Table:
             "Scores of other samples: the stages hold random samples. Without stages: easy, medium and hard "
             "samples as often as in ours, in a random order.",
         ),
+        baselines=frozen,
+    )
+
+
+def dakl_controls(mean: str, dakl: str, runs: tuple[RunName, ...]) -> tuple[Row, ...]:
+    """The baselines and controls of the row `dakl`, on the ensemble of the row `mean`."""
+    ridge = "Ridge regression on the ensemble"
+    return (
+        Row(ridge, runs, None, (mean, dakl), RidgeMethod()),
+        Row("Ridge regression, members side by side", runs, None, (ridge,), RidgeMethod("side by side")),
+        Row("DAKL, noise as target rows", runs, None, (dakl,), DaklMethod(target_rows="noise")),
+        Row("DAKL, no target rows", runs, None, (dakl,), DaklMethod(target_rows="none")),
+        Row("DAKL on the median", runs, None, (dakl,), DaklMethod(average="median")),
+        *(
+            Row(f"DAKL, linear limit, k = {k:,}, weighted mean targets", runs, None, (mean, dakl), method)
+            for k in (1_000, 5_000)
+            for method in [DaklMethod(k, form="linear", centroids="weighted mean")]
+        ),
     )
 
 
 def table_8() -> Table:
-    mlc, cl = each_model("mlc"), each_model("mlc-cl")
+    mlc, cl, frozen = each_model("mlc"), each_model("mlc-cl"), ridge_rows(each_model("plain"))
     names = ("Ensemble, MLC", "Ensemble, MLC, CL", "Ensemble, MLC, CL, DAKL")
     linear = DaklMethod(None, form="linear")
     return Table(
         "The ensemble of CLIP, U-Net, Swin and ViT, with MLC, CL and DAKL",
         (
-            Row(names[0], mlc, 0.6879, (), EnsembleMethod()),
+            Row(names[0], mlc, 0.6879, (frozen[0].name,), EnsembleMethod()),
             Row(names[1], cl, 0.6900, names[:1], EnsembleMethod()),
             Row(names[2], cl, 0.6917, names[1:2], DaklMethod()),
             Row(f"{names[1]}, median", cl, None, names[1:2], EnsembleMethod("median")),
@@ -153,12 +230,15 @@ def table_8() -> Table:
             Row(f"{names[1]}, DAKL's linear limit", cl, None, names[1:3], linear),
             Row("U-Net, MLC, CL", one_run("unet", "mlc-cl"), 0.6497, names[1:2]),
             Row("U-Net, MLC, CL, DAKL's linear limit", one_run("unet", "mlc-cl"), None, names[2:3], linear),
+            *dakl_controls(*names[1:], cl),
         ),
         (
             "Paper: section 4.9 averages by the mean, the introduction by the median; the authors' code "
             "weights seven members.",
             SOURCES_NOTE,
+            CONTROLS_NOTE,
         ),
+        baselines=frozen,
     )
 
 
@@ -183,6 +263,7 @@ def table_9() -> Table:
             "Paper: its .6917 for the four models contradicts the .6900 of table 8 for the same ensemble; "
             "table 8 has .6917 with DAKL.",
         ),
+        baselines=ridge_rows(each_model("plain")),
     )
 
 
@@ -200,7 +281,9 @@ def table_10() -> Table:
         rows.append(Row(f"DAKL, k = {k:,}, gamma = {gamma:g}", runs, number, (none,), DaklMethod(k, gamma)))
     linear = DaklMethod(None, form="linear")
     rows.append(Row("DAKL, linear limit, all training pairs", runs, None, (none, rows[3].name), linear))
-    return Table("Centroids and gamma of DAKL", tuple(rows), (SOURCES_NOTE,))
+    rows += dakl_controls(none, rows[3].name, runs)
+    notes, frozen = (SOURCES_NOTE, CONTROLS_NOTE), ridge_rows(each_model("plain"))
+    return Table("Centroids and gamma of DAKL", tuple(rows), notes, baselines=frozen)
 
 
 def table_11() -> Table:
@@ -209,10 +292,10 @@ def table_11() -> Table:
     return Table(
         "Other models, all without our training",
         (
-            Row(clip, one_run("clip", "plain"), 0.6725),
+            Row(clip, one_run("clip", "plain"), 0.6725, (f"ridge: {clip}",)),
             *(Row(MODELS[b], one_run(b, "plain"), number, (clip,)) for b, number in others.items()),
             Row(f"{clip} + k-NN", one_run("clip", "plain"), 0.6189, (clip,), KnnMethod()),
-            Row("BLIP", (), 0.5129, (clip,), CaptionerMethod()),
+            Row("BLIP", (), 0.5129, (clip, CAPTION), CaptionerMethod()),
             Row(f"{clip} pretrained + k-NN", one_run("clip", "plain"), None, (clip,), KnnMethod(True)),
         ),
         (
@@ -220,38 +303,47 @@ def table_11() -> Table:
             "training prompts, and the features of the pretrained CLIP with those of the training images.",
             "BLIP is fine-tuned to write the prompt; its caption is embedded.",
         ),
+        baselines=ridge_rows(*((run,) for run in each_model("plain"))),
     )
 
 
 def captions_table() -> Table:
     empty = "U-Net, empty text"
+    runs = [one_run("unet", recipe) for recipe in ("captions-empty", "mlc", "captions-prompt")]
+    frozen = ridge_rows(*runs)
+    names = tuple(row.name for row in frozen)
     return Table(
         "The text that the U-Net reads by cross-attention",
         (
-            Row(empty, one_run("unet", "captions-empty")),
-            Row("U-Net, a BLIP's captions", one_run("unet", "mlc"), None, (empty,)),
-            Row("U-Net, the true prompt: an upper bound", one_run("unet", "captions-prompt"), None, (empty,)),
+            Row(empty, runs[0], None, names[:1]),
+            Row("U-Net, a BLIP's captions", runs[1], None, (empty, names[1], *names[3:])),
+            Row("U-Net, the true prompt: an upper bound", runs[2], None, (empty, names[2])),
         ),
         (
             "All three with the vocabulary head of figure 3 (3). The paper's U-Net reads BLIP's captions.",
             "No method may use the true prompt, which has to be predicted.",
         ),
+        baselines=frozen,
     )
 
 
 def white_box_table() -> Table:
     swin, empty = "Swin", "U-Net, empty text"
+    runs = one_run("swin", "mlc"), one_run("unet", "captions-empty"), one_run("unet", "mlc")
+    frozen = ridge_rows(*runs)
+    names = tuple(row.name for row in frozen)
     return Table(
         "The white box beside the best black box, trained until validation is flat",
         (
-            Row(swin, one_run("swin", "mlc")),
-            Row(empty, one_run("unet", "captions-empty"), None, (swin,)),
-            Row("U-Net, a BLIP's captions", one_run("unet", "mlc"), None, (swin, empty)),
+            Row(swin, runs[0], None, names[:1]),
+            Row(empty, runs[1], None, (swin, names[1])),
+            Row("U-Net, a BLIP's captions", runs[2], None, (swin, empty, names[2], *names[3:])),
         ),
         (
             "All three with the vocabulary head of figure 3 (3) and the embedding head started at ridge "
             "regression. Swin reads no caption.",
         ),
+        baselines=frozen,
     )
 
 

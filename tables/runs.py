@@ -38,6 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "head-1": {"heads": 1},
     "head-2": {"heads": 2},
     "mlc": {"heads": 3},
+    "mlc-drawn": {"heads": 3, "data": "drawn"},
+    "captions-empty-drawn": {"heads": 3, "captions": "empty", "data": "drawn"},
     "mlc-cl": {"heads": 3, "curriculum": "difficulty"},
     "cl": {"heads": 0, "curriculum": "difficulty"},
     "lerac": {"heads": 0, "curriculum": "lerac"},

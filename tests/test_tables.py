@@ -19,6 +19,7 @@ import scipy.stats
 import torch
 from conftest import ROOT, environment
 from PIL import Image
+from test_baseline_rows import by_hand as ridge_by_hand
 
 import data
 import eval
@@ -34,8 +35,9 @@ from tables.methods import Member, members_of
 from tables.registry import EXHIBITS, text_of
 from tables.rows import ROW_TABLES, Row, Table
 from tables.runs import MODELS, RECORDING, SOURCES, Plan, RunName, flags_of, with_phase_1
-from training.config import parse_args
+from training.config import TrainConfig, parse_args
 from training.folder import saved_fields
+from training.inputs import prepare
 from training.metrics import (
     cosines,
     holm,
@@ -98,10 +100,10 @@ def test_table_2_is_what_its_runs_say_and_a_second_call_trains_nothing(make, cap
     folder = make("--table", "2", "--seeds", "0,1", *QUICK)
     assert len(Here.started) == 8
     result = read(folder, "table-2")
-    assert [row["paper"] for row in result["rows"]] == [None, 0.6624, 0.6620, 0.6632, 0.6671]
+    assert [row["paper"] for row in result["rows"]] == [None, None, 0.6624, 0.6620, 0.6632, 0.6671]
     assert result["seeds"] == [0, 1] and result["n_test"] == [12, 12] and result["n_train"] == [60, 60]
     heads = [json.loads((folder / "runs" / f"{run}-seed1" / "config.json").read_text())["heads"]
-             for row in result["rows"][1:] for run in row["runs"]]
+             for row in result["rows"] for run in row["runs"]]
     assert heads == [0, 1, 2, 3]
 
     def own(run: str) -> list[dict]:
@@ -110,15 +112,22 @@ def test_table_2_is_what_its_runs_say_and_a_second_call_trains_nothing(make, cap
 
     expected = [r["mean_embedding_cosine"] for r in own("swin-plain")]
     assert result["rows"][0]["per_seed"] == pytest.approx(expected)
-    for row in result["rows"][1:]:
+    assert result["rows"][1]["name"] == "ridge: Swin" and result["rows"][1]["runs"] == []
+    for seed, found in enumerate(result["rows"][1]["per_seed"]):
+        saved = saved_fields(folder / "runs" / f"swin-plain-seed{seed}")  # --train-blocks 0
+        prepared = prepare(TrainConfig(**saved))
+        x, y = ({s: np.float64(a[rows]) for s, rows in prepared.splits.items()}
+                for a in (prepared.inputs[0], prepared.targets))
+        assert found == pytest.approx(cosines(ridge_by_hand(x, y), y["test"]).mean(), abs=1e-4)
+    for row in result["rows"][2:]:
         expected = [r["test_cosine"] for r in own(*row["runs"])]
         assert row["per_seed"] == pytest.approx(expected)
         assert row["cosine"] == pytest.approx(np.mean(expected))
         assert row["deviation_of_seeds"] == pytest.approx(np.std(expected, ddof=1))
         low, high = row["cosine_95"]
         assert low < row["cosine"] < high
-    (test,) = result["rows"][4]["tests"]
-    assert test["against"] == result["rows"][1]["name"] and test["n"] == 24
+    (test,) = result["rows"][5]["tests"]
+    assert test["against"] == result["rows"][2]["name"] and test["n"] == 24
     pairs = []
     for run in ("swin-mlc", "swin-plain"):
         arrays = [folder / "runs" / f"{run}-seed{seed}" / "predictions" for seed in (0, 1)]
@@ -131,9 +140,10 @@ def test_table_2_is_what_its_runs_say_and_a_second_call_trains_nothing(make, cap
 
     text = (folder / "results" / "table-2.md").read_text()
     assert text in capsys.readouterr().out
-    assert f"| Swin, head 3 | {short(result['rows'][4]['cosine'])} |" in text and "| .6671 |" in text
+    assert f"| Swin, head 3 | {short(result['rows'][5]['cosine'])} |" in text
+    assert "| 5 × 12 | .6671 |" in text
     assert "--seeds 0,1" in text and f"torch {torch.__version__}" in text
-    compared = f"| Swin, head 3 − {result['rows'][1]['name']} | {short(test['difference'], True)} |"
+    compared = f"| Swin, head 3 − {result['rows'][2]['name']} | {short(test['difference'], True)} |"
     assert sum(line.startswith(compared) for line in text.splitlines()) == 1
 
     Here.started = []
@@ -168,7 +178,7 @@ def test_all_that_the_ensemble_needs_is_trained_once(make):
     assert of(nine, "CLIP + U-Net + Swin + ViT") == of(eight, "Ensemble, MLC, CL")
     assert of(ten, "DAKL, k = 10,000, gamma = 0.001") == of(eight, "Ensemble, MLC, CL, DAKL")
     assert len({round(row["cosine"], 6) for row in eight["rows"]}) >= 5  # each row does something else
-    assert [row["paper"] for row in nine["rows"][5:8]] == [0.6785, 0.6887, 0.6854]
+    assert [row["paper"] for row in nine["rows"][8:11]] == [0.6785, 0.6887, 0.6854]
     # Phase 1 of the curriculum is the run of the row above.
     stated = json.loads((folder / "runs" / "vit-mlc-cl-seed0" / "config.json").read_text())
     assert stated["phase_1"] == str(folder / "runs" / "vit-mlc-seed0")
@@ -205,10 +215,10 @@ def test_captions_are_what_the_row_says(make):
         config = json.loads((folder / "runs" / f"unet-{recipe}-seed0" / "config.json").read_text())
         assert (config["captions"], config["heads"], config["backbone"]) == (captions, 3, "unet")
     result = read(folder, "table-captions")
-    _, empty, *others = result["rows"]
-    assert empty["tests"] == []
-    assert [test["against"] for row in others for test in row["tests"]] == [empty["name"]] * 2
-    assert len({round(row["cosine"], 6) for row in result["rows"]}) == 4
+    empty, *others = (row for row in result["rows"] if row["runs"])
+    assert [test["against"] for test in empty["tests"]] == ["ridge: U-Net, empty text"]
+    assert [row["tests"][0]["against"] for row in others] == [empty["name"]] * 2
+    assert len({round(row["cosine"], 6) for row in result["rows"]}) == 9
     text = (folder / "results" / "table-captions.md").read_text()
     assert text.startswith("# The text that the U-Net reads by cross-attention\n") and "670,000" not in text
     assert "captions for the U-Net: empty, blip-mini, prompt." in text
@@ -371,17 +381,19 @@ def test_sources():
 # The paper's number of each row, and with how many other rows the row is compared.
 PAPER: dict[int | str, tuple[list[float | None], list[int]]] = {
     1: ([0.6725, 0.6739, 0.6750, 0.6130, 0.6455, 0.6497, 0.6624, 0.6671, 0.6671, 0.6526, 0.6539, 0.6550],
-        [0, 1, 2, 0, 1, 5, 0, 1, 2, 0, 1, 2]),
-    2: ([0.6624, 0.6620, 0.6632, 0.6671], [0, 1, 1, 1]),
-    7: ([0.6526, 0.6525, 0.6254, 0.6544], [0, 1, 1, 3]),
-    8: ([0.6879, 0.6900, 0.6917, None, None, None, 0.6497, None], [0, 1, 1, 1, 1, 2, 1, 1]),
+        [1, 1, 2, 1, 1, 6, 1, 1, 2, 1, 1, 2]),
+    2: ([0.6624, 0.6620, 0.6632, 0.6671], [1, 1, 1, 1]),
+    7: ([0.6526, 0.6525, 0.6254, 0.6544], [1, 1, 1, 3]),
+    8: ([0.6879, 0.6900, 0.6917, None, None, None, 0.6497, None] + [None] * 7,
+        [1, 1, 1, 1, 1, 2, 1, 1] + [2, 1, 1, 1, 1, 2, 2]),
     9: ([0.6750, 0.6497, 0.6671, 0.6550, 0.6785, 0.6887, 0.6854, 0.6787, 0.6732, 0.6792, 0.6900, 0.6901,
          0.6901, 0.6820, 0.6917], [0] * 4 + [2] * 6 + [3] * 4 + [4]),
-    10: ([0.6900, 0.6899, 0.6905, 0.6917, 0.6898, 0.6909, 0.6878, None], [0] + [1] * 6 + [2]),
-    11: ([0.6725, 0.6624, 0.6526, 0.6130, 0.6189, 0.5129, None], [0] + [1] * 6),
-    "captions": ([None] * 3, [0, 1, 1]),
+    10: ([0.6900, 0.6899, 0.6905, 0.6917, 0.6898, 0.6909, 0.6878, None] + [None] * 7,
+         [0] + [1] * 6 + [2] + [2, 1, 1, 1, 1, 2, 2]),
+    11: ([0.6725, 0.6624, 0.6526, 0.6130, 0.6189, 0.5129, None], [1] * 5 + [2, 1]),
+    "captions": ([None] * 3, [1, 4, 2]),
     "ceiling": ([None] * 4, [0, 1, 1, 1]),
-    "white-box": ([None] * 3, [0, 1, 2]),
+    "white-box": ([None] * 3, [1, 2, 5]),
 }  # fmt: skip
 
 
@@ -393,18 +405,20 @@ def test_the_papers_figures():
     assert {n: ([r.paper for r in some], [len(r.against) for r in some]) for n, some in rows.items()} == PAPER
     assert row(9, "CLIP + Swin").paper == 0.6887 and row(9, "U-Net + ViT").paper == 0.6732
     assert row(9, "CLIP + Swin + ViT").paper == 0.6901 and row(9, "U-Net + Swin + ViT").paper == 0.6820
-    for r in ROW_TABLES[10].rows[1:-1]:
+    for r in ROW_TABLES[10].rows[1:7]:
         assert r.name == f"DAKL, k = {r.method.k:,}, gamma = {r.method.gamma:g}" and r.method.form == "exact"
-    settings = [(r.method.k, r.method.gamma) for r in ROW_TABLES[10].rows[1:-1]]
+    settings = [(r.method.k, r.method.gamma) for r in ROW_TABLES[10].rows[1:7]]
     assert settings == [(1_000, 1e-3), (5_000, 1e-3), *((10_000, g) for g in (1e-3, 1e-4, 1e-2, 1e-1))]
     assert ROW_TABLES[8].rows[2].method == ROW_TABLES[10].rows[3].method
     linear = [r.method for r in (*ROW_TABLES[8].rows, *ROW_TABLES[10].rows) if "linear limit" in r.name]
-    assert [(m.k, m.form) for m in linear] == [(None, "linear")] * 3
+    weighted = [(m.k, m.form) for m in linear if m.centroids == "weighted mean"]
+    assert weighted == [(1_000, "linear"), (5_000, "linear")] * 2
+    assert [(m.k, m.form) for m in linear if m.centroids == "nearest"] == [(None, "linear")] * 3
     assert [name for name, table in ROW_TABLES.items() if table.needs_probe] == ["ceiling"]
     knn = [r.method.pretrained for r in ROW_TABLES[11].rows if "k-NN" in r.name]
     assert knn == [False, True]
     for table in ROW_TABLES.values():
-        names = [row.name for row in table.rows]
+        names = [row.name for row in (*table.baselines, *table.rows)]
         assert len(set(names)) == len(names)
         assert all(other in names for row in table.rows for other in row.against)
 
@@ -515,7 +529,7 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     [
         (["--table", ""], "choose from 1, 2"),
         (["--figure", ""], "choose from 9, 11, all"),
-        (["--table", "3"], "5, 6, 7, 8, 9, 10, 11, captions, ceiling, noise, readouts, white-box, all"),
+        (["--table", "3"], "10, 11, captions, ceiling, noise, readouts, shift, white-box, all"),
         (["--table", "2,x"], "--table x"),
         (["--figure", "5"], "--figure 5"),
         (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),
