@@ -23,13 +23,17 @@ SHEET_RUN = RunName("unet", "mlc")
 
 
 def undrawn_share(prompt: str, undrawn: Sequence[str]) -> float:
-    """The share of a prompt's words that its picture does not show, as mini scenes record it."""
+    """The share of a prompt's words that are recorded as undrawn."""
     return sum(len(phrase.split()) for phrase in undrawn) / max(1, len(prompt.split()))
 
 
 def compute_figure_9(plan: Plan) -> dict:
     """The mean cosine of easy, medium and hard pairs; the correlation of difficulty (minus the easiness) with
-    the share of undrawn words, if the data record it as mini scenes do; and a sheet of examples."""
+    the share of words that the data record as undrawn, if they do; and a sheet of examples.
+
+    The record is the truth for drawn pairs and the probe's verdict for generated ones. The correlation is
+    not evidence that undrawn words cause difficulty; see tables/difficulty.py.
+    """
     figure = {"sheet": f"{SHEET_RUN.name}, seed {plan.seeds[0]}", "runs": {}}
     for seed in plan.seeds:
         # Every backbone has the same pairs; the ViT's need the least work.
@@ -82,9 +86,12 @@ def figure_9_text(result: dict) -> str:
         if "undrawn" in entry
     ]
     correlation = (
-        "Spearman's correlation of difficulty with the share of the prompt's words that the picture does not "
-        "show, over the training pairs (positive: pairs with more such words are harder); and the mean of "
-        "that share in each third.",
+        "Spearman's correlation of difficulty with the share of the prompt's words that are recorded as "
+        "undrawn, over the training pairs (positive: pairs with more such words are harder); and the mean of "
+        "that share in each third. For drawn pictures the record is the truth. For generated pictures it is "
+        "the probe's verdict, which is wrong at times (table probe), so the two are not comparable. The "
+        "content of a prompt affects both difficulty and the share; therefore this correlation does not show "
+        "that undrawn words cause difficulty. Table difficulty compares pictures of the same prompt.",
         markdown(f"run | seed | pairs | Spearman | 95 % interval | {' | '.join(CHUNKS)}", rows),
     )
     return page(

@@ -310,7 +310,8 @@ def compute(plan: Plan) -> dict:
 
     pairs = prepare(plan.config(RunName("vit", "mlc"), plan.seeds[0]), plan.device).pairs
     views = [default_views()[prompt] for prompt in pairs.prompts]
-    in_data = {name: verdicts(probe, pixels_of_pairs(pairs), views) for name, probe in probes.items()}
+    pictures = pixels_of_pairs(pairs)
+    in_data = {name: verdicts(probe, pictures, views) for name, probe in probes.items()}
 
     left_out = {
         (things, name): counted(

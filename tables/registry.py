@@ -1,6 +1,7 @@
 """All tables and figures by number or name. A new one is added to the dictionary of its own file."""
 
 from tables.compute import COMPUTED_TABLES
+from tables.difficulty import DIFFICULTY
 from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES

@@ -1,0 +1,202 @@
+"""Tables probe and difficulty: statistics by hand and on synthetic data, exchanged negatives, small runs."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_tables import QUICK, make, read, trained_here, undrawn_of  # noqa: F401  (fixtures)
+
+from mini import drawbench, naming, scenes
+from tables import difficulty, generation, judges
+from tables.probe import default_views
+from tables.registry import EXHIBITS
+from tables.runs import RunName
+
+# -- exchanged negatives ----------------------------------------
+
+
+def test_exchanged_drawings_differ_in_exactly_one_label_and_in_pixels():
+    chosen = [scenes.candidate(11, index, truthful=True) for index in range(150)]
+    made = judges.exchanged_scenes(chosen, np.random.default_rng(0))
+    asked = sum(len(set(naming.named_labels(scene.said))) for scene in chosen)
+    assert len(made) > 0.98 * asked  # hardly a label is without an alternative
+    assert {label[0] for _, label, _ in made} == set(naming.TABLES)
+    for i, label, scene in made:
+        old, new = (Counter(naming.drawn_labels(view)) for view in (chosen[i].drawn, scene.drawn))
+        ((slot, key),) = (new - old).elements()
+        assert list((old - new).elements()) == [label] and slot == label[0] and key != label[1]
+        assert (scene.prompt, scene.said, scene.seed) == (
+            chosen[i].prompt, chosen[i].said, chosen[i].seed,
+        )  # fmt: skip
+        assert label not in new and scene.drawn in judges.exchanges(chosen[i].said, label)
+        if scene.drawn.place in scenes.INDOORS:
+            assert scene.drawn.light in (None, *scenes.EVERYWHERE)
+    for i, _, scene in made[:40]:
+        assert scenes.render(scene).tobytes() != scenes.render(chosen[i]).tobytes()
+
+
+def test_a_thing_keeps_its_colour_when_its_subject_is_exchanged():
+    view = scenes.View((scenes.Thing("heart"),), place="snow")  # hearts are red unless a colour is named
+    for exchanged in judges.exchanges(view, ("subject", "heart")):
+        (thing,) = exchanged.things
+        assert thing.colour == "red" and thing.subject != "heart" and exchanged.place == "snow"
+    two = scenes.View((scenes.Thing("cat", "red"), scenes.Thing("star", "blue")))
+    colours = {view.things[0].colour for view in judges.exchanges(two, ("colour", "red"))}
+    assert colours == set(scenes.COLOURS) - {"red", "blue"}
+
+
+# -- rates ----------------------------------------
+
+
+def test_rogan_gladen_by_hand():
+    # Of 100 labels 80 are shown: .9 * 80 + .2 * 20 = 76 are found.
+    assert judges.rogan_gladen(0.76, 0.9, 0.8) == pytest.approx(0.8)
+    assert judges.rogan_gladen(np.array([0.76, 0.05, 0.99]), 0.9, 0.8) == pytest.approx([0.8, 0, 1])
+    assert np.isnan(judges.rogan_gladen(0.5, 0.3, 0.7))  # no better than chance
+
+
+def test_the_interval_of_a_corrected_share_covers_the_truth(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(judges, "RESAMPLES", 200)
+    rng, values, covered = np.random.default_rng(0), [], 0
+
+    def answers(p: float) -> dict[str, np.ndarray]:
+        return {"colour": np.stack([rng.random(150) < p, np.ones(150)], axis=1).astype(float)}
+
+    for _ in range(100):
+        rates = judges.Calibration({"drawing": answers(0.7)}, {"drawing": answers(0.1)}, {})
+        found = answers(0.6 * 0.7 + 0.4 * 0.1)["colour"]  # 60 % are shown
+        value, (low, high) = rates.corrected("colour", found, "drawing")
+        values.append(value)
+        covered += low < 0.6 < high
+    assert np.mean(values) == pytest.approx(0.6, abs=0.02) and 88 <= covered <= 100
+    assert rates.corrected("style", found, "drawing") == (None, None)
+
+
+def test_kappa_by_hand():
+    a = np.array([1] * 25 + [0] * 25)
+    b = np.array([1] * 20 + [0] * 5 + [1] * 10 + [0] * 15)
+    assert judges.kappa(a, b) == pytest.approx(0.4)  # .7 observed, .5 by chance
+    assert judges.kappa(np.ones(3), np.ones(3)) is None
+
+
+def test_verdicts_undrawn_by_hand():
+    scene = scenes.Scene("", (), (), *[scenes.View((scenes.Thing("cat", "red"),), place=place)
+                                       for place in ("snow", "desert")], 0)  # fmt: skip
+    cat, red, snow = ("subject", "cat"), ("colour", "red"), ("place", "snow")
+    found = [{cat: True, red: False, snow: False}, {cat: True, red: True, snow: True}]
+    rows = judges.undrawn_rows(found, [scene, scene])
+    assert (rows["all"]["verdicts"], rows["all"]["right"], rows["all"]["detected"]) == (2, 0.5, 0.5)
+    assert (rows["colour"]["right"], rows["colour"]["detected"]) == (0, None)
+    assert (rows["place"]["right"], rows["place"]["detected"]) == (1, 0.5)
+
+
+# -- difficulty ----------------------------------------
+
+
+def test_the_correlation_within_prompts_by_hand():
+    a = np.array([[0.0, 1, 2], [10, 11, 12]])
+    b = np.array([[5.0, 6, 7], [3, 1, 2]])  # centred: (-1, 0, 1) and (1, -1, 0); those of a (-1, 0, 1)
+    of = difficulty.within(a, b)
+    assert of["within"] == pytest.approx((2 - 1) / np.sqrt(4 * 4))
+    assert of["spearman"] == pytest.approx((1 - 0.5) / 2) and of["prompts_that_vary"] == 2
+    assert of["between"] == pytest.approx(-1)
+    constant = difficulty.within(a, np.ones((2, 3)))
+    assert constant["within"] is None and constant["within_95"] is None and constant["spearman"] is None
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.6])
+def test_beyond_content_there_is_a_correlation_only_where_the_noise_matters(weight: float):
+    rng = np.random.default_rng(2)
+    content = rng.integers(2, size=(3000, 20)).astype(float)
+    shared, own, chance = content @ rng.normal(size=20), rng.normal(size=3000), rng.normal(size=3000)
+    y = np.stack([shared + weight * own + chance, shared + own], axis=1)  # difficulty and noise
+    of = difficulty.beyond_content(y, difficulty.cross_fitted(content, y))
+    alone = weight**2 / (weight**2 + 1)  # of what content does not explain
+    assert of["residual"] == pytest.approx(np.sqrt(alone), abs=0.04)
+    assert of["added by noise"] == pytest.approx(alone * (1 - of["explained by content"]), abs=0.02)
+    assert of["explained by content"] == pytest.approx(1 - (weight**2 + 1) / y[:, 0].var(), abs=0.02)
+    assert difficulty.correlation(*y.T) > 0.7  # with weight 0, by content alone
+
+
+def test_cross_fitting_does_not_explain_chance():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(300, 100)), rng.normal(size=(300, 1))
+    assert difficulty.explained(y[:, 0], difficulty.cross_fitted(x, y)[:, 0]) < 0.05  # in sample: .3
+
+
+def test_redrawn_scenes_leave_out_the_recorded_share():
+    scene, rng = scenes.candidate(3, 4, truthful=True), np.random.default_rng(0)
+    made = [difficulty.redrawn(scene.said, scene.prompt, rng) for _ in range(300)]
+    shares = [difficulty.true_noise(one) for one in made]
+    assert len({one.seed for one in made}) == 300 and all(one.said == scene.said for one in made)
+    assert np.mean(shares) == pytest.approx(difficulty.LOST, abs=0.04)
+    complete = [one.drawn == scene.said for one in made]
+    assert complete == [share == 0 for share in shares] and any(complete)
+
+
+# -- small tables ----------------------------------------
+
+
+@pytest.fixture
+def two_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of random weights, with cards, and few pictures."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(naming.BACKBONES, "probe-vit", naming.BACKBONES["vit"])  # faster
+    for name in naming.PROBES:
+        model = naming.Namer(naming.BACKBONES[name]())
+        naming.write_tensors(model.state_dict(), tmp_path / name / "model.safetensors")
+        (tmp_path / name / "card.json").write_text(json.dumps({"command": f"train {name}"}))
+    for name in ("FOLDER", "SECOND"):
+        monkeypatch.setattr(naming, name, tmp_path)
+    monkeypatch.setattr(drawbench, "TRAINING_CANDIDATES", 10)
+    few = {
+        judges: {"DRAWINGS": {1: 4, 2: 4}, "NATURAL": 8, "RESAMPLES": 50},
+        difficulty: {"PROMPTS": 4, "DRAWS": 3, "PHASE_1_RUNS": (RunName("vit", "mlc"),)},
+        generation: {"STEPS": 2},
+    }
+    for module, values in few.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_probes(make: Callable[..., Path], two_probes: None):  # noqa: F811
+    folder = make("--table", "probe", "--seeds", "0", *QUICK)
+    result = read(folder, "table-probe")
+    assert list(result["probes"]) == ["probe", "probe-vit"] and result["pairs"] == 84
+    subject = next(row for row in result["rates"] if (row["kind"], row["things"]) == ("subject", 2))
+    assert subject["drawn"] == 8 and subject["not drawn"]["exchanged, drawing"] == 8
+    # The rates of the second probe by hand, from the pictures themselves.
+    chosen = judges.new_scenes(4, 2, judges.SEED)
+    of = naming.tally(
+        naming.load_probe(naming.SECOND, "probe-vit"), judges.drawings(chosen), [s.said for s in chosen]
+    )
+    second = next(
+        r for r in result["rates"] if (r["probe"], r["kind"], r["things"]) == ("probe-vit", "subject", 2)
+    )
+    assert second["sensitivity"]["drawing"] == pytest.approx(np.mean(of["subject"]))
+    text = (folder / "results" / "table-probe.md").read_text()
+    assert "## Rates of the second probe, `train probe-vit`" in text and "kappa" in text
+
+
+def test_the_table_of_difficulty(make: Callable[..., Path], two_probes: None, monkeypatch):  # noqa: F811
+    small = replace(EXHIBITS["table"]["difficulty"], runs=difficulty.PHASE_1_RUNS)
+    monkeypatch.setitem(EXHIBITS["table"], "difficulty", small)
+    folder = make("--table", "difficulty", "--seeds", "0", *QUICK)
+    result = read(folder, "table-difficulty")
+    names = [(row["pictures"], row["reader"], row["instrument"]) for row in result["within"]]
+    assert ("generated", "vit-mlc", "probe") in names and ("drawn", "vit-mlc", "truth") in names
+    assert ("generated", "vit-mlc", "truth") not in names and ("generated", "probe-vit", "probe") in names
+    truth = next(r for r in result["training"] if (r["reader"], r["instrument"]) == ("vit-mlc", "truth"))
+    listed = json.loads((folder / "runs" / "vit-mlc-seed0" / "predictions" / "rows.json").read_text())
+    views = [default_views()[row["prompt"]] for row in listed["train"]]
+    undrawn = [len(undrawn_of(row["image"])) for row in listed["train"]]
+    share = [n / len(naming.named_labels(view)) for n, view in zip(undrawn, views, strict=True)]
+    score = -np.load(folder / "runs" / "vit-mlc-seed0" / "easiness.npy")
+    assert truth["pearson"]["per_seed"] == [pytest.approx(np.corrcoef(score, share)[0, 1])]
+    assert "| drawn | vit-mlc | truth |" in (folder / "results" / "table-difficulty.md").read_text()
