@@ -1,6 +1,7 @@
 """All tables and figures by number or name. A new one is added to the dictionary of its own file."""
 
 from tables.compute import COMPUTED_TABLES
+from tables.crossed import CROSSED
 from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES
@@ -12,7 +13,8 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
     return dict(sorted(exhibits.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
-EXHIBITS = {"table": in_order(COMPUTED_TABLES | GENERATION_TABLES | READOUTS), "figure": in_order(FIGURES)}
+TABLES = COMPUTED_TABLES | GENERATION_TABLES | READOUTS | CROSSED
+EXHIBITS = {"table": in_order(TABLES), "figure": in_order(FIGURES)}
 
 
 def text_of(result: dict) -> str:

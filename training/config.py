@@ -264,7 +264,7 @@ PAPER_DEFAULTS = {
 }  # fmt: skip
 MINI_DEFAULTS = {"epochs": 4, "batch_size": 32, "lr": 1e-3, "head_start": "ridge", "head_lr": 5e-5}
 SD_MINI_DEFAULTS = {"image_size": 64, "captions": "blip-mini", "unet_features": "levels"}
-SOURCE_DEFAULTS = {"sd-mini": MINI_DEFAULTS | SD_MINI_DEFAULTS}
+SOURCE_DEFAULTS = {"sd-mini": MINI_DEFAULTS | SD_MINI_DEFAULTS}  # also of a folder of this name
 WHITE_BOX = ("image_size", "captions", "unet_features")  # options of the U-Net alone
 
 
@@ -280,7 +280,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
             raise data.DataError("--image-size: the weights of a black box set the size; leave it out")
         if config.unet_features:
             raise data.DataError("--unet-features: only --backbone unet has it; leave it out")
-    defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
+    name = Path(source).name
+    defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(name, MINI_DEFAULTS if name.endswith("-mini") else {})
     if not backbone.white_box:
         defaults = {k: v for k, v in defaults.items() if k not in WHITE_BOX}
     if config.curriculum == "lerac":  # it sets the rates of all layers
