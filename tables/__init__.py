@@ -3,9 +3,11 @@
     registry.py    all of them, by number or name
     exhibit.py     shared: provenance, Markdown, writing
     rows.py        the rows of the tables of cosines, with the paper's numbers
-    methods.py     predictions of a row from its runs: ensemble, DAKL, k-NN, captioner;  probe.py  the ceiling
+    methods.py     predictions of a row from its runs: ensemble, DAKL, k-NN, captioner;  probe.py  references
     compute.py     the numbers and the Markdown of these tables
     generation.py  tables 5 and 6, section 4.7: pictures by the trained U-Net;  figures.py  figures 9 and 11
-    readouts.py    ridge regression on frozen features
+    readouts.py    ridge regression on frozen features;  cells.py  cosines of named runs, and contrasts
+    crossed.py     two generators and their pictures;  denoised.py  targets without the wording
+    budget.py      the error of the mean embedding, by cause;  wordings.py  contents in other words
     runs.py        the runs by name; training of the missing ones
 """

@@ -8,23 +8,13 @@ better than the other U-Net does. It does not depend on which U-Net is better or
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-from collections.abc import Callable
-
 import numpy as np
-import torch
 
 import data
-from tables.compute import summary_of
-from tables.exhibit import COMPARED, Exhibit, bullets, comparison, interval, markdown, page, provenance_text
-from tables.methods import members_of
-from tables.readouts import fitted
+from tables.cells import MEAN, cell_texts, contrasts_text, frozen_cosines, part, trained_cosines
+from tables.exhibit import Exhibit, bullets, markdown, page, provenance_text
 from tables.runs import Plan, RunName
-from training.inputs import pairs_folder, prepare, split_pairs
-from training.metrics import cosines, paired_test, student_interval
-
-log = logging.getLogger("tables")
+from training.inputs import pairs_folder, split_pairs
 
 READERS = {  # backbone, its recipes on the pictures of A and of B
     "U-Net A": ("unet", "captions-empty", "captions-empty-on-second"),
@@ -37,8 +27,7 @@ CELLS = {
     for reader, (backbone, *recipes) in READERS.items()
     for pictures, recipe in zip("AB", recipes, strict=True)
 }
-MEAN = "mean training embedding"
-CONTRASTS = {  # the sum of the first cells less the sum of the second
+CONTRASTS = {
     "(U-Net A on A − U-Net B on A) − (U-Net A on B − U-Net B on B)": (
         ("U-Net A on A", "U-Net B on B"),
         ("U-Net B on A", "U-Net A on B"),
@@ -67,58 +56,18 @@ def require_same_pairs(plan: Plan) -> None:
         )
 
 
-def trained_cosines(plan: Plan, seed: int) -> dict[str, np.ndarray]:
-    """The cosine of each test pair (n,) by cell, from finished runs."""
-    members = members_of(plan, tuple(CELLS.values()), seed)
-    mean = members[0].targets("train").astype(np.float64).mean(axis=0)
-    found = {MEAN: cosines(mean, members[0].targets("test"))}
-    for cell, member in zip(CELLS, members, strict=True):
-        found[cell] = cosines(member.predicted("test"), member.targets("test"))
-    return found
-
-
-def frozen_cosines(plan: Plan, run: RunName, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cosine of each test pair (n,) by ridge regression on the frozen features of a run's backbone, and
-    by the mean training embedding."""
-    prepared = prepare(dataclasses.replace(plan.config(run, seed), train_blocks=0), plan.device)
-    features, rows = prepared.inputs[0], prepared.splits["test"]
-    solution, _ = fitted(features, prepared, plan.device)
-    x = torch.from_numpy(np.asarray(features[rows], np.float32)).to(plan.device)
-    mean = prepared.targets[prepared.splits["train"]].astype(np.float64).mean(axis=0)
-    predicted = solution.predict(x).cpu().numpy(), mean
-    return tuple(cosines(each, prepared.targets[rows]) for each in predicted)
-
-
-def all_frozen_cosines(plan: Plan, seed: int) -> dict[str, np.ndarray]:
-    log.info("ridge regression on frozen features, seed %d", seed)
-    found = {cell: frozen_cosines(plan, run, seed) for cell, run in CELLS.items()}
-    return {MEAN: found["Swin on A"][1]} | {cell: own for cell, (own, _) in found.items()}
-
-
-def part(plan: Plan, seeds: tuple[int, ...], of: Callable[[Plan, int], dict[str, np.ndarray]]) -> dict:
-    """The cells and contrasts of one way to read; `of`: cosines by cell, of one seed."""
-    by_seed = [of(plan, seed) for seed in seeds]
-    rows = [{"name": cell} | summary_of([found[cell] for found in by_seed]) for cell in by_seed[0]]
-    contrasts = [
-        {"name": name}
-        | paired_test(*([sum(found[cell] for cell in side) for found in by_seed] for side in sides))
-        for name, sides in CONTRASTS.items()
-    ]
-    return {"seeds": list(seeds), "rows": rows, "contrasts": contrasts}
-
-
 def compute(plan: Plan) -> dict:
-    trained = part(plan, plan.seeds, trained_cosines)
-    return trained | {"frozen": part(plan, FROZEN_SEEDS, all_frozen_cosines)}
+    trained = part(plan.seeds, CONTRASTS, lambda seed: trained_cosines(plan, CELLS, seed))
+    frozen = part(FROZEN_SEEDS, CONTRASTS, lambda seed: frozen_cosines(plan, CELLS, seed))
+    return trained | {"frozen": frozen}
 
 
 def part_text(part: dict) -> tuple[str, str]:
-    rows = {row["name"]: (row["cosine"], interval(student_interval(row["per_seed"]))) for row in part["rows"]}
+    rows = cell_texts(part)
     cells = [(MEAN, *rows[MEAN], *rows[MEAN])]
     cells += [(reader, *rows[f"{reader} on A"], *rows[f"{reader} on B"]) for reader in READERS]
     columns = "reader | pictures of A | 95 % interval over seeds | pictures of B | 95 % interval over seeds"
-    contrasts = [(test["name"], *comparison(test)) for test in part["contrasts"]]
-    return markdown(columns, cells), markdown(f"contrast | {COMPARED}", contrasts)
+    return markdown(columns, cells), contrasts_text(part)
 
 
 def text(result: dict) -> str:

@@ -1,7 +1,9 @@
 """All tables and figures by number or name. A new one is added to the dictionary of its own file."""
 
+from tables.budget import BUDGET
 from tables.compute import COMPUTED_TABLES
 from tables.crossed import CROSSED
+from tables.denoised import DENOISED
 from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES
@@ -13,7 +15,7 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
     return dict(sorted(exhibits.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
-TABLES = COMPUTED_TABLES | GENERATION_TABLES | READOUTS | CROSSED
+TABLES = COMPUTED_TABLES | GENERATION_TABLES | READOUTS | CROSSED | BUDGET | DENOISED
 EXHIBITS = {"table": in_order(TABLES), "figure": in_order(FIGURES)}
 
 

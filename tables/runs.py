@@ -32,7 +32,8 @@ SOURCES = {
     "paper": {name: b.paper for name, b in BACKBONES.items()} | {"blip": "blip-base"},
 }
 MODELS = {name: b.title for name, b in BACKBONES.items()}  # in the paper's order
-# Fields of TrainConfig by the name of a recipe. {second} is the folder of eval.py --second.
+# Fields of TrainConfig by the name of a recipe. {second}: the folder of eval.py --second; {runs}: that of
+# the runs.
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {"heads": 0},
     "head-1": {"heads": 1},
@@ -50,6 +51,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "second-on-second": {
         "heads": 3, "captions": "empty", "weights": "{second}/sd-mini", "data": "{second}/generated",
     },
+    "mlc-paraphrases": {"heads": 3, "target_texts": "{runs}/paraphrases.jsonl"},
+    "mlc-same-subject": {"heads": 3, "target_texts": "{runs}/same-subject.jsonl"},
 }  # fmt: skip
 PHASE_1 = {"mlc-cl": "mlc", "cl": "plain"}  # the recipe whose recorded cosines a curriculum uses
 
@@ -113,8 +116,8 @@ class Plan:
     def fields(self, run: RunName, seed: int) -> dict[str, Any]:
         """The fields of TrainConfig that define a run."""
         recipe = dict(RECIPES[run.recipe])
-        for name in recipe.keys() & {"data", "weights"}:
-            recipe[name] = recipe[name].format(second=self.second)
+        for name in recipe.keys() & {"data", "weights", "target_texts"}:
+            recipe[name] = recipe[name].format(second=self.second, runs=self.folder)
         owners = (run.backbone, recipe.get("curriculum"))
         foreign = {name for owner, names in OPTIONS_OF.items() if owner not in owners for name in names}
         fields = {name: value for name, value in self.options.items() if name not in foreign}
@@ -228,7 +231,7 @@ def train_missing(plan: Plan, runs: Iterable[RunName]) -> set[tuple[RunName, int
         return set()
     plan.folder.mkdir(parents=True, exist_ok=True)
     configs = [plan.config(run, seed) for run, seed in waiting]
-    by_cache = {(c.backbone, c.captions, c.weights, c.data): c for c in configs}
+    by_cache = {(c.backbone, c.captions, c.weights, c.data, c.target_texts): c for c in configs}
     for config in by_cache.values():
         prepare(config, plan.device)  # fills the caches once
     counts = f"{len(waiting)} of {len(wanted)} are missing"

@@ -13,7 +13,8 @@ from test_tables import QUICK, Here, make, read, trained_here  # noqa: F401  (fi
 import data
 from mini import scenes
 from tables import crossed
-from tables.crossed import CELLS, CONTRASTS, MEAN, READERS
+from tables.cells import MEAN, part
+from tables.crossed import CELLS, CONTRASTS, READERS
 from tables.runs import SOURCES, Plan
 from training.config import TrainConfig, resolve
 
@@ -50,12 +51,11 @@ def test_contrasts_by_hand():
         "U-Net A on A": 0.53, "U-Net B on A": 0.50, "U-Net A on B": 0.70, "U-Net B on B": 0.71,
         "Swin on A": 0.52, "Swin on B": 0.74, "ViT on A": 0.40, "ViT on B": 0.41, MEAN: 0.3,
     }  # fmt: skip
-    seeds = (0, 1)
 
-    def of(plan: Plan, seed: int) -> dict[str, np.ndarray]:
+    def of(seed: int) -> dict[str, np.ndarray]:
         return {cell: np.array([value, value + 0.1 * seed]) for cell, value in cosines.items()}
 
-    result = crossed.part(plan_of(Path("a"), Path("b")), seeds, of)
+    result = part((0, 1), CONTRASTS, of)
     found = {test["name"]: test["difference"] for test in result["contrasts"]}
     assert list(found.values()) == pytest.approx([0.04, 0.05, 0.01, -0.04, -0.02, -0.03])
     rows = {row["name"]: row for row in result["rows"]}
@@ -83,11 +83,11 @@ def test_a_copy_of_the_generator_reads_as_the_generator(make: Callable[..., Path
     folder = make("--table", "crossed", "--second", str(tmp_path), "--seeds", "0", *QUICK)
     assert len(Here.started) == 8
     result = read(folder, "table-crossed")
-    for part in (result, result["frozen"]):
-        rows = {row["name"]: row["per_seed"] for row in part["rows"]}
+    for kind in (result, result["frozen"]):
+        rows = {row["name"]: row["per_seed"] for row in kind["rows"]}
         for reader in READERS:
             assert rows[f"{reader} on A"] == rows[f"{reader} on B"]
         assert rows["U-Net A on A"] == rows["U-Net B on A"] != rows["Swin on A"]
-        assert [test["difference"] for test in part["contrasts"][:2]] == [0, 0]
+        assert [test["difference"] for test in kind["contrasts"][:2]] == [0, 0]
     config = json.loads((folder / "runs" / "unet-second-on-second-seed0" / "config.json").read_text())
     assert config["weights"] == str(tmp_path / "sd-mini") and config["image_size"] == 64

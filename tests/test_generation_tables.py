@@ -171,7 +171,7 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path: Path, capsys
     monkeypatch.setattr(eval, "train_missing", lambda plan, runs: set())
     monkeypatch.setattr(Exhibit, "write", lambda self, plan, folder, kind, number: written.append(number))
     assert eval.main(["--table", "all", "--data", "own"]) == 0
-    assert written == [n for n in EXHIBITS["table"] if n not in (5, "ceiling", "crossed")]
+    assert written == [n for n in EXHIBITS["table"] if n not in (5, "budget", "ceiling", "crossed", "denoised")]
 
 
 def test_the_little_drawbench_asks_for_what_it_says():
@@ -186,5 +186,5 @@ def test_the_little_drawbench_asks_for_what_it_says():
 
 
 def test_all_tables_are_known_by_name():
-    names = ["captions", "ceiling", "crossed", "noise", "readouts", "white-box"]
+    names = ["budget", "captions", "ceiling", "crossed", "denoised", "noise", "readouts", "white-box"]
     assert list(EXHIBITS["table"]) == [1, 2, 5, 6, 7, 8, 9, 10, 11, *names]

@@ -26,7 +26,8 @@ RENAMED = {
     "record_difficulty": "record_cosines",
     "difficulty_weights": "epoch_weights",
 }
-ADDED = {"unet_features", "head_start", "head_lr", "order"}  # fields that older config.json files lack
+# Fields that older config.json files lack.
+ADDED = {"unet_features", "head_start", "head_lr", "order", "target_texts"}
 GROUPS = {
     "data": "image-prompt pairs, their cleaning and splits",
     "model": "backbone, weights and heads",
@@ -70,6 +71,11 @@ class TrainConfig:
     )
     seed: int = option(
         "data", 0, "random seed for split, head initialisation and sample order", least=0, most=2**63 - 1
+    )
+    target_texts: str | None = option(
+        "data", None, "train on other targets: a file of JSON lines {\"prompt\": \"...\", \"texts\": "
+        "[\"...\", ...]}; a training prompt's target is the mean embedding of its texts, e.g. paraphrases. "
+        "Validation, test and the vocabulary keep the prompt (default: the prompt's own embedding)"
     )
     # -- model
     backbone: str = option(
