@@ -15,8 +15,9 @@ RUN/predictions/rows.json) and RUN/examples.png.
 
 --table (1 heads and curriculum, 2 heads, 5 and 6 pictures by the trained U-Net, 7 curricula, 8 ensemble and
 DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the
-paper, captions, the text that the U-Net reads, ceiling, the best achievable cosine, readouts, ridge
-regression on frozen features, and white-box, the U-Net beside Swin) and --figure (9 easy, medium and hard
+paper, captions, the text that the U-Net reads, ceiling, references by the probe, readouts, ridge regression
+on frozen features, white-box, the U-Net beside Swin, crossed, two generators and their pictures, budget, the
+error by cause, and denoised, targets without the wording) and --figure (9 easy, medium and hard
 pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
 results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply
 to every run, e.g. --epochs.
@@ -115,7 +116,8 @@ def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
     folder = args.folder or Path("runs") / f"tables-{name}{kind}"
     device = weights.resolve_device(args.device)
     jobs = args.jobs or (2 if device == "cpu" and cores() > 1 else 1)
-    return Plan(args.data, sources, seeds, folder, jobs, device, options, command, args.drawbench)
+    paths = args.drawbench, args.second
+    return Plan(args.data, sources, seeds, folder, jobs, device, options, command, *paths)
 
 
 def results_of(args: argparse.Namespace) -> Path:
@@ -137,14 +139,20 @@ def exhibits_of(args: argparse.Namespace, plan: Plan, results: Path) -> dict[tup
             raise data.DataError("--votes: needs --table 5")
         exhibits["table", 5] = voted(args.votes, results / KEY)
     needs_probe = [key for key, exhibit in exhibits.items() if exhibit.needs_probe]
+    lacking = {}  # why a table cannot be made
     if needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
-        if args.table != "all":
-            raise data.DataError(
-                f"--table {needs_probe[0][1]}: the probe can judge only the embedded mini scenes; remove "
-                "--data and --weights, or give people's votes for table 5 (--vote, --votes)"
-            )
-        exhibits = {key: exhibit for key, exhibit in exhibits.items() if key not in needs_probe}
-    return exhibits
+        reason = (
+            "the probe can judge only the embedded mini scenes; remove --data and --weights, or give people's "
+            "votes for table 5 (--vote, --votes)"
+        )
+        lacking = dict.fromkeys(needs_probe, reason)
+    if not plan.second:
+        reason = "needs the folder of a second generator; give --second FOLDER"
+        lacking |= {key: reason for key, exhibit in exhibits.items() if exhibit.needs_second}
+    if lacking and args.table != "all":
+        (_, name), reason = next(iter(lacking.items()))
+        raise data.DataError(f"--table {name}: {reason}")
+    return {key: exhibit for key, exhibit in exhibits.items() if key not in lacking}
 
 
 def make(args: argparse.Namespace, flags: list[str], command: str) -> None:
@@ -154,6 +162,9 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> None:
     exhibits = exhibits_of(args, plan, results)
     if plan.drawbench:
         read_drawbench(plan.drawbench)
+    for exhibit in exhibits.values():
+        if exhibit.before:
+            exhibit.before(plan)
     failed = train_missing(plan, [run for exhibit in exhibits.values() for run in exhibit.runs])
     for (kind, number), exhibit in exhibits.items():
         if missing := [run for run, _ in failed if run in with_phase_1(exhibit.runs)]:
@@ -216,6 +227,13 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         metavar="CSV",
         help="DrawBench's prompts for table 6 (default: those of mini/drawbench.py)",
+    )
+    parser.add_argument(
+        "--second",
+        type=Path,
+        metavar="FOLDER",
+        help="a second generator and its pictures for table crossed, FOLDER/sd-mini and FOLDER/generated, as "
+        "mini/pretrain.py describes",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     making = any(flag.split("=")[0] in ("--table", "--figure", "--vote", "--votes") for flag in argv)

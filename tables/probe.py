@@ -1,9 +1,9 @@
-"""An estimate of the best cosine that any model could reach on the embedded pictures, by the probe.
+"""References for the readers' cosines on the embedded pictures, by the probe. None of them is an upper bound.
 
 The probe (mini/naming.py) is a classifier that was trained on drawings and names the things in a picture. Its
 output becomes an embedding in two ways: as new prompts in the words of mini scenes, which are encoded; or by
-ridge regression on its probabilities. A third estimate uses the content of the true prompt and no picture; it
-lacks only the wording.
+ridge regression on its probabilities. A third reference uses the content of the true prompt and no picture:
+it lacks the wording, and what a linear map misses of the content.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ import torch
 from torch import Tensor
 
 import data
-import weights
 from mini import naming, scenes
 from tables.methods import Member, Method
 from tables.runs import Plan, RunName
+from tables.wordings import embedded_wordings
 from training.config import EMBEDDED
 from training.inputs import prepare
 from training.metrics import cosines
 
-WORDINGS = 4  # prompts for each view: other synonyms, other forms of sentence
-ALPHAS = [10.0**power for power in range(-2, 4)]
+WORDINGS = 24  # prompts for each view; infinitely many would have a little more (table budget)
+ALPHAS = [10.0**power for power in range(-6, 4)]
+
+
+@cache
+def default_scenes() -> dict[str, scenes.Scene]:
+    """The scene of each prompt of the embedded default data."""
+    indices = scenes.kept_indices(scenes.PARTS * scenes.PER_PART, 0)
+    return {scene.prompt: scene for scene in (scenes.candidate(0, index) for index in indices)}
 
 
 @cache
 def default_views() -> dict[str, scenes.View]:
     """The view that each prompt of the embedded default data describes."""
-    indices = scenes.kept_indices(scenes.PARTS * scenes.PER_PART, 0)
-    return {scene.prompt: scene.said for scene in (scenes.candidate(0, index) for index in indices)}
+    return {prompt: scene.said for prompt, scene in default_scenes().items()}
 
 
 def only_default_prompts(name: str) -> bool:
@@ -95,7 +101,7 @@ class ProbeMethod(Method):
             raise data.DataError(f"--data {plan.data}: the probe can judge only the embedded default data")
         if self.kind == "encoded":
             views_seen = [view_of(row) for row in readings(pairs, splits["test"])]
-            return encoded(views_seen, seed, plan.device), {}
+            return embedded_wordings(views_seen, WORDINGS, plan.device).mean(axis=1), {}
         if self.kind == "prompt":
             labels = naming.targets([views[prompt] for prompt in pairs.prompts], naming.named_labels).float()
         else:
@@ -114,11 +120,3 @@ def readings(pairs: data.Pairs, rows: Sequence[int]) -> Tensor:
     probe = naming.load_probe(naming.FOLDER)
     images = np.stack([np.asarray(pairs.image(i).convert("RGB")).transpose(2, 0, 1) for i in rows])
     return naming.name_pictures(probe, images)
-
-
-def encoded(views: Sequence[scenes.View], seed: int, device: str) -> np.ndarray:
-    """The mean embedding (n, E) of WORDINGS prompts for each view."""
-    rng = np.random.default_rng(seed)
-    prompts = [scenes.say(scenes.choose_words(view, rng), rng) for view in views for _ in range(WORDINGS)]
-    rows = weights.load("minilm", device=device).encode(prompts).cpu().numpy()
-    return rows.reshape(len(views), WORDINGS, -1).mean(axis=1)

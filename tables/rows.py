@@ -349,20 +349,22 @@ def white_box_table() -> Table:
 
 def ceiling_table() -> Table:
     unet, runs = "U-Net, MLC", one_run("unet", "mlc")
-    encoded, ridge = "the probe's reading, encoded", "the probe's reading, ridge regression"
+    encoded, ridge = "the probe's reading in words", "the probe's reading, ridge regression"
     return Table(
-        "The best achievable cosine, estimated by the probe",
+        "References beside the U-Net: the probe's reading, and the prompt's content without its wording",
         (
             Row(unet, runs),
             Row(encoded, runs, None, (unet,), ProbeMethod("encoded")),
             Row(ridge, runs, None, (unet,), ProbeMethod("ridge")),
-            Row("what the prompt says, ridge regression", runs, None, (unet,), ProbeMethod("prompt")),
+            Row("the prompt's content, ridge regression", runs, None, (unet,), ProbeMethod("prompt")),
         ),
         (
-            "The probe is a classifier of the things in a picture, trained on drawings. Encoded: its output "
-            "is worded as four prompts, whose embeddings are averaged. Ridge regression: from its "
-            "probabilities to the embedding, fitted on the training pairs. The last row uses the content of "
-            "the true prompt and no picture; it lacks only the wording.",
+            "The probe is a classifier of the things in a picture, trained on drawings. In words: its output "
+            "is worded as 24 prompts, whose embeddings are averaged; table budget has the limit of more. "
+            "Ridge regression: from its probabilities to the embedding, fitted on the training pairs. The "
+            "last row uses the content of the true prompt and no picture; it lacks the wording, and what a "
+            "linear map misses of the content.",
+            "No row is an upper bound: the probe misreads pictures, and a reader may exceed it.",
         ),
         needs_probe=True,
     )

@@ -32,7 +32,8 @@ SOURCES = {
     "paper": {name: b.paper for name, b in BACKBONES.items()} | {"blip": "blip-base"},
 }
 MODELS = {name: b.title for name, b in BACKBONES.items()}  # in the paper's order
-# Fields of TrainConfig by the name of a recipe.
+# Fields of TrainConfig by the name of a recipe. {second}: the folder of eval.py --second; {runs}: that of
+# the runs.
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {"heads": 0},
     "head-1": {"heads": 1},
@@ -46,7 +47,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cbs": {"heads": 0, "curriculum": "cbs"},
     "captions-empty": {"heads": 3, "captions": "empty"},
     "captions-prompt": {"heads": 3, "captions": "prompt"},
-}
+    "second": {"heads": 3, "captions": "empty", "weights": "{second}/sd-mini"},
+    "mlc-on-second": {"heads": 3, "data": "{second}/generated"},
+    "captions-empty-on-second": {"heads": 3, "captions": "empty", "data": "{second}/generated"},
+    "second-on-second": {
+        "heads": 3, "captions": "empty", "weights": "{second}/sd-mini", "data": "{second}/generated",
+    },
+    "mlc-paraphrases": {"heads": 3, "target_texts": "{runs}/paraphrases.jsonl"},
+    "mlc-same-subject": {"heads": 3, "target_texts": "{runs}/same-subject.jsonl"},
+}  # fmt: skip
 # Chosen on validation: results/table-sweep.json.
 TUNED: dict[str, dict[str, Any]] = {
     "cl": {"chunks": "thirds"},
@@ -98,7 +107,8 @@ RECORDING = {RunName(backbone, "mlc") for backbone in MODELS} | {RunName("vit", 
 @dataclass(frozen=True)
 class Plan:
     """The settings of one call of eval.py. `options`: fields of TrainConfig for every run that they apply to;
-    `drawbench`: the file of DrawBench's prompts, or None for those of mini/drawbench.py."""
+    `drawbench`: the file of DrawBench's prompts, or None for those of mini/drawbench.py; `second`: the folder
+    of a second generator (mini/pretrain.py)."""
 
     data: str
     sources: dict[str, str]
@@ -109,13 +119,16 @@ class Plan:
     options: dict[str, Any]
     command: str = ""
     drawbench: Path | None = None
+    second: Path | None = None
 
     def run_folder(self, run: RunName, seed: int) -> Path:
         return self.folder / run.folder(seed)
 
     def fields(self, run: RunName, seed: int) -> dict[str, Any]:
         """The fields of TrainConfig that define a run."""
-        recipe = RECIPES[run.recipe]
+        recipe = dict(RECIPES[run.recipe])
+        for name in recipe.keys() & {"data", "weights", "target_texts"}:
+            recipe[name] = recipe[name].format(second=self.second, runs=self.folder)
         owners = (run.backbone, recipe.get("curriculum"))
         foreign = {name for owner, names in OPTIONS_OF.items() if owner not in owners for name in names}
         fields = {name: value for name, value in self.options.items() if name not in foreign}
@@ -229,7 +242,8 @@ def train_missing(plan: Plan, runs: Iterable[RunName]) -> set[tuple[RunName, int
         return set()
     plan.folder.mkdir(parents=True, exist_ok=True)
     configs = [plan.config(run, seed) for run, seed in waiting]
-    for config in {(config.backbone, config.captions): config for config in configs}.values():
+    by_cache = {(c.backbone, c.captions, c.weights, c.data, c.target_texts): c for c in configs}
+    for config in by_cache.values():
         prepare(config, plan.device)  # fills the caches once
     counts = f"{len(waiting)} of {len(wanted)} are missing"
     log.info("trainings: %s; %d at once, logs in %s", counts, plan.jobs, plan.folder)

@@ -13,6 +13,7 @@ from tables import generation, methods, probe
 from tables.generation import Request, prompt_sets
 from tables.runs import RECORDING, SOURCES, Plan, RunName
 
+ALWAYS = {"runs": (), "needs_probe": False, "needs_second": False, "before": None}
 CPU = ["--table", "2", "--device", "cpu"]
 
 
@@ -32,7 +33,7 @@ CPU = ["--table", "2", "--device", "cpu"]
 )  # fmt: skip
 def test_the_plan_that_flags_make(flags, cores, results, expected, monkeypatch: pytest.MonkeyPatch):
     written = []
-    made = SimpleNamespace(runs=(), needs_probe=False, write=lambda *where: written.append(where))
+    made = SimpleNamespace(**ALWAYS, write=lambda *where: written.append(where))
     monkeypatch.setattr(eval, "selected", lambda flag, kind: {(kind, 2): made})
     monkeypatch.setattr(eval, "train_missing", lambda plan, runs: [])
     monkeypatch.setattr(eval, "cores", lambda: cores)
@@ -41,6 +42,7 @@ def test_the_plan_that_flags_make(flags, cores, results, expected, monkeypatch: 
     default = {
         "data": "mini", "sources": SOURCES["mini"], "seeds": (0, 1, 2), "folder": Path("runs/tables-mini"),
         "jobs": 2, "device": "cpu", "options": {}, "drawbench": None,
+        "second": None,
     }  # fmt: skip
     command = " ".join(["python eval.py", *CPU, *flags])
     assert vars(plan) == default | expected | {"command": command}
@@ -51,9 +53,7 @@ def test_tables_and_figures_are_made_by_one_call(monkeypatch: pytest.MonkeyPatch
     written = []
     for exhibits in eval.EXHIBITS.values():
         for number in exhibits:
-            made = SimpleNamespace(
-                runs=(), needs_probe=False, write=lambda plan, where, *which: written.append(which)
-            )
+            made = SimpleNamespace(**ALWAYS, write=lambda plan, where, *which: written.append(which))
             monkeypatch.setitem(exhibits, number, made)
     monkeypatch.setattr(eval, "train_missing", lambda plan, runs: [])
     assert eval.main(["--table", "2,7", "--figure", "9", "--device", "cpu"]) == 0

@@ -230,6 +230,7 @@ def test_captions_are_what_the_row_says(make):
 
 
 def test_the_ceiling_is_what_the_probe_reads(make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probe, "WORDINGS", 4)
     folder = make("--table", "ceiling", "--seeds", "0", *QUICK)
     rows = {row["name"]: row["cosine"] for row in read(folder, "table-ceiling")["rows"]}
     mean, _, encoded, ridge, told = rows.values()
@@ -529,7 +530,7 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     [
         (["--table", ""], "choose from 1, 2"),
         (["--figure", ""], "choose from 9, 11, all"),
-        (["--table", "3"], "10, 11, captions, ceiling, noise, readouts, shift, white-box, all"),
+        (["--table", "3"], "choose from 1, 2, 5, 6, 7, 8, 9, 10, 11, budget, captions"),
         (["--table", "2,x"], "--table x"),
         (["--figure", "5"], "--figure 5"),
         (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),

@@ -27,7 +27,7 @@ RENAMED = {
     "difficulty_weights": "epoch_weights",
 }
 # Fields that older config.json files lack.
-ADDED = {"unet_features", "head_start", "head_lr", "order", "recipe"}
+ADDED = {"unet_features", "head_start", "head_lr", "order", "recipe", "target_texts"}
 GROUPS = {
     "data": "image-prompt pairs, their cleaning and splits",
     "model": "backbone, weights and heads",
@@ -71,6 +71,11 @@ class TrainConfig:
     )
     seed: int = option(
         "data", 0, "random seed for split, head initialisation and sample order", least=0, most=2**63 - 1
+    )
+    target_texts: str | None = option(
+        "data", None, "train on other targets: a file of JSON lines {\"prompt\": \"...\", \"texts\": "
+        "[\"...\", ...]}; a training prompt's target is the mean embedding of its texts, e.g. paraphrases. "
+        "Validation, test and the vocabulary keep the prompt (default: the prompt's own embedding)"
     )
     # -- model
     backbone: str = option(
@@ -282,7 +287,7 @@ SD_MINI_DEFAULTS = {"image_size": 64, "captions": "blip-mini", "unet_features": 
 PAPER_RECIPE = {name: PAPER_DEFAULTS[name] for name in ("epochs", "head_start", "unet_features")}
 PAPER_RECIPE |= {"head_lr": None, "layer_decay": 1.0}
 SOURCE_DEFAULTS = {source: MINI_DEFAULTS | chosen for source, chosen in CHOSEN.items()}
-SOURCE_DEFAULTS["sd-mini"] |= SD_MINI_DEFAULTS
+SOURCE_DEFAULTS["sd-mini"] |= SD_MINI_DEFAULTS  # also of a folder of this name
 WHITE_BOX = ("image_size", "captions", "unet_features")  # options of the U-Net alone
 
 
@@ -298,7 +303,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
             raise data.DataError("--image-size: the weights of a black box set the size; leave it out")
         if config.unet_features:
             raise data.DataError("--unet-features: only --backbone unet has it; leave it out")
-    defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(source, MINI_DEFAULTS if source.endswith("-mini") else {})
+    name = Path(source).name
+    defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(name, MINI_DEFAULTS if name.endswith("-mini") else {})
     if config.recipe == "paper":
         defaults |= PAPER_RECIPE
     if not backbone.white_box:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import data
 import weights
 from backbones import BACKBONES, SDReader, as_backbone, captioner_of
-from files import exclusive
+from files import exclusive, records
 from reverse_sd import EMBEDDING_WIDTH, Vocabulary
+from schema import TEXT, checked, many
 from training.cache import (
     Encoder,
     ImageRows,
@@ -71,7 +74,7 @@ class Prepared:
     targets: Distinct  # (n, 384) float32, unit rows
     inputs: tuple[np.ndarray | Distinct | Images, ...]  # of the backbone's forward, see `prepare`
     preprocessing: data.Preprocessing
-    fingerprint: str  # of the prompts and their split
+    fingerprint: str  # of the prompts and their split, and of --target-texts
 
 
 def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
@@ -95,6 +98,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     preprocessing = preprocessing_of(config)
     path = pairs_folder(config.data)
     _, pairs, splits = split_pairs(config, path)
+    texts = read_target_texts(Path(config.target_texts), pairs.prompts) if config.target_texts else None
     targets = prompt_targets(pairs.prompts, device)
     inputs_of = unet_inputs if backbone.white_box else image_inputs
     inputs, readable = inputs_of(config, pairs, preprocessing, device)
@@ -106,6 +110,9 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     digest = hashlib.sha256("\n".join(pairs.prompts).encode())
     for rows in splits.values():
         digest.update(rows.tobytes())
+    if texts:
+        targets = with_rows(targets, splits["train"], mean_targets(texts, device))
+        digest.update("\n".join(texts).encode())
     return Prepared(pairs, splits, targets, inputs, preprocessing, digest.hexdigest())
 
 
@@ -183,6 +190,48 @@ def prompt_targets(prompts: list[str], device: str) -> Distinct:
         lambda texts: minilm().encode(texts),
     )  # fmt: skip
     return Distinct(*cached_texts(weights.cache_dir(), prompts, encoder))
+
+
+def read_target_texts(path: Path, prompts: list[str]) -> list[str]:
+    """The texts of each prompt in the file of --target-texts, as a JSON list; the prompt itself, and one
+    warning with the count, where the file has none. Raises DataError for a line that does not fit, and if no
+    line is for one of the prompts."""
+    texts, fields = {}, {"prompt": TEXT, "texts": many(TEXT, 1)}
+    for number, row in records(path):
+        if isinstance(row, str):
+            raise data.DataError(f"{path}: line {number} {row}; correct it")
+        row = checked(row, fields, f"{path}: line {number}")
+        texts[row["prompt"]] = json.dumps(row["texts"])
+    if missing := sum(prompt not in texts for prompt in prompts):
+        if missing == len(prompts):
+            raise data.DataError(
+                f"{path}: no line is for one of the {missing:,} prompts; give those of --data"
+            )
+        log.warning(
+            "%s: no texts for %d of %d prompts; they stand for themselves", path, missing, len(prompts)
+        )
+    return [texts.get(prompt) or json.dumps([prompt]) for prompt in prompts]
+
+
+def mean_targets(texts: list[str], device: str) -> Distinct:
+    """The mean embedding of each JSON list of texts, as a unit row, (n, 384)."""
+    minilm = functools.cache(lambda: weights.load("minilm", device=device))
+
+    def encode(lists: list[str]) -> Tensor:
+        groups = [json.loads(each) for each in lists]
+        rows = minilm().encode([text for group in groups for text in group])
+        return F.normalize(torch.stack([part.mean(dim=0) for part in rows.split(list(map(len, groups)))]))
+
+    key = {"model": weights.fingerprint("minilm")}
+    encoder = Encoder("target-texts", key, (EMBEDDING_WIDTH,), np.float32, 64, encode)
+    return Distinct(*cached_texts(weights.cache_dir(), texts, encoder))
+
+
+def with_rows(targets: Distinct, rows: np.ndarray, others: Distinct) -> Distinct:
+    """The targets, with those of `others` at these rows."""
+    index = targets.index.copy()
+    index[rows] = len(targets.rows) + others.index[rows]
+    return Distinct(np.concatenate([targets.rows, others.rows]), index)
 
 
 def unet_inputs(

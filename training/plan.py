@@ -300,6 +300,8 @@ def cache_plans(config: TrainConfig, pairs: data.Pairs) -> list[CachePlan]:
         plans.append(CachePlan(name, rows, math.prod(shape) * np.dtype(dtype).itemsize, done))
 
     add("targets", distinct, (EMBEDDING_WIDTH,), np.float32, "minilm", "minilm")
+    if config.target_texts:
+        add("target-texts", distinct, (EMBEDDING_WIDTH,), np.float32, "minilm", "minilm")
     features = dataclasses.replace(config, train_blocks=0)
     if backbone.white_box:
         latents, states = sizes_of(dataclasses.replace(config, train_blocks=None)).inputs

@@ -1,0 +1,101 @@
+"""Two generators and their pictures, crossed: does the white box read well because it made the picture?
+
+Generator A is the embedded sd-mini (--weights) with its pictures (--data); generator B, of another seed, is
+in the folder --second. Each reader is trained on both sets of pictures, which have the same prompts and
+splits. The interaction (A on A - B on A) - (A on B - B on B) is positive if a U-Net reads its own pictures
+better than the other U-Net does. It does not depend on which U-Net is better or which pictures are easier.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+import data
+from tables.cells import MEAN, cell_texts, contrasts_text, frozen_cosines, part, trained_cosines
+from tables.exhibit import Exhibit, bullets, markdown, page, provenance_text
+from tables.runs import Plan, RunName
+from training.inputs import pairs_folder, split_pairs
+
+READERS = {  # backbone, its recipes on the pictures of A and of B
+    "U-Net A": ("unet", "captions-empty", "captions-empty-on-second"),
+    "U-Net B": ("unet", "second", "second-on-second"),
+    "Swin": ("swin", "mlc", "mlc-on-second"),
+    "ViT": ("vit", "mlc", "mlc-on-second"),
+}
+CELLS = {
+    f"{reader} on {pictures}": RunName(backbone, recipe)
+    for reader, (backbone, *recipes) in READERS.items()
+    for pictures, recipe in zip("AB", recipes, strict=True)
+}
+CONTRASTS = {
+    "(U-Net A on A − U-Net B on A) − (U-Net A on B − U-Net B on B)": (
+        ("U-Net A on A", "U-Net B on B"),
+        ("U-Net B on A", "U-Net A on B"),
+    ),
+    "(U-Net A on A − Swin on A) − (U-Net A on B − Swin on B)": (
+        ("U-Net A on A", "Swin on B"),
+        ("Swin on A", "U-Net A on B"),
+    ),
+    "U-Net A on A − Swin on A": (("U-Net A on A",), ("Swin on A",)),
+    "U-Net A on B − Swin on B": (("U-Net A on B",), ("Swin on B",)),
+    "U-Net B on A − Swin on A": (("U-Net B on A",), ("Swin on A",)),
+    "U-Net B on B − Swin on B": (("U-Net B on B",), ("Swin on B",)),
+}
+FROZEN_SEEDS = (0, 1, 2, 3, 4)  # splits of the part without training
+
+
+def require_same_pairs(plan: Plan) -> None:
+    """Raises DataError unless both sets of pictures have the same prompts and the same split."""
+    configs = [plan.config(CELLS[f"Swin on {pictures}"], plan.seeds[0]) for pictures in "AB"]
+    (_, ours, splits), (_, others, their_splits) = (split_pairs(c, pairs_folder(c.data)) for c in configs)
+    same = all(np.array_equal(rows, their_splits[name]) for name, rows in splits.items())
+    if ours.prompts != others.prompts or not same:
+        raise data.DataError(
+            f"{configs[1].data}: its prompts or their split are not those of --data {plan.data}; draw the "
+            "same prompts with both generators: python -m mini.generated"
+        )
+
+
+def compute(plan: Plan) -> dict:
+    trained = part(plan.seeds, CONTRASTS, lambda seed: trained_cosines(plan, CELLS, seed))
+    frozen = part(FROZEN_SEEDS, CONTRASTS, lambda seed: frozen_cosines(plan, CELLS, seed))
+    return trained | {"frozen": frozen}
+
+
+def part_text(part: dict) -> tuple[str, str]:
+    rows = cell_texts(part)
+    cells = [(MEAN, *rows[MEAN], *rows[MEAN])]
+    cells += [(reader, *rows[f"{reader} on A"], *rows[f"{reader} on B"]) for reader in READERS]
+    columns = "reader | pictures of A | 95 % interval over seeds | pictures of B | 95 % interval over seeds"
+    return markdown(columns, cells), contrasts_text(part)
+
+
+def text(result: dict) -> str:
+    frozen = result["frozen"]
+    notes = (
+        "A is the embedded sd-mini, B an autoencoder and a U-Net of another seed with A's text tower. Both "
+        "drew the same prompts; the splits are the same. Swin and ViT are the embedded miniatures. A U-Net "
+        "reads through its own autoencoder, with the empty text, so that no captioner takes part.",
+        "The first contrast is the claim: it is positive if a U-Net reads its own pictures better than the "
+        "other U-Net reads them. Half of it is the mean advantage of the U-Net that made the picture. The "
+        "second contrast takes Swin in place of U-Net B. The others are shown for reference, without "
+        "correction for their number.",
+        "Student's intervals and tests over seeds; each seed has its own split. Bootstrap over the test "
+        "pairs of all seeds, which does not cover chance in training. One pair of generators: chance in "
+        "their training is not covered either.",
+        f"Frozen features: no network is trained; seeds {', '.join(map(str, frozen['seeds']))}.",
+    )
+    frozen_title = "## Ridge regression on frozen features"
+    return page(
+        "Two generators and their pictures, crossed",
+        provenance_text(result),
+        *part_text(result),
+        frozen_title,
+        *part_text(frozen),
+        bullets(notes),
+    )
+
+
+CROSSED = {
+    "crossed": Exhibit(tuple(CELLS.values()), compute, text, needs_second=True, before=require_same_pairs)
+}
