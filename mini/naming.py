@@ -127,9 +127,9 @@ def reconstructed(images: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def name_pictures(model: Namer, images: np.ndarray) -> Tensor:
-    """Probabilities (n, labels) of uint8 pictures (n, 3, 64, 64)."""
-    rows = torch.arange(len(images))
-    return torch.cat([model(batch_of(images, part)).sigmoid() for part in rows.split(256)])
+    """Probabilities (n, labels), on the CPU, of uint8 pictures (n, 3, 64, 64)."""
+    rows = torch.arange(len(images), device=model.head.weight.device)
+    return torch.cat([model(batch_of(images, part)).sigmoid() for part in rows.split(256)]).cpu()
 
 
 def shown_labels(probabilities: Tensor, view: scenes.View) -> dict[tuple[str, str], bool]:
