@@ -11,6 +11,7 @@ pictures with those of the original U-Net.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -41,15 +42,17 @@ from models.unet import UNet
 from reverse_sd import Regressor, Vocabulary, cosine_loss, joint_loss, vocabulary_loss
 from tables.exhibit import Exhibit, bullets, interval, markdown, p_text, page, provenance_text, short
 from tables.generation import (
+    ALL_HEARD,
     RUN,
     SWAP_AFTER,
     Request,
     drawing_settings,
     kept_pictures,
+    labels_shown,
     open_pipeline,
     predicted,
     prompt_sets,
-    words_shown,
+    slot_shares,
 )
 from tables.readouts import fitted
 from tables.runs import Plan, cores
@@ -64,7 +67,8 @@ RATES = (1e-3, 1e-4)  # train.py's for sd-mini, and a lower one
 NOISE_WEIGHT = 1.0  # mu
 CHUNK = 256
 JUDGES = {
-    "probe": "The share of the things in the prompt that the probe finds. It had no part in training.",
+    "probe": f"The share of the things in the prompt, {ALL_HEARD}, that the probe finds. It had no part in "
+    "training.",
     "reader": "The cosine between the prompt's embedding and that predicted by {run} of the next seed, which "
     "was trained on pictures of the original U-Net: any change of the pictures costs cosine.",
     "CLIP": "The cosine of picture and prompt by clip-mini. Its image half had no part in training; its text "
@@ -90,23 +94,6 @@ class Arm:
     drawn: bool = False
     lr: float = RATES[0]
 
-    @property
-    def title(self) -> str:
-        return f"{self.name}, rate {self.lr:g}"
-
-    def folder(self, plan: Plan, seed: int) -> Path:
-        return plan.folder / f"swap-{self.name.replace(' + ', '-').replace(' ', '-')}-{self.lr:g}-seed{seed}"
-
-
-def arms_of(lr: float) -> tuple[Arm, ...]:
-    return (
-        Arm("reading", True, False, lr=lr),
-        Arm("noise", False, True, lr=lr),
-        Arm("reading + noise", True, True, lr=lr),
-        Arm("noisy reading", True, False, True, lr),
-        Arm("noisy reading + noise", True, True, True, lr),
-    )
-
 
 @dataclass(frozen=True)
 class Condition:
@@ -129,7 +116,18 @@ class Condition:
 
 
 ORIGINAL = Condition("original", share=0.0)
-ARMS = tuple(Condition(arm.title, arm=arm) for lr in RATES for arm in arms_of(lr))
+LOSSES = {  # reading, noise, drawn
+    "reading": (True, False, False),
+    "noise": (False, True, False),
+    "reading + noise": (True, True, False),
+    "noisy reading": (True, False, True),
+    "noisy reading + noise": (True, True, True),
+}
+ARMS = tuple(
+    Condition(f"{name}, rate {lr:g}", arm=Arm(name, *terms, lr))
+    for lr in RATES
+    for name, terms in LOSSES.items()
+)
 PARTS = tuple(Condition(f"{share:g} of the run's change", share) for share in SHARES)
 RANDOM = tuple(Condition(f"random, {share:g} of its size", share, random=True) for share in RANDOM_SHARES)
 FROM_START = Condition("the run's change, from step 0", after=0)
@@ -317,21 +315,21 @@ def features_of(
     return np.concatenate(parts)
 
 
-def material(plan: Plan, seed: int) -> tuple[TrainConfig, Prepared, Distinct]:
-    """The configuration of a seed's trainings, their pairs, the states of their prompts and the empty one."""
-    config = plan.config(RUN, seed)
-    prepared = prepare(config, plan.device)
-    sd, autocast = SDReader(config.weights, None, plan.device), encoder_autocast(config, plan.device)
-    return config, prepared, text_states(sd, [*prepared.pairs.prompts, ""], autocast)
+@functools.lru_cache(maxsize=8)
+def material(config: TrainConfig, device: str) -> tuple[Prepared, Distinct]:
+    """The pairs of a configuration, and the states of all their prompts and the empty one."""
+    prepared = prepare(config, device)
+    sd, autocast = SDReader(config.weights, None, device), encoder_autocast(config, device)
+    return prepared, text_states(sd, [*prepared.pairs.prompts, ""], autocast)
 
 
 def train_arm(plan: Plan, arm: Arm, unet: UNet, seed: int) -> UNet:
     """The U-Net of a training, which is resumed or made if missing."""
-    config, prepared, prompts = material(plan, seed)
-    folder = arm.folder(plan, seed)
+    config, name = plan.config(RUN, seed), arm.name.replace(" + ", "-").replace(" ", "-")
+    folder = plan.folder / f"swap-{name}-{arm.lr:g}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder, f"{folder}: another process trains it; waiting for it"):
-        trainer = EncoderTrainer(folder, unet, arm, config, prepared, prompts, plan.device)
+        trainer = EncoderTrainer(folder, unet, arm, config, *material(config, plan.device), plan.device)
         trainer.fit()
     return trainer.unet
 
@@ -380,10 +378,10 @@ def measure(
     """
     pipeline = open_pipeline(plan)
     unet = condition.unet(plan, pipeline, seed)
-    config, prepared, prompts = material(plan, seed)
-    solution, test = fitted(
-        features_of(UNetFeatures(unet, config.unet_features), prepared, plan.device), prepared, plan.device
-    )
+    config = plan.config(RUN, seed)
+    prepared, prompts = material(config, plan.device)
+    features = features_of(UNetFeatures(unet, config.unet_features), prepared, plan.device)
+    solution, test = fitted(features, prepared, plan.device)
     result = {
         "change": relative_change(pipeline.unet, unet),
         "val": max(cosine for _, cosine in solution.tried),
@@ -402,17 +400,13 @@ def measure(
     for name, requests in sets.items():
         texts = [request.prompt for request in requests]
         pictures = kept_pictures(plan, pipeline, texts, range(len(texts)), swap, unet_at if swap else None)
-        judged = {"probe": words_shown(pictures, requests, plan.device)}
+        judged = {"probe": slot_shares(labels_shown(pictures, requests, plan.device))[ALL_HEARD]}
         if reader is not None:
             targets = minilm.encode(texts).cpu().numpy()
             judged["reader"] = cosines(predicted(plan, reader, pictures), targets)
         judged["CLIP"] = clip_cosines(pictures, texts, plan.device)
-        result[name] = {judge: float(values.mean()) for judge, values in judged.items()}
+        result[name] = {judge: float(np.mean(values)) for judge, values in judged.items()}
     return result
-
-
-def start_process(threads: int) -> None:
-    torch.set_num_threads(threads)
 
 
 def measure_and_end(*task: object) -> dict:
@@ -427,11 +421,11 @@ def measured(plan: Plan, tasks: Sequence[tuple]) -> list[dict]:
     """`measure` of each task, in `plan.jobs` processes."""
     if plan.jobs == 1:
         return [measure(plan, *task) for task in tasks]
-    os.environ |= {"TQDM_DISABLE": "1"}  # in these processes
     context, threads = multiprocessing.get_context("spawn"), max(1, cores() // plan.jobs)
+    os.environ["TQDM_DISABLE"] = "1"  # in these processes; this one has read it already
     with (
-        ProcessPoolExecutor(plan.jobs, context, start_process, (threads,)) as pool,
-        tqdm(total=len(tasks), desc="U-Nets", disable=False) as bar,
+        ProcessPoolExecutor(plan.jobs, context, set_threads, (threads,)) as pool,
+        tqdm(total=len(tasks), desc="U-Nets", unit="U-Net") as bar,
     ):
         futures = [pool.submit(measure_and_end, plan, *task) for task in tasks]
         for future in futures:
@@ -441,7 +435,12 @@ def measured(plan: Plan, tasks: Sequence[tuple]) -> list[dict]:
         except BrokenProcessPool as error:
             raise data.DataError("--jobs: a process was ended, for lack of memory?; give fewer") from error
         finally:
+            del os.environ["TQDM_DISABLE"]
             pool.shutdown(cancel_futures=True)
+
+
+def set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
 
 
 # ============================================================================================================
@@ -454,7 +453,7 @@ def compute(plan: Plan) -> dict:
     others = dict(zip(plan.seeds, (*plan.seeds[1:], plan.seeds[0]), strict=True))
     sets = {seed: prompt_sets(plan, seed) for seed in plan.seeds}
     for seed in plan.seeds:
-        material(plan, seed)  # fills the caches once
+        material(plan.config(RUN, seed), plan.device)  # fills the caches once
     longest_first = sorted(CONDITIONS, key=lambda c: bool(c.arm and c.arm.noise), reverse=True)
     tasks = [
         (condition, seed, others[seed] if others[seed] != seed else None, sets[seed])
@@ -543,8 +542,8 @@ def text(result: dict) -> str:
         "run changed it.",
         f"New trainings ({samples}, the last weights): reading is equation (4) of clean latents at timestep "
         "0; noisy reading that of noisy latents at timesteps drawn evenly; noise the error of the noise "
-        "predicted through the frozen decoder half, a tenth with the empty prompt; + noise adds "
-        f"{result['noise_weight']:g} times that error.",
+        "predicted through the frozen decoder half, a tenth with the empty prompt; + noise the sum of both "
+        f"(mu = {result['noise_weight']:g}). The latents are posterior means.",
         "Rows with a minus sign compare two conditions, of which the second is the control of the first. "
         "Holm's method corrects for the rows against the original and, apart, for those with a minus sign.",
     ]

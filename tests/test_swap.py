@@ -17,7 +17,7 @@ from training.config import TrainConfig, resolve
 from training.inputs import Distinct, Prepared
 
 TINY = UNetConfig(
-    in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
+    in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, channel_mult=(1, 1),
     attention_levels=(0,), num_heads=2, num_head_channels=None, context_dim=8,
     use_linear_in_transformer=False,
 )  # fmt: skip
