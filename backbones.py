@@ -54,8 +54,10 @@ class UNetFeatures(nn.Module):
         self.unet, self.features, self.timestep = unet, features, timestep
         self.width = unet.width if features == "middle" else 2 * (sum(unet.skip_widths) + unet.width)
 
-    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
-        timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
+    def forward(self, latents: Tensor, context: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Features (B, width); `timesteps` (B,) replace the one of all samples."""
+        if timesteps is None:
+            timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
         if self.features == "middle":
             middle = self.unet.encode(latents, timesteps, context)  # (B, D, h/8, w/8)
             return middle.amax(dim=(2, 3))  # (B, D)

@@ -11,7 +11,8 @@ import csv
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import data
 import generate
 import reverse_sd
 import weights
-from files import write_array
 from mini import drawbench, naming, scenes
 from tables.exhibit import (
     COMPARED,
@@ -34,6 +34,7 @@ from tables.exhibit import (
     p_text,
     page,
     provenance_text,
+    short,
 )
 from tables.probe import default_views
 from tables.runs import Plan, RunName
@@ -46,7 +47,8 @@ STEPS, GUIDANCE, SWAP_AFTER = 50, 7.5, 1  # the paper states only the last; the 
 MINI_PROMPTS, PROMPTS = 200, 2500  # test prompts with the miniature, and the paper's number
 VOTES = 100  # pairs of table 5
 NOISE_PROMPTS, NOISE_SEEDS = 100, 10  # section 4.7
-BATCH = 40
+BATCH, MINI_CUDA_BATCH = 40, 256  # pictures at a time; the larger for sd-mini's on a GPU
+DEAF = ("material", "relation")  # the probe finds few of those that drawings show (results/generated.md)
 PAPER = {"DrawBench": (0.4594, 0.5067), "test prompts": (0.6417, 0.6443)}
 PAPER_VOTES = ((52, 30, 18), (36, 10, 54), (31, 5, 64))
 TABLE_6_COLUMNS = (
@@ -97,31 +99,59 @@ def read_drawbench(path: Path) -> list[str]:
     return prompts
 
 
-def drawn(
-    plan: Plan, pipeline: generate.Pipeline, prompts: Sequence[str], seeds: Sequence[int], run: int | None
-) -> np.ndarray:
-    """Pictures uint8 (n, H, W, 3) by the original U-Net or, after the first step, by the run of seed `run`.
+def batch_size(plan: Plan) -> int:
+    mini_on_cuda = plan.device.startswith("cuda") and plan.sources["unet"] == "sd-mini"
+    return MINI_CUDA_BATCH if mini_on_cuda else BATCH
 
-    Cached in the runs' folder.
-    """
+
+def kept_pictures(
+    plan: Plan,
+    pipeline: generate.Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    swap: Sequence[object] = (),
+    unet_at: Callable[[], Callable[[int], generate.UNet]] | None = None,
+) -> np.ndarray:
+    """Pictures uint8 (n, H, W, 3), cached in the runs' folder, by the U-Nets `unet_at()` of each step, or by
+    the original one alone. `swap` identifies these U-Nets."""
     source = plan.sources["unet"]
     side, _ = generate.trained_as(source)
     key = [weights.fingerprint(kind, source) for kind in ("unet", "vae", "clip-text")]
-    key += [list(prompts), list(seeds), STEPS, GUIDANCE, side]
-    unet_at = None
-    if run is not None:
-        folder = plan.run_folder(RUN, run)
-        key += [hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), SWAP_AFTER]
+    key += [list(prompts), list(seeds), STEPS, GUIDANCE, side, *swap]
     path = plan.folder / "kept" / f"drawn-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
     if path.exists():
-        return np.load(path, allow_pickle=False)
-    if run is not None:
-        trained = generate.swapped_by_run(pipeline.unet, folder, source)
-        unet_at = generate.after(SWAP_AFTER, pipeline.unet, trained)
-    options = {"steps": STEPS, "guidance": GUIDANCE, "unet_at": unet_at}
-    pictures = pipeline.draw(prompts, seeds, (side, side), BATCH, **options).numpy()
-    write_array(path, pictures)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    options = {"steps": STEPS, "guidance": GUIDANCE, "unet_at": unet_at() if unet_at else None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, batch = path.with_name(f".{path.name}.{os.getpid()}.tmp"), batch_size(plan)
+    try:
+        shape = (len(prompts), side, side, 3)
+        pictures = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        for start in range(0, len(prompts), 10 * batch):  # only these are in memory
+            some = slice(start, start + 10 * batch)
+            drawn = pipeline.draw(prompts[some], seeds[some], (side, side), batch, **options)
+            pictures[some] = drawn.numpy()
+        pictures.flush()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return pictures
+
+
+def drawn(
+    plan: Plan, pipeline: generate.Pipeline, prompts: Sequence[str], seeds: Sequence[int], run: int | None
+) -> np.ndarray:
+    """`kept_pictures` by the original U-Net or, after the first step, by the run of seed `run`."""
+    if run is None:
+        return kept_pictures(plan, pipeline, prompts, seeds)
+    folder = plan.run_folder(RUN, run)
+    swap = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), SWAP_AFTER
+
+    def unet_at() -> Callable[[int], generate.UNet]:
+        trained = generate.swapped_by_run(pipeline.unet, folder, plan.sources["unet"])
+        return generate.after(SWAP_AFTER, pipeline.unet, trained)
+
+    return kept_pictures(plan, pipeline, prompts, seeds, swap, unet_at)
 
 
 def drawn_by_both(
@@ -137,16 +167,23 @@ def predicted(plan: Plan, seed: int, pictures: np.ndarray) -> np.ndarray:
     """The embeddings (n, E) that the run of a seed predicts from pictures, unit rows."""
     run = reverse_sd.load_run(plan.run_folder(RUN, seed), plan.device)
     predict_images = reverse_sd.image_predictor(run, plan.device)
-    parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+    size = batch_size(plan)
+    parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
     return np.concatenate([predict_images([Image.fromarray(x) for x in part])[0] for part in parts])
 
 
-def words_shown(pictures: np.ndarray, requests: Sequence[Request]) -> np.ndarray:
-    """The share of the things in each prompt that the probe finds in its picture, (n,)."""
-    probe = naming.load_probe(naming.FOLDER)
+def labels_shown(
+    pictures: np.ndarray, requests: Sequence[Request], device: str = "cpu"
+) -> list[dict[tuple[str, str], bool]]:
+    """For each picture: whether the probe finds each thing in its prompt, by slot and key."""
+    probe = naming.load_probe(naming.FOLDER).to(device)
     rows = naming.name_pictures(probe, np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
-    shown = [naming.shown_labels(row, request.view) for row, request in zip(rows, requests, strict=True)]
-    return np.array([np.mean(list(of.values())) for of in shown])
+    return [naming.shown_labels(row, request.view) for row, request in zip(rows, requests, strict=True)]
+
+
+def words_shown(pictures: np.ndarray, requests: Sequence[Request], device: str = "cpu") -> np.ndarray:
+    """The share of the things in each prompt that the probe finds in its picture, (n,)."""
+    return np.array([np.mean(list(of.values())) for of in labels_shown(pictures, requests, device)])
 
 
 def open_pipeline(plan: Plan) -> generate.Pipeline:
@@ -211,12 +248,15 @@ def compute_table_5(plan: Plan) -> dict:
     """The share of its prompt that the probe finds in a picture, for VOTES test prompts of each seed."""
     pipeline = open_pipeline(plan)
     shares: dict[str, list[np.ndarray]] = {"original": [], "trained": []}
+    by_slot: dict[str, list[dict[str, list[float]]]] = {"original": [], "trained": []}
     for seed in plan.seeds:
         requests = [request for request in prompt_sets(plan, seed)["test prompts"] if request.view][:VOTES]
         if not requests:
             raise data.DataError("--table 5: the probe can judge only mini scenes")
         for unet, pictures in drawn_by_both(plan, pipeline, requests, seed).items():
-            shares[unet].append(words_shown(pictures, requests))
+            found = labels_shown(pictures, requests, plan.device)
+            shares[unet].append(np.array([np.mean(list(of.values())) for of in found]))
+            by_slot[unet].append(slot_shares(found))
     votes = [
         [int((a > b).sum()), int((a < b).sum()), int((a == b).sum())]
         for a, b in zip(shares["trained"], shares["original"], strict=True)
@@ -230,8 +270,51 @@ def compute_table_5(plan: Plan) -> dict:
             for unet, of in shares.items()
         },
         "test": paired_test(shares["trained"], shares["original"]),
+        "slots": slot_rows(**by_slot),
         "probe": card["found"],
     }
+
+
+ALL_HEARD = f"all but {' and '.join(DEAF)}"
+
+
+def slot_shares(found: Sequence[dict[tuple[str, str], bool]]) -> dict[str, list[float]]:
+    """The shares found, one a picture, of all things and of all but DEAF; by slot 0 or 1 for each thing."""
+    shares: dict[str, list[float]] = {"all": [], ALL_HEARD: []} | {slot: [] for slot in naming.TABLES}
+    for of in found:
+        heard = [shown for (slot, _), shown in of.items() if slot not in DEAF]
+        shares["all"].append(float(np.mean(list(of.values()))))
+        shares[ALL_HEARD].append(float(np.mean(heard)))
+        for (slot, _), shown in of.items():
+            shares[slot].append(float(shown))
+    return shares
+
+
+def slot_rows(original: Sequence[dict], trained: Sequence[dict]) -> list[dict]:
+    """For each key of `slot_shares`, one a seed in each list: means, and the difference over seeds."""
+    rows = []
+    for slot in original[0]:
+        pairs = [(a[slot], b[slot]) for a, b in zip(original, trained, strict=True) if a[slot]]
+        if pairs:
+            means = np.array([[np.mean(a), np.mean(b)] for a, b in pairs])
+            per_seed = (means[:, 1] - means[:, 0]).tolist()
+            row = {"slot": slot, "n": sum(len(a) for a, _ in pairs), "per_seed": per_seed}
+            row |= dict(zip(("original", "trained"), means.mean(axis=0).tolist(), strict=True))
+            row |= {"difference": float(np.mean(per_seed)), "seeds_95": student_interval(per_seed)}
+            rows.append(row | {"p": seeds_p(per_seed)})
+    return rows
+
+
+def slot_table(rows: Sequence[dict]) -> str:
+    """`slot_rows` as Markdown."""
+    cells = [
+        (row["slot"], row["n"], row["original"], row["trained"], short(row["difference"], True))
+        + (interval(row["seeds_95"], True), p_text(row["p"]))
+        + (", ".join(short(difference, True) for difference in row["per_seed"]),)
+        for row in rows
+    ]
+    columns = "things | number | original | trained | difference | 95 % interval | p | by seed"
+    return markdown(columns, cells)
 
 
 def table_5_text(result: dict) -> str:
@@ -250,12 +333,15 @@ def table_5_text(result: dict) -> str:
         "many of the things in a prompt (subjects, colours, place, ...) it finds in a picture. "
         f"{result['n']} test prompts of each seed, the same noise for both U-Nets. Trained: {result['run']}.",
         markdown(f"choice | {probes} | paper: #1 | #2 | #3", rows),
+        *([slot_table(result["slots"])] if "slots" in result else []),  # older files have none
         bullets(
             (
                 *notes,
                 f"Difference {100 * test['difference']:+.2f} percentage points "
                 f"({100 * limits[0]:+.2f} to {100 * limits[1]:+.2f} over seeds, p {p}); seed by seed "
                 f"{', '.join(f'{100 * d:+.2f}' for d in test['per_seed'])}.",
+                "By kind of thing: the first two rows are means over pictures, the others over things; "
+                "intervals and p are over seeds, p without correction for the number of kinds.",
                 "In drawings that show all of their prompt, the probe finds: "
                 f"{', '.join(f'{slot} {share:.1%}' for slot, share in drawn_shares.items())}.",
             )

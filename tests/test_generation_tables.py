@@ -16,11 +16,12 @@ from test_tables import make, read, trained_here  # noqa: F401  (fixtures)
 
 import data
 import eval
+import generate
 import weights
 from mini import drawbench, naming, scenes
-from tables import generation
+from tables import generation, swap
 from tables.exhibit import Exhibit
-from tables.registry import EXHIBITS
+from tables.registry import EXHIBITS, text_of
 from tables.runs import SOURCES, Plan
 from training.metrics import cosines
 
@@ -103,6 +104,64 @@ def test_table_5_counts_what_the_probe_finds(make: Callable[..., Path], probe: N
         assert result["votes"][i][0] == int((shares[0] > shares[1]).sum())
         assert result["test"]["per_seed"][i] == pytest.approx(float((shares[0] - shares[1]).mean()))
     assert "subject 90.0%" in (folder / "results" / "table-5.md").read_text()
+    rows = {row["slot"]: row for row in result["slots"]}
+    assert rows["all"]["per_seed"] == pytest.approx(result["test"]["per_seed"])
+    asked = [label for seed in (0, 1) for request in generation.prompt_sets(plan, seed)["test prompts"][:5]
+             for label in naming.named_labels(request.view)]  # fmt: skip
+    assert rows["place"]["n"] == sum(slot == "place" for slot, _ in asked)
+
+
+def test_shares_by_kind_leave_out_materials_and_relations_only_in_the_second_total():
+    found = [
+        {("subject", "cat"): True, ("material", "gold"): False},
+        {("subject", "dog"): False, ("subject", "cat"): True, ("relation", "above"): True},
+    ]
+    shares = generation.slot_shares(found)
+    assert shares["all"] == pytest.approx([1 / 2, 2 / 3]) and shares[generation.ALL_HEARD] == [1, 1 / 2]
+    assert shares["subject"] == [1, 0, 1] and shares["relation"] == [1] and shares["place"] == []
+    other = generation.slot_shares([{label: True for label in of} for of in found])
+    rows = {row["slot"]: row for row in generation.slot_rows([shares, shares], [other, shares])}
+    assert rows["subject"]["per_seed"] == pytest.approx([1 / 3, 0]) and rows["subject"]["n"] == 6
+    assert rows["material"]["trained"] == 0.5 and "place" not in rows
+    assert "| subject | 6 | .6667 | .8333 | +.1667 |" in generation.slot_table(list(rows.values()))
+
+
+@pytest.mark.slow
+def test_table_swap_judges_each_unet(make: Callable[..., Path], probe: None, monkeypatch):  # noqa: F811
+    arm = next(condition for condition in swap.ARMS if condition.arm.reading and condition.arm.noise)
+    conditions = (swap.ORIGINAL, swap.PARTS[-1], swap.RANDOM[-1], arm)
+    monkeypatch.setattr(swap, "CONDITIONS", conditions)
+    monkeypatch.setattr(swap, "CONTRASTS", swap.CONTRASTS[-1:])
+    folder = make("--table", "swap", "--seeds", "0,1", *QUICK)
+    result = read(folder, "table-swap")
+    assert list(result["conditions"]) == [condition.title for condition in conditions]
+    original, whole, random, trained = (result["conditions"][condition.title][1] for condition in conditions)
+    assert original["change"] == 0 and random["change"] == pytest.approx(whole["change"], rel=1e-3)
+    assert original["noise"] != random["noise"] and trained["test"] != original["test"]
+
+    plan = plan_of(folder)
+    requests = generation.prompt_sets(plan, 1)["test prompts"]
+    prompts, noise = [request.prompt for request in requests], list(range(6))
+    for of, run in ((original, None), (whole, 1)):
+        pictures = generation.drawn(plan, generation.open_pipeline(plan), prompts, noise, run)
+        judged = of["test prompts"]
+        found = generation.slot_shares(generation.labels_shown(pictures, requests))
+        assert judged["probe"] == pytest.approx(np.mean(found[generation.ALL_HEARD]))
+        targets = weights.load("minilm").encode(prompts).numpy()
+        read_by = cosines(generation.predicted(plan, 0, pictures), targets)
+        assert judged["reader"] == pytest.approx(read_by.mean(), abs=1e-5)
+        assert judged["CLIP"] == pytest.approx(swap.clip_cosines(pictures, prompts, "cpu").mean())
+    (row,) = [row for row in result["rows"] if row["condition"] == arm.title and row["judge"] == "CLIP"
+              and row["prompts"] == "DrawBench"]  # fmt: skip
+    by_seed = [[seed["DrawBench"]["CLIP"] for seed in result["conditions"][title]]
+               for title in (arm.title, "original")]  # fmt: skip
+    assert row["per_seed"] == pytest.approx(np.subtract(*by_seed)) and row["against"] == "original"
+    assert f"| {swap.PARTS[-1].title} − {swap.RANDOM[-1].title} |" in text_of(result)
+
+    monkeypatch.setattr(swap.EncoderTrainer, "train_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(generate.Pipeline, "draw", lambda *_, **__: pytest.fail("drew again"))
+    make("--table", "swap", "--seeds", "0,1", *QUICK)
+    assert read(folder, "table-swap")["rows"] == result["rows"]
 
 
 def test_the_page_for_voters_has_the_pictures_and_the_probes_choices_of_table_5(
@@ -138,9 +197,7 @@ def test_the_noise_study_by_hand(make: Callable[..., Path]):  # noqa: F811
     (entry,) = read(folder, "table-noise")["per_seed"]
     plan = plan_of(folder)
     prompts = [request.prompt for request in generation.prompt_sets(plan, 0)["test prompts"][:3]]
-    pictures = generation.drawn(
-        plan, None, [p for p in prompts for _ in range(4)], [0, 1, 2, 3] * 3, None
-    )
+    pictures = generation.drawn(plan, None, [p for p in prompts for _ in range(4)], [0, 1, 2, 3] * 3, None)
     deviations = []
     for i in range(3):
         rows = generation.predicted(plan, 0, pictures[4 * i : 4 * i + 4]).astype(np.float64)

@@ -240,7 +240,7 @@ def unet_inputs(
     """Latents and caption states of all pairs, or the frozen U-Net's features; readable images as a mask."""
     cache, source = weights.cache_dir(), config.weights
     sd = SDReader(source, captioner_of(config.captions), device)
-    vae, text = weights.config("vae", source), weights.config("clip-text", source)
+    vae = weights.config("vae", source)
     vae_key, text_key = weights.fingerprint("vae", source), weights.fingerprint("clip-text", source)
     autocast, (height, width) = encoder_autocast(config, device), preprocessing.size
     shape = (vae.embed_dim, height // 8, width // 8)
@@ -248,11 +248,7 @@ def unet_inputs(
     encoders = [(preprocessing, latents_encoder), *captions_encoder(sd)]
     (latents, readable), *made = image_caches(cache, pairs, encoders, config.workers, device)
     captions = as_texts(made[0][0]) if made else captions_of(config, pairs)
-    shape = (77, text.hidden_size)
-    states = Encoder("captions", {"model": text_key}, shape, np.float16, 32, sd.states, autocast)
-    contexts = Distinct(*cached_texts(cache, captions, states))
-    if "tokenizer" in sd.networks and (cut := sd.network("tokenizer").truncated):
-        log.warning("captions: %d were cut to 75 tokens, the text tower's limit", cut)
+    contexts = text_states(sd, captions, autocast)
     if config.train_blocks != 0:
         return (latents, contexts), readable
 
@@ -267,6 +263,17 @@ def unet_inputs(
         return [torch.from_numpy(x[rows].astype(np.float32)) for x in (latents, contexts)]
 
     return (cached_rows(cache, pairs, features_encoder(config, device, key, inputs_of)),), readable
+
+
+def text_states(sd: SDReader, texts: list[str], autocast: str) -> Distinct:
+    """The text tower's states of each text, (n, 77, D) float16, cached."""
+    key = {"model": weights.fingerprint("clip-text", sd.source)}
+    shape = (77, weights.config("clip-text", sd.source).hidden_size)
+    states = Encoder("captions", key, shape, np.float16, 32, sd.states, autocast)
+    contexts = Distinct(*cached_texts(weights.cache_dir(), texts, states))
+    if "tokenizer" in sd.networks and (cut := sd.network("tokenizer").truncated):
+        log.warning("captions: %d were cut to 75 tokens, the text tower's limit", cut)
+    return contexts
 
 
 def features_encoder(

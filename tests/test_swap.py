@@ -1,0 +1,190 @@
+"""Table swap: changes of the encoder half, its trainings, judging."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import entries
+
+import generate
+from mini import scenes
+from models.unet import UNet, UNetConfig, UNetEncoder
+from tables import swap
+from training.config import TrainConfig, resolve
+from training.inputs import Distinct, Prepared
+
+TINY = UNetConfig(
+    in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, channel_mult=(1, 1),
+    attention_levels=(0,), num_heads=2, num_head_channels=None, context_dim=8,
+    use_linear_in_transformer=False,
+)  # fmt: skip
+N = 20
+BOTH = swap.Arm("noisy reading + noise", reading=True, noise=True, drawn=True)
+
+
+def unet(seed: int) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(TINY)
+
+
+def encoder_half(model: UNet) -> dict[str, torch.Tensor]:
+    names = swap.encoder_names(model)
+    return {name: value for name, value in model.state_dict().items() if name in names}
+
+
+def decoder_half(model: UNet) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if name not in encoder_half(model)}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_no_and_all_of_a_change_are_the_two_unets_bit_for_bit():
+    original, trained = unet(0), unet(1)
+    encoder = UNetEncoder(TINY)
+    encoder.load_state_dict(encoder_half(trained))
+    whole = generate.swapped(original, encoder)
+    assert len(encoder_half(original)) + len(decoder_half(original)) == len(original.state_dict())
+    assert not same(encoder_half(original), encoder_half(whole))
+    assert same(swap.changed(original, trained, 0.0).state_dict(), original.state_dict())
+    assert same(swap.changed(original, trained, 1.0).state_dict(), whole.state_dict())
+    quarter = encoder_half(swap.changed(original, trained, 0.25))
+    for name, value in encoder_half(original).items():
+        torch.testing.assert_close(quarter[name], 0.75 * value + 0.25 * trained.state_dict()[name])
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_random_change_has_the_size_of_the_trained_one_in_each_tensor(share: float):
+    original, trained = unet(0), unet(1)
+    random = swap.changed(original, trained, share, seed=3)
+    assert same(decoder_half(random), decoder_half(original))
+    for name, value in encoder_half(original).items():
+        change, trained_change = random.state_dict()[name] - value, trained.state_dict()[name] - value
+        torch.testing.assert_close(change.norm(), share * trained_change.norm(), rtol=1e-4, atol=1e-6)
+        if trained_change.norm() > 0:
+            assert not torch.allclose(change, share * trained_change, rtol=0.1)
+    relative = swap.relative_change(original, random)
+    assert relative == pytest.approx(share * swap.relative_change(original, trained), rel=1e-4)
+
+
+@pytest.fixture
+def trainer_in(tmp_path: Path):
+    """A function (folder, arm) -> the trainer of a tiny U-Net, on random pairs."""
+    rng = np.random.default_rng(0)
+
+    def rows(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    each = np.arange(N)
+    splits = {"train": each[:12], "val": each[12:16], "test": each[16:]}
+    targets = rows(N, 384)
+    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
+    prompts = [f"a {'red' if i % 2 else 'green'} star over snow" for i in each]
+    inputs = rows(N, 4, 4, 4), Distinct(rows(N, 5, 8), each)
+    pairs = SimpleNamespace(prompts=prompts)
+    prepared = Prepared(pairs, splits, Distinct(targets, each), inputs, None, "these pairs")
+    states = Distinct(rows(N + 1, 5, 8), np.arange(N + 1))
+    config = resolve(TrainConfig(backbone="unet", weights="sd-mini", epochs=2, batch_size=4))
+
+    def made(name: str, arm: swap.Arm = BOTH) -> swap.EncoderTrainer:
+        return swap.EncoderTrainer(tmp_path / name, unet(0), arm, config, prepared, states, "cpu")
+
+    return made
+
+
+def test_the_noise_loss_of_an_untouched_encoder_is_that_of_the_whole_unet(trainer_in):
+    trainer, batch = trainer_in("run", swap.Arm("noise", reading=False, noise=True)), np.arange(4)
+    generator = trainer.random()
+    clean = torch.from_numpy(trainer.prepared.inputs[0][batch])
+    noise = torch.randn(clean.shape, generator=generator)
+    t = torch.randint(1000, (4,), generator=generator)
+    empty = torch.rand(4, generator=generator) < 0.1
+    alpha = generate.alphas_bar()[t].view(4, 1, 1, 1)
+    context = torch.from_numpy(trainer.prompts.rows[np.where(empty, N, batch)])
+    latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    expected = F.mse_loss(unet(0)(latents, t, context), noise)
+    assert float(trainer.loss(batch)["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_only_the_encoder_half_is_trained(trainer_in):
+    for name, arm in (
+        ("both", BOTH),
+        ("reading", swap.Arm("reading", True, False)),
+        ("noise", swap.Arm("noise", False, True)),
+    ):
+        trainer = trainer_in(name, arm)
+        trainer.fit()
+        assert same(decoder_half(trainer.unet), decoder_half(unet(0)))
+        assert not same(encoder_half(trainer.unet), encoder_half(unet(0)))
+        (first, *_, last) = [entry["loss"] for entry in entries(trainer.folder)]
+        assert trainer.step == 6 and last != first
+
+
+def test_a_resumed_training_ends_bit_for_bit_as_one_that_was_not_stopped(trainer_in, monkeypatch):
+    whole = trainer_in("whole")
+    whole.fit()
+    stopped, step = trainer_in("stopped"), swap.EncoderTrainer.train_step
+
+    def stop_after_two(self: swap.EncoderTrainer, batch: np.ndarray) -> dict[str, float]:
+        self.stopping = self.step == 1
+        return step(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(swap.EncoderTrainer, "train_step", stop_after_two)
+        stopped.fit()
+    assert stopped.step == 2
+    resumed = trainer_in("stopped")
+    resumed.fit()
+    assert same(resumed.model.state_dict(), whole.model.state_dict())
+    assert [e["loss"] for e in entries(resumed.folder)] == [e["loss"] for e in entries(whole.folder)]
+    again = trainer_in("whole")  # finished: loaded, not trained
+    monkeypatch.setattr(swap.EncoderTrainer, "train_step", lambda *_: pytest.fail("trained again"))
+    again.fit()
+    assert same(again.model.state_dict(), whole.model.state_dict())
+
+
+def test_heads_start_at_ridge_regression_on_what_the_arm_reads(trainer_in):
+    for name, drawn in (("clean", False), ("noisy", True)):
+        trainer = trainer_in(name, swap.Arm(name, True, False, drawn))
+        trainer.restore()
+        noise = (trainer.alphas, trainer.random()) if drawn else None
+        features = swap.features_of(trainer.model.backbone, trainer.prepared, "cpu", noise)
+        solution, _ = swap.fitted(features, trainer.prepared, "cpu")
+        heads = trainer.model.heads(trainer.model.standardise(torch.from_numpy(features)))
+        torch.testing.assert_close(
+            heads.embedding.double(), solution.predict(torch.from_numpy(features)), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_clip_prefers_each_pictures_own_prompt():
+    chosen = [scenes.candidate(77, i, truthful=True) for i in range(6)]
+    pictures = np.stack([np.asarray(scenes.render(scene)) for scene in chosen])
+    own = swap.clip_cosines(pictures, [scene.prompt for scene in chosen], "cpu")
+    others = swap.clip_cosines(pictures, [scene.prompt for scene in chosen[1:] + chosen[:1]], "cpu")
+    assert own.shape == (6,) and own.mean() > others.mean() + 0.2
+
+
+def test_differences_are_over_seeds_with_holm_over_the_conditions():
+    def of(*values: float) -> list[dict]:
+        return [{"test prompts": {"probe": value}} for value in values]
+
+    by_title = {"original": of(0.5, 0.6), "a": of(0.6, 0.72), "b": of(0.5, 0.7), "same": of(0.5, 0.6)}
+    family = [(title, "original") for title in ("a", "b", "same")]
+    a, b, equal = swap.compared(by_title, family, "test prompts", "probe")
+    assert a["per_seed"] == pytest.approx([0.1, 0.12]) and a["difference"] == pytest.approx(0.11)
+    assert a["mean"] == pytest.approx(0.66) and a["seeds_95"] == pytest.approx((-0.01706, 0.23706), abs=1e-4)
+    assert a["holm"] == pytest.approx(2 * a["p"]) and b["holm"] == pytest.approx(max(b["p"], a["holm"]))
+    assert equal["p"] is None and "holm" not in equal
+    better = a | {"seeds_95": (0.01, 0.2), "holm": 0.06, "against": "original"}
+    said = swap.answer([better, b])
+    assert "above 0 in 1: a (test prompts)" in said and "p < .05: none" in said
+
+
+def test_every_contrast_is_of_two_conditions():
+    titles = [condition.title for condition in swap.CONDITIONS]
+    assert len(set(titles)) == len(titles) == 19
+    assert {title for pair in swap.CONTRASTS for title in pair} <= set(titles) and len(swap.CONTRASTS) == 6
