@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import BACKBONES, Backbone, SDReader, Standardise, as_backbone, captioner_of
-from schema import TEXT, many, read_value, record
+from schema import TEXT, many, read_value
 from words import is_content_word, words
 
 EMBEDDING_WIDTH = 384  # all-MiniLM-L6-v2
@@ -45,6 +45,7 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
 # ============================================================================================================
 # Section 3, multi-label vocabulary classification: the words, equations (2), (3) and (4)
 # ============================================================================================================
+
 
 class Vocabulary:
     """The m most frequent adjectives, nouns and verbs of the training prompts, and the targets of equation
@@ -648,18 +649,28 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     return run
 
 
+class Predictions(NamedTuple):
+    """Unit-length `embeddings` (n, E), word `probabilities` (n, V) or None without a vocabulary head, and the
+    `lengths` (n,) of the embeddings before they were normalised; float32."""
+
+    embeddings: np.ndarray
+    probabilities: np.ndarray | None
+    lengths: np.ndarray
+
+
 @torch.no_grad()
-def predict(
-    regressor: nn.Module, batches: Iterable[tuple[Tensor, ...]]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Unit-length embeddings (n, E) and word probabilities (n, V) or None, float32, batch by batch."""
-    embeddings, probabilities = [], []
+def predict(regressor: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> Predictions:
+    """The predictions of all batches, in their order."""
+    embeddings, probabilities, lengths = [], [], []
     for inputs in batches:
         prediction = regressor(*inputs)
-        embeddings.append(F.normalize(prediction.embedding.float(), dim=-1).cpu().numpy())
+        embedding = prediction.embedding.float()
+        embeddings.append(F.normalize(embedding, dim=-1).cpu().numpy())
+        lengths.append(embedding.norm(dim=-1).cpu().numpy())
         if prediction.logits is not None:
             probabilities.append(prediction.logits.float().sigmoid().cpu().numpy())
-    return np.concatenate(embeddings), np.concatenate(probabilities) if probabilities else None
+    words = np.concatenate(probabilities) if probabilities else None
+    return Predictions(np.concatenate(embeddings), words, np.concatenate(lengths))
 
 
 def nearest(query: np.ndarray, rows: np.ndarray, n: int) -> list[tuple[int, float]]:
@@ -683,8 +694,8 @@ def frozen_backbone(run: Run, device: str) -> nn.Module:
     return as_backbone(run.config["backbone"], model, run.config.get("unet_features"))
 
 
-def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
-    """A function images -> predictions (see `predict`) of PIL images, with the run's preprocessing.
+def image_predictor(run: Run, device: str) -> Callable[..., Predictions]:
+    """A function images -> Predictions of PIL images, with the run's preprocessing.
 
     Its second argument holds captions for the U-Net; None = by the run's captioner, or the empty text
     without one.
@@ -704,7 +715,7 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
         return torch.stack([data.image_tensor(image, preprocessing) for image in images]).to(device)
 
     @torch.no_grad()
-    def predict_images(images: Sequence[Any], captions: Sequence[str] | None = None) -> tuple:
+    def predict_images(images: Sequence[Any], captions: Sequence[str] | None = None) -> Predictions:
         inputs = (tensors(images, preprocessing),)
         if run.backbone.white_box:
             if captions is None and captioner:
@@ -726,22 +737,13 @@ def print_predictions(
 ) -> int:
     """The exit status: 2 if an image was skipped. Prints a run's predictions for images."""
     import data
-    import weights
     from command import one_line
+    from training.reading import Judge, read_training_prompts
 
     run, skipped = load_run(folder, device), 0
-    try:
-        rule = record({"train": many(record({"prompt": TEXT}))})
-        rows = read_value(folder / "predictions" / "rows.json", rule, sys.maxsize)["train"]
-        targets = np.load(folder / "predictions" / "train-targets.npy", mmap_mode="r", allow_pickle=False)
-        if targets.shape != (len(rows), EMBEDDING_WIDTH):
-            raise ValueError(f"{len(rows)} rows in rows.json and {targets.shape} targets")
-    except (OSError, ValueError) as error:
-        raise data.DataError(
-            f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}"
-        ) from error
+    prompts, targets = read_training_prompts(folder)
+    judge = Judge(folder, run.vocabulary.words, prompt, run.config["heads"] > 0)
     predict_images = image_predictor(run, device)
-    prompt_embedding = weights.load("minilm").encode([prompt])[0].numpy() if prompt else None
     for path in paths:
         try:
             image = data.load_image(path)
@@ -749,30 +751,31 @@ def print_predictions(
             print(f"skipped: {one_line(error)}", file=sys.stderr)
             skipped += 1
             continue
-        embeddings, probabilities = predict_images([image], None if caption is None else [caption])
+        predictions = predict_images([image], None if caption is None else [caption])
         print(path)
-        for i, similarity in nearest(embeddings[0], targets, n):
-            print(f"  {similarity:.3f}  {rows[i]['prompt']}")
-        if probabilities is not None:
-            print("  words  " + run.vocabulary.likely(probabilities[0], 10))
-        if prompt_embedding is not None:
-            print(f"  cosine with the given prompt: {float(embeddings[0] @ prompt_embedding):.3f}")
+        for i, similarity in nearest(predictions.embeddings[0], targets, n):
+            print(f"  {similarity:.3f}  {prompts[i]}")
+        if predictions.probabilities is not None:
+            print("  words  " + run.vocabulary.likely(predictions.probabilities[0], 10))
+        for line in judge.lines(*(part[0] if part is not None else None for part in predictions)):
+            print(f"  {line}")
     return 2 if skipped else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     import data
     import weights
-    from command import Parser, positive, run_command
+    from command import Parser, positive, run_command, text
 
     parser = Parser(
-        description="Print for each image the nearest training prompts, the likely words and, with "
-        "--prompt, the cosine with that prompt.",
+        description="Print for each image the nearest training prompts, the likely words, the cosine to "
+        "expect with its prompt and, with --prompt, whether that prompt fits: the cosine, its rank among the run's "
+        "validation pairs, and for each word the probability that the image shows it.",
         epilog="Train a run first: python train.py --backbone unet",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--run", type=Path, help="a run's folder (default: the newest under runs/)")
-    parser.add_argument("--prompt", help="a prompt to compare the images with")
+    parser.add_argument("--prompt", type=text, help="a prompt to judge, word by word")
     parser.add_argument("--caption", help="text for the U-Net (default: a caption by the run's captioner)")
     parser.add_argument("-n", type=positive, default=5, help="number of prompts to list (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")

@@ -55,7 +55,8 @@ ALLOWED = {
     "training/cache.py": {"torch", "numpy", "data", "files", "training"},
     "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
     "training/*.py": TENSORS
-    | {"models", "weights", "command", "data", "files", "schema", "backbones", "reverse_sd", "training"},
+    | {"models", "weights", "command", "data", "files", "schema", "backbones", "reverse_sd", "training"}
+    | {"words"},
     "train.py": COMPOSITION,
     "eval.py": COMPOSITION,
     "tables/*.py": COMPOSITION,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from files import write_array, write_json
-from reverse_sd import EMBEDDING_WIDTH, Run, load_run, predict
+from reverse_sd import EMBEDDING_WIDTH, Predictions, Run, Vocabulary, load_run, predict
+from training.calibration import fit_calibration, log_odds, write_calibration
 from training.inputs import Prepared, Samples, evaluation_batches, sample_readers
 from training.loop import Process
 from training.metrics import average_precision, bootstrap_interval, cosines
@@ -28,25 +30,29 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
     started = time.time()
     run = load_run(folder, process.device)
     workers = sample_readers(run.config.get("workers"), prepared, process.device)
-    predictions, probabilities, rows_by_split = {}, None, {}
+    predictions, lengths, words, rows_by_split = {}, {}, {}, {}
     for split, rows in prepared.splits.items():
         samples = Samples(prepared, rows, run.vocabulary)
-        predictions[split], words = shared_predictions(run, samples, process, workers, split == "test")
-        probabilities = words if split == "test" else probabilities
+        predicted = shared_predictions(run, samples, process, workers, split != "train")
+        predictions[split], words[split], lengths[split] = predicted
     if not process.first:
         return None
     for split, rows in prepared.splits.items():
         write_array(folder / "predictions" / f"{split}.npy", predictions[split])
+        write_array(folder / "predictions" / f"{split}-lengths.npy", lengths[split])
         write_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
         rows_by_split[split] = [
             {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
         ]
     write_json(folder / "predictions" / "rows.json", rows_by_split)
 
+    prompts = {split: [prepared.pairs.prompts[i] for i in rows] for split, rows in prepared.splits.items()}
+    present = {s: run.vocabulary.targets(prompts[s]).numpy() > 0 for s in ("val", "test")}
     test = prepared.splits["test"]
     targets = prepared.targets[test]
     mean_embedding = prepared.targets[prepared.splits["train"]].astype(np.float64).mean(axis=0)
     test_cosines = cosines(predictions["test"], targets)
+    val_cosines = cosines(predictions["val"], prepared.targets[prepared.splits["val"]])
     baseline = cosines(mean_embedding, targets)
     low, high = bootstrap_interval(test_cosines)
     result = {
@@ -54,42 +60,49 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
         "test_cosine_95": [low, high],
         "mean_embedding_cosine": float(baseline.mean()),
         "error_ratio": float((1 - test_cosines.mean()) / (1 - baseline.mean())),
-        "val_cosine": float(cosines(predictions["val"], prepared.targets[prepared.splits["val"]]).mean()),
+        "val_cosine": float(val_cosines.mean()),
         "n_train": len(prepared.splits["train"]),
         "n_val": len(prepared.splits["val"]),
         "n_test": len(test),
         "seed": run.config["seed"],
     }
-    if probabilities is not None:
-        truth = run.vocabulary.targets([prepared.pairs.prompts[i] for i in test]).numpy() > 0
-        result["vocabulary_map"] = average_precision(probabilities, truth)
+    of_words = None
+    if words["test"] is not None:
+        result["vocabulary_map"] = average_precision(words["test"], present["test"])
+        of_words = words["val"], present["val"], base_log_odds(run.vocabulary, prompts["train"])
+    write_calibration(folder, fit_calibration(val_cosines, lengths["val"], of_words))
     result["seconds"] = round(seconds + time.time() - started, 1)
     write_json(folder / "result.json", result)
-    examples_picture(folder / "examples.png", run, prepared, predictions["test"], probabilities)
+    examples_picture(folder / "examples.png", run, prepared, predictions["test"], words["test"])
     print(summary(folder, result))
     return result
 
 
 def shared_predictions(
     run: Run, samples: Samples, process: Process, workers: int, with_words: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """`reverse_sd.predict` of all samples, in every process, each of which predicts its share; no word
+) -> Predictions:
+    """The predictions of all samples, in every process, each of which predicts its share; no word
     probabilities if not `with_words`: those of the training pairs would take gigabytes."""
-    device, widths = process.device, (EMBEDDING_WIDTH, len(run.vocabulary))
-    with_words = with_words and run.config["heads"] > 0
-    parts = [[np.empty((0, width), np.float32)] for width in widths]
+    device, with_words = process.device, with_words and run.config["heads"] > 0
+    shapes = (EMBEDDING_WIDTH,), (len(run.vocabulary),), ()
+    parts = [Predictions(*(np.empty((0, *shape), np.float32) for shape in shapes))]
     loader, places = evaluation_batches(samples, process, workers)
     for *inputs, _, _, _ in loader:
-        embeddings, words = predict(run.regressor, [tuple(x.to(device) for x in inputs)])
-        parts[0].append(embeddings)
-        if with_words:
-            parts[1].append(words)
+        predicted = predict(run.regressor, [tuple(x.to(device) for x in inputs)])
+        parts.append(predicted if with_words else predicted._replace(probabilities=parts[0].probabilities))
 
-    def gathered(part: list[np.ndarray]) -> np.ndarray:
-        rows = torch.from_numpy(np.concatenate(part)).to(device)
+    def gathered(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        rows = torch.from_numpy(np.concatenate(arrays)).to(device)
         return process.gathered(rows, places, len(samples)).cpu().numpy()
 
-    return gathered(parts[0]), gathered(parts[1]) if with_words else None
+    embeddings, words, lengths = zip(*parts, strict=True)
+    return Predictions(gathered(embeddings), gathered(words) if with_words else None, gathered(lengths))
+
+
+def base_log_odds(vocabulary: Vocabulary, prompts: Sequence[str]) -> np.ndarray:
+    """The log-odds (V,) of the share of prompts that have each word."""
+    blocks = (vocabulary.targets(prompts[k : k + 1024]).sum(dim=0) for k in range(0, len(prompts), 1024))
+    return log_odds(sum(blocks).double().numpy(), len(prompts))
 
 
 def summary(folder: Path, result: dict) -> str:

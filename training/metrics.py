@@ -1,5 +1,5 @@
 """Metrics on NumPy arrays: cosine, intervals and tests over pairs and over seeds, the average precision of
-words, Spearman's rank correlation of two scores and the agreement of raters."""
+words, the area under the ROC curve, Spearman's rank correlation of two scores and the agreement of raters."""
 
 from __future__ import annotations
 
@@ -37,6 +37,34 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
         hits = truth[np.argsort(-scores[:, j], kind="stable"), j].astype(np.float64)
         precisions.append((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits > 0].mean())
     return float(np.mean(precisions))
+
+
+def auroc(
+    scores: np.ndarray,
+    truth: np.ndarray,
+    groups: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """Area under the ROC curve: the share of pairs of a true and a false item, of `truth` (n,) bool, in which
+    the true one has the higher of `scores` (n,); equal scores count one half. NaN without such pairs.
+
+    With `groups` (n,) only pairs within a group count. A pair's weight is the product of its items' `weights`
+    (..., n), whose first axes the result has.
+    """
+    groups = np.zeros(len(scores), int) if groups is None else groups
+    weights = np.ones(len(scores)) if weights is None else weights
+    order = np.lexsort((scores, groups))
+    new_group = np.diff(groups[order], prepend=-1) != 0
+    blocks = np.flatnonzero(new_group | (np.diff(scores[order], prepend=0) != 0))  # of equal scores
+    first = np.flatnonzero(new_group[blocks])  # the first block of each group
+    true, false = (
+        np.add.reduceat(weights[..., order] * of[order], blocks, axis=-1) for of in (truth, ~truth)
+    )
+    below = np.cumsum(false, axis=-1) - false
+    below -= np.repeat(below[..., first], np.diff(first, append=len(blocks)), axis=-1)
+    pairs = np.add.reduceat(true, first, axis=-1) * np.add.reduceat(false, first, axis=-1)
+    with np.errstate(invalid="ignore"):
+        return (true * (below + false / 2)).sum(axis=-1) / pairs.sum(axis=-1)
 
 
 def student_p(t: float, df: int) -> float:
