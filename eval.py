@@ -142,8 +142,8 @@ def exhibits_of(args: argparse.Namespace, plan: Plan, results: Path) -> dict[tup
     lacking = {}  # why a table cannot be made
     if needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
         reason = (
-            "the probe can judge only the embedded mini scenes; remove --data and --weights, or give people's "
-            "votes for table 5 (--vote, --votes)"
+            "the probe can judge only the embedded mini scenes; remove --data and --weights, or give "
+            "people's votes for table 5 (--vote, --votes)"
         )
         lacking = dict.fromkeys(needs_probe, reason)
     if not plan.second:

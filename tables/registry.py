@@ -1,14 +1,18 @@
 """All tables and figures by number or name. A new one is added to the dictionary of its own file."""
 
+from tables.budget import BUDGET
 from tables.compute import COMPUTED_TABLES
+from tables.crossed import CROSSED
+from tables.denoised import DENOISED
 from tables.difficulty import DIFFICULTY
 from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES
 from tables.judges import JUDGES
 from tables.readouts import READOUTS
+from tables.shift import SHIFT
+from tables.swap import SWAP
 from tables.sweep import SWEEP
-from tables.votes import text as votes_text
 
 
 def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
@@ -16,16 +20,12 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
     return dict(sorted(exhibits.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
-TABLES = (COMPUTED_TABLES, GENERATION_TABLES, JUDGES, READOUTS, SWEEP)
-EXHIBITS = {
-    "table": in_order({name: exhibit for tables in TABLES for name, exhibit in tables.items()}),
-    "figure": in_order(FIGURES),
-}
+TABLES = COMPUTED_TABLES | GENERATION_TABLES | READOUTS | SWEEP | SHIFT | CROSSED | SWAP
+TABLES |= JUDGES | DIFFICULTY | BUDGET | DENOISED
+EXHIBITS = {"table": in_order(TABLES), "figure": in_order(FIGURES)}
 
 
 def text_of(result: dict) -> str:
     """The Markdown of a results file."""
-    if "people" in result:  # table 5 by people's votes
-        return votes_text(result)
     kind = "table" if "table" in result else "figure"
     return EXHIBITS[kind][result[kind]].text(result)

@@ -168,6 +168,7 @@ def table_7() -> Table:
             "Tuned: chosen on validation (table sweep). LeRaC's rates then fall over the blocks alone, as "
             "its authors train a pretrained transformer.",
         ),
+        baselines=frozen,
     )
 
 
@@ -194,7 +195,6 @@ def curriculum_table() -> Table:
             "Scores of other samples: the stages hold random samples. Without stages: easy, medium and hard "
             "samples as often as in ours, in a random order.",
         ),
-        baselines=frozen,
     )
 
 

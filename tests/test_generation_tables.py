@@ -262,5 +262,6 @@ def test_the_little_drawbench_asks_for_what_it_says():
 
 
 def test_all_tables_are_known_by_name():
-    names = ["captions", "ceiling", "noise", "readouts", "shift", "white-box"]
+    names = ["budget", "captions", "ceiling", "crossed", "curriculum", "denoised", "difficulty", "noise"]
+    names += ["probe", "readouts", "shift", "swap", "sweep", "white-box"]
     assert list(EXHIBITS["table"]) == [1, 2, 5, 6, 7, 8, 9, 10, 11, *names]

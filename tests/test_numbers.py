@@ -47,7 +47,7 @@ def test_a_changed_digit_is_seen(pattern: re.Pattern):
     assert wrong_numbers(README[:place] + digit + README[place + 1 :])
 
 
-# -- AUDIT.md: each number of a paragraph or table row stands in a results file that the same one links --------
+# -- AUDIT.md: each number of a paragraph or table row stands in a results file that it links
 
 NUMBER = re.compile(r"[+-]?\.\d{3,4}\b|\d+\.\d(?= ?%)")
 LINK = re.compile(r"\]\((results/[^)]+\.md)\)")
