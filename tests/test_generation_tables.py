@@ -248,7 +248,7 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path: Path, capsys
     monkeypatch.setattr(Exhibit, "write", lambda self, plan, folder, kind, number: written.append(number))
     assert eval.main(["--table", "all", "--data", "own"]) == 0
     possible = [e for e in EXHIBITS["table"].values() if not (e.needs_probe or e.needs_second)]
-        assert written == [n for n, exhibit in EXHIBITS["table"].items() if exhibit in possible]
+    assert written == [n for n, exhibit in EXHIBITS["table"].items() if exhibit in possible]
 
 
 def test_the_little_drawbench_asks_for_what_it_says():
