@@ -58,10 +58,11 @@ def row_cosines(plan: Plan, row: Row, seed: int, like: Member) -> tuple[np.ndarr
         predicted, chosen = row.method(members, plan, seed)
         return cosines(predicted, targets), chosen
     key = hashlib.sha256(f"{row.method} {row.method.version} {[run.name for run in row.runs]}".encode())
-    for member in members:
-        for split in ("train", "val", "test"):
-            key.update(np.ascontiguousarray(member.predicted(split)))
-            key.update(np.ascontiguousarray(member.targets(split)))
+    if not members:  # pretrained networks alone
+        key.update(f"{plan.data} {plan.sources} {plan.options}".encode())
+    for split in ("train", "val", "test"):
+        for array in (like.targets(split), *(member.predicted(split) for member in members)):
+            key.update(np.ascontiguousarray(array))
     cached = plan.folder / "kept" / f"{key.hexdigest()[:16]}-seed{seed}"
     if not cached.with_suffix(".json").exists():
         log.info("%s, seed %d", row.name, seed)

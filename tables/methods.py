@@ -224,6 +224,7 @@ class FrozenMethod(Method):
     """Ridge regression on the features of the runs' frozen backbones, side by side, and with `caption` on the
     sentence embedding of the captioner's text. Nothing is trained."""
 
+    version: ClassVar = 1
     runs: tuple[RunName, ...] = ()
     caption: bool = False
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -119,13 +120,12 @@ def require_unseen(seen: Iterable[str], tested: Iterable[str], name: str) -> Non
 def require_unseen_prompts(plan: Plan) -> None:
     """Raises DataError if a test prompt of one set of pictures is in the other's training or validation."""
     for seed in plan.seeds:
-        sets = []
+        sets = {}
         for end in ("", OTHER):
             config = plan.config(RunName("swin", f"mlc{end}"), seed)
             _, pairs, splits = split_pairs(config, pairs_folder(config.data))
-            sets.append({name: [pairs.prompts[i] for i in rows] for name, rows in splits.items()})
-        for source, target, end in ((*sets, OTHER), (*sets[::-1], "")):
-            name = plan.config(RunName("swin", f"mlc{end}"), seed).data
+            sets[config.data] = {name: [pairs.prompts[i] for i in rows] for name, rows in splits.items()}
+        for (_, source), (name, target) in permutations(sets.items(), 2):
             require_unseen(source["train"] + source["val"], target["test"], name)
 
 
@@ -199,7 +199,7 @@ def cosines_of(plan: Plan, reader: str, shift: Shift, seed: int) -> dict[tuple[s
     if target:
         found["", "trained on the target"] = cosines(target[0].predicted("test"), truth["test"])
     val, test = (tensor(seen[split], plan.device) for split in ("val", "test"))
-    validation = {"source": (source.predicted("val"), source.targets("val")), "target": (val, truth["val"])}
+    validation = {"source": (source.predicted("val"), source.targets("val")), "target": (seen["val"], truth["val"])}
     for labels, chosen_on in validation.items():
         arrays = source.predicted("train"), source.targets("train"), *chosen_on
         p = Predicted(*(tensor(x, plan.device) for x in arrays), torch.cat([val, test]), test)
