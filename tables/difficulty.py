@@ -1,4 +1,4 @@
-"""Is difficulty label noise? Within prompts, where the content is constant, and with content regressed out.
+"""Correlation of difficulty and label noise: within prompts, and with the prompts' content regressed out.
 
 Difficulty is 1 - cosine of a prediction and the embedding of its prompt. Label noise is the share of the
 labels in a prompt that its picture does not show: known for drawings, a probe's verdict for any picture.
@@ -26,6 +26,7 @@ from tables.judges import (
     load_probes,
     percent,
     pixels_of_pairs,
+    truth_of,
     verdicts,
 )
 from tables.probe import ALPHAS, default_views, ridge_regression
@@ -37,6 +38,7 @@ from training.metrics import cosines, spearman, student_interval
 PROMPTS, DRAWS = 150, 8  # test prompts of each seed, and pictures of each
 LOST = 0.25  # probability that a drawing leaves out a word
 FOLDS = 10
+NUMBERS = ("spearman", "pearson", "explained by noise")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,10 +52,12 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def within(a: np.ndarray, b: np.ndarray) -> dict:
-    """Correlations of a and b (prompts, draws) within prompts and of their means.
+    """Correlations of difficulty a and noise b (prompts, draws) within prompts and of their means.
 
-    "within": Pearson's after each prompt's mean is removed, with a bootstrap interval over prompts;
-    "spearman": the mean over prompts of Spearman's, where both vary; "between": Pearson's of the means.
+    "within": Pearson's after each prompt's mean is removed, with a bootstrap interval over prompts; "slope":
+    the difficulty that all of a prompt's labels would add, which, unlike the correlation, does not depend on
+    how much the noise varies; "spearman": the mean over prompts of Spearman's, where both vary; "between":
+    Pearson's of the means.
     """
     x, y = (values - values.mean(axis=1, keepdims=True) for values in (a, b))
     sums = np.stack([(x * y).sum(axis=1), (x * x).sum(axis=1), (y * y).sum(axis=1)], axis=1)
@@ -64,9 +68,10 @@ def within(a: np.ndarray, b: np.ndarray) -> dict:
             return xy / np.sqrt(xx * yy)
 
     vary = [spearman(p, q) for p, q in zip(a, b, strict=True) if np.ptp(p) and np.ptp(q)]
-    value = float(pooled(sums.sum(axis=0)))
+    value, (xy, _, yy) = float(pooled(sums.sum(axis=0))), sums.sum(axis=0)
     return {
         "within": None if np.isnan(value) else value,
+        "slope": float(xy / yy) if yy else None,
         "within_95": limits(pooled(bootstrap_weights(len(a)) @ sums)),
         "spearman": float(np.mean(vary)) if vary else None,
         "prompts_that_vary": len(vary),
@@ -96,7 +101,7 @@ def explained(y: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def beyond_content(y: np.ndarray, predicted: np.ndarray) -> dict:
-    """How difficulty and noise, the columns of y (n, 2), are correlated beyond what their content predicts.
+    """Correlation of difficulty and noise, the columns of y (n, 2), beyond what their content predicts.
 
     "from content": the correlation of difficulty with the predicted noise; "residual": that of what is left
     of both without their predictions; the others: shares of the variance of difficulty.
@@ -125,12 +130,6 @@ def noise_by(probe: naming.Namer, pictures: np.ndarray, views: Sequence[View]) -
     return np.array([missing_share(found) for found in verdicts(probe, pictures, views)])
 
 
-def true_noise(scene: Scene) -> float:
-    """The share of its prompt's labels that a drawing does not show."""
-    shown = naming.drawn_labels(scene.drawn)
-    return missing_share({label: label in shown for label in naming.named_labels(scene.said)})
-
-
 def instruments(by_probe: dict[str, np.ndarray], truth: np.ndarray | None) -> dict[str, np.ndarray]:
     """Measures of label noise (n,) by name: the truth, if it is known; verdicts; and errors of verdicts."""
     if truth is None:
@@ -146,11 +145,11 @@ def compared(scores: dict[str, np.ndarray], noise: dict[str, np.ndarray]) -> dic
     return pairs | {(name, first): (noise[name], noise[first]) for name in others}
 
 
-def redrawn(said: View, prompt: str, rng: np.random.Generator) -> Scene:
+def redrawn(view: View, prompt: str, rng: np.random.Generator) -> Scene:
     """The prompt's scene, drawn without each of its words with probability LOST, with new jitter."""
-    slots = scenes.choose_words(said, rng)
-    view, _ = scenes.undraw(said, {slot for slot in slots if rng.random() < LOST}, rng)
-    return Scene(prompt, (), (), said, view, int(rng.integers(2**32)))
+    slots = scenes.choose_words(view, rng)
+    shown, _ = scenes.undraw(view, {slot for slot in slots if rng.random() < LOST}, rng)
+    return Scene(prompt, (), (), view, shown, int(rng.integers(2**32)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,7 +177,10 @@ def within_prompts(
     made = [redrawn(view, prompt, rng) for view, prompt in zip(views, prompts, strict=True)]
     by_kind = {
         "generated": (drawn(plan, pipeline, prompts, list(range(DRAWS)) * len(rows), None), None),
-        "drawn": (drawings(made).transpose(0, 2, 3, 1), np.array([true_noise(scene) for scene in made])),
+        "drawn": (
+            drawings(made).transpose(0, 2, 3, 1),
+            np.array([missing_share(truth_of(scene)) for scene in made]),
+        ),
     }
     result = {}
     for kind, (pictures, truth) in by_kind.items():
@@ -226,10 +228,12 @@ def over_training_pairs(
     result = {}
     for names, (score, share) in compared(scores, noise).items():
         pair = [at[name] for name in names]
-        entry = {"pairs": len(rows), "spearman": spearman(score, share), "pearson": correlation(score, share)}
-        result[names] = entry | {
-            name: beyond_content(y[:, pair], of[:, pair]) for name, of in predicted.items()
-        }
+        r = correlation(score, share)
+        entry = {"pairs": len(rows), "spearman": spearman(score, share), "pearson": r}
+        entry["explained by noise"] = None if r is None else r * r
+        for name, of in predicted.items():
+            entry[name] = beyond_content(y[:, pair], of[:, pair])
+        result[names] = entry
     return result
 
 
@@ -267,7 +271,7 @@ def compute(plan: Plan) -> dict:
         inside.append(row | {"pooled": within(*pooled)})
     for (reader, instrument), by_seed in numbers.items():
         row = {"reader": reader, "instrument": instrument, "pairs": [of["pairs"] for of in by_seed]}
-        row |= {name: mean_over_seeds([of[name] for of in by_seed]) for name in ("spearman", "pearson")}
+        row |= {name: mean_over_seeds([of[name] for of in by_seed]) for name in NUMBERS}
         for content in ("labels", "embedding"):
             row[content] = {
                 name: mean_over_seeds([of[content][name] for of in by_seed]) for name in by_seed[0][content]
@@ -288,8 +292,8 @@ def text(result: dict) -> str:
     inside = [
         (row["pictures"], title(row["reader"]), title(row["instrument"]), short(row["mean"], True))
         + (interval(row["seeds_95"], True), ", ".join(short(value, True) for value in row["per_seed"]))
-        + (interval(row["pooled"]["within_95"], True), short(row["pooled"]["spearman"], True))
-        + (short(row["pooled"]["between"], True),)
+        + (interval(row["pooled"]["within_95"], True),)
+        + tuple(short(row["pooled"][name], True) for name in ("slope", "spearman", "between"))
         for row in result["within"]
     ]
     training = [
@@ -304,6 +308,7 @@ def text(result: dict) -> str:
                 interval(row[content]["residual"]["seeds_95"], True),
             )
         )
+        + (percent(row["explained by noise"]["mean"]),)
         + tuple(percent(row["labels"][name]["mean"]) for name in ("explained by content", "added by noise"))
         for row in result["training"]
     ]
@@ -324,21 +329,24 @@ def text(result: dict) -> str:
         f"from other noise; and drawn, each without some of the words (probability {result['lost']:g}). "
         "The prompt's content cannot cause a correlation here, because it is the same in all its pictures. "
         "Within: Pearson's correlation after the mean of each prompt is removed, with intervals over seeds "
-        "(Student's) and over prompts (bootstrap). Between: that of the means.",
+        "(Student's) and over prompts (bootstrap). Slope: the difficulty that is added when all labels are "
+        "missing, by linear regression within prompts; unlike the correlation it does not depend on how much "
+        "the noise varies. Between: the correlation of the prompts' means.",
         markdown(
-            "pictures | reader | instrument | within | 95 %, seeds | seed by seed | 95 %, prompts | mean of "
-            "Spearman's | between",
+            "pictures | reader | instrument | within | 95 %, seeds | seed by seed | 95 %, prompts | slope "
+            "| mean of Spearman's | between",
             inside,
         ),
         "## Training pairs, with content removed",
         "Difficulty as recorded in training. From labels: the correlation of difficulty with the noise that "
         "the prompt's labels and lengths predict, without a picture. Without labels: Pearson's correlation "
         "of the residuals of cross-fitted ridge regression, on labels and lengths, of difficulty and of "
-        "noise; without wording: on the prompt's embedding, too. Shares of the variance of difficulty: "
-        "explained by labels and lengths, and added by the noise. Intervals: Student's over seeds.",
+        "noise; without wording: on the prompt's embedding, too. Shares of the variance of difficulty that "
+        "are explained: by the noise alone, by labels and lengths, and by the noise in addition to these. "
+        "Intervals: Student's over seeds.",
         markdown(
             "reader | instrument | Spearman | Pearson | from labels | without labels | 95 %, seeds | without "
-            "wording | 95 %, seeds | variance: labels | added by noise",
+            "wording | 95 %, seeds | variance: noise | labels | added by noise",
             training,
         ),
     )

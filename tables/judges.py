@@ -1,4 +1,4 @@
-"""How well the probes judge pictures, and the shares that they find in generated pictures, corrected.
+"""Error rates of the probes, and the shares that they find in generated pictures, corrected for them.
 
 Sensitivity and specificity of a verdict are measured on drawings whose content is known. Three kinds of
 questions have the answer "not shown": the prompt of another drawing; a word that a drawing leaves out; and,
@@ -145,7 +145,7 @@ def share(counts: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
 
 
 def bootstrap_weights(n: int, seed: int = 0) -> np.ndarray:
-    """How often each of n pictures is in each bootstrap sample, (RESAMPLES, n)."""
+    """Bootstrap weights (RESAMPLES, n): the number of times that a sample has each of n pictures."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
 
 
@@ -204,13 +204,13 @@ def calibrate(probes: dict[str, naming.Namer], things: int, device: str) -> dict
     made = exchanged_scenes(chosen, np.random.default_rng(SEED))
     n, views = len(chosen), [scene.said for scene in chosen]
     forms = forms_of(drawings([*chosen, *(scene for _, _, scene in made)]), device)
-    asked = [*views, *(scene.said for _, _, scene in made)]
+    questions = [*views, *(scene.said for _, _, scene in made)]
     others = [*views[1:], views[0]]  # each drawing is asked for the content of the next
     result = {}
     for name, probe in probes.items():
         shown, exchanged = {}, {}
         for form, pictures in forms.items():
-            found = verdicts(probe, pictures, asked)
+            found = verdicts(probe, pictures, questions)
             by_scene: list[Verdicts] = [{} for _ in chosen]
             for (i, label, _), of in zip(made, found[n:], strict=True):
                 by_scene[i][label] = of[label]
@@ -218,6 +218,12 @@ def calibrate(probes: dict[str, naming.Namer], things: int, device: str) -> dict
         found = verdicts(probe, forms["drawing"][:n], others)
         result[name] = Calibration(shown, exchanged, counted(map(undrawn_only, found, views)))
     return result
+
+
+def truth_of(scene: Scene) -> Verdicts:
+    """The verdicts of a judge without error on a drawing."""
+    labels = naming.drawn_labels(scene.drawn)
+    return {label: label in labels for label in naming.named_labels(scene.said)}
 
 
 def undrawn_only(verdicts: Verdicts, drawn: View) -> Verdicts:
@@ -271,16 +277,16 @@ def found_rows(
 
 def undrawn_rows(found: list[Verdicts], chosen: Sequence[Scene]) -> dict[str, dict]:
     """By kind of label, and for all: how the verdicts "undrawn" relate to the truth of drawings."""
-    truth = [set(naming.drawn_labels(scene.drawn)) for scene in chosen]
+    truth = [truth_of(scene) for scene in chosen]
     again, rows = bootstrap_weights(len(chosen)), {}
     for slot in (*naming.TABLES, "all"):
         right, detected = np.zeros((len(chosen), 2)), np.zeros((len(chosen), 2))
         for i, of in enumerate(found):
             for label, yes in of.items():
                 if slot in (label[0], "all"):
-                    both = not yes and label not in truth[i]
+                    both = not yes and not truth[i][label]
                     right[i] += (both, not yes)
-                    detected[i] += (both, label not in truth[i])
+                    detected[i] += (both, not truth[i][label])
         rows[slot] = {
             "verdicts": int(right[:, 1].sum()),
             "undrawn": int(detected[:, 1].sum()),
@@ -295,40 +301,31 @@ def compute(plan: Plan) -> dict:
     """Rates, agreement and corrected shares; see the text."""
     probes = load_probes(plan.device)
     calibrated = {things: calibrate(probes, things, plan.device) for things in DRAWINGS}
-
     natural = [scenes.candidate(SEED + 1, index) for index in range(NATURAL)]
-    pictures, said = drawings(natural), [scene.said for scene in natural]
-    on_drawings = {name: verdicts(probe, pictures, said) for name, probe in probes.items()}
-    truth = [
-        {label: label in naming.drawn_labels(scene.drawn) for label in naming.named_labels(scene.said)}
-        for scene in natural
-    ]
-    check = found_rows(on_drawings, said, calibrated, "drawing")
-    for row in check:
-        of = [i for i, view in enumerate(said) if len(view.things) == row["things"]]
-        row["drawn"] = float(share(counted(truth[i] for i in of)[row["kind"]]))
-
     pairs = prepare(plan.config(RunName("vit", "mlc"), plan.seeds[0]), plan.device).pairs
-    views = [default_views()[prompt] for prompt in pairs.prompts]
-    pictures = pixels_of_pairs(pairs)
-    in_data = {name: verdicts(probe, pictures, views) for name, probe in probes.items()}
 
-    left_out = {
-        (things, name): counted(
-            undrawn_only(of, scene.drawn)
-            for of, scene in zip(on_drawings[name], natural, strict=True)
-            if len(scene.said.things) == things
-        )
-        for things in DRAWINGS
-        for name in probes
-    }
+    def judged(pictures: np.ndarray, views: Sequence[View]) -> dict[str, list[Verdicts]]:
+        return {name: verdicts(probe, pictures, views) for name, probe in probes.items()}
+
+    views = [scene.said for scene in natural]
+    on_drawings = judged(drawings(natural), views)
+    check, left_out = found_rows(on_drawings, views, calibrated, "drawing"), {}
+    for things in DRAWINGS:
+        chosen = [i for i, view in enumerate(views) if len(view.things) == things]
+        truth = counted(truth_of(natural[i]) for i in chosen)
+        for row in check:
+            if row["things"] == things:
+                row["drawn"] = float(share(truth[row["kind"]]))
+        for name, found in on_drawings.items():
+            left_out[things, name] = counted(undrawn_only(found[i], natural[i].drawn) for i in chosen)
+    views = [default_views()[prompt] for prompt in pairs.prompts]
     return {
         "probes": {name: card_of(name) for name in probes},
         "drawings": list(DRAWINGS.values()),
         "natural": NATURAL,
         "pairs": len(pairs),
         "rates": rate_rows(calibrated, left_out),
-        "data": found_rows(in_data, views, calibrated, LIKE_GENERATED),
+        "data": found_rows(judged(pixels_of_pairs(pairs), views), views, calibrated, LIKE_GENERATED),
         "check": check,
         "undrawn": {name: undrawn_rows(of, natural) for name, of in on_drawings.items()},
     }

@@ -102,7 +102,7 @@ def test_the_correlation_within_prompts_by_hand():
     a = np.array([[0.0, 1, 2], [10, 11, 12]])
     b = np.array([[5.0, 6, 7], [3, 1, 2]])  # centred: (-1, 0, 1) and (1, -1, 0); those of a (-1, 0, 1)
     of = difficulty.within(a, b)
-    assert of["within"] == pytest.approx((2 - 1) / np.sqrt(4 * 4))
+    assert of["within"] == pytest.approx((2 - 1) / np.sqrt(4 * 4)) and of["slope"] == pytest.approx(1 / 4)
     assert of["spearman"] == pytest.approx((1 - 0.5) / 2) and of["prompts_that_vary"] == 2
     assert of["between"] == pytest.approx(-1)
     constant = difficulty.within(a, np.ones((2, 3)))
@@ -132,7 +132,7 @@ def test_cross_fitting_does_not_explain_chance():
 def test_redrawn_scenes_leave_out_the_recorded_share():
     scene, rng = scenes.candidate(3, 4, truthful=True), np.random.default_rng(0)
     made = [difficulty.redrawn(scene.said, scene.prompt, rng) for _ in range(300)]
-    shares = [difficulty.true_noise(one) for one in made]
+    shares = [difficulty.missing_share(judges.truth_of(one)) for one in made]
     assert len({one.seed for one in made}) == 300 and all(one.said == scene.said for one in made)
     assert np.mean(shares) == pytest.approx(difficulty.LOST, abs=0.04)
     complete = [one.drawn == scene.said for one in made]
