@@ -5,6 +5,8 @@
     python eval.py --table all --seeds 0,1,2 --jobs 2              every table; shared runs are trained once
     python eval.py --table 8 --data DIFFUSIONDB --weights paper    the full experiment (needs a GPU)
     python eval.py --figure 9                                      easy, medium and hard pairs
+    python eval.py --vote                                          a page on which people vote for table 5
+    python eval.py --table 5 --votes A.json B.json C.json          table 5 of their votes
 
 For each RUN: the mean cosine between predicted and true prompt embeddings with a 95 % bootstrap interval,
 beside the baseline that predicts the mean training embedding for every image. Writes RUN/result.json,
@@ -18,6 +20,12 @@ regression on frozen features, and white-box, the U-Net beside Swin) and --figur
 pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
 results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply
 to every run, e.g. --epochs.
+
+Table 5 without votes holds the choices of a probe of mini scenes, in place of the paper's three people.
+--vote writes results/vote.html, one file with 100 pairs of pictures by the original and the trained U-Net
+of the first seed, sides at random, and results/vote-key.json, the sides. Give each voter the page alone. It
+works without network, also on phones, by buttons or arrow keys (left, right, down for undecided, up to go
+back), and saves the votes as a JSON file. --votes reads these files and the key, and needs no runs.
 
 tables/ defines the tables and figures.
 """
@@ -37,10 +45,11 @@ import data
 import weights
 from command import Parser, positive, run_command, text
 from tables.exhibit import Exhibit
-from tables.generation import read_drawbench
+from tables.generation import RUN, read_drawbench
 from tables.probe import only_default_prompts
 from tables.registry import EXHIBITS
-from tables.runs import SET_BY_ROWS, SOURCES, Plan, cores, train_missing, with_phase_1
+from tables.runs import SET_BY_ROWS, SOURCES, Plan, RunName, cores, train_missing, with_phase_1
+from tables.votes import KEY, voted, write_page
 from training.config import parse_args
 from training.evaluate import evaluate
 from training.folder import saved_config
@@ -100,6 +109,7 @@ def train_fields(flags: list[str]) -> dict[str, Any]:
 
 def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
     seeds, sources, options = seeds_of(args.seeds), sources_of(args.weights), train_fields(flags)
+    seeds = seeds[:1] if args.vote else seeds
     name = Path(args.data).resolve().name
     kind = "" if args.weights == "mini" else "-" + args.weights.replace("/", "_")
     folder = args.folder or Path("runs") / f"tables-{name}{kind}"
@@ -108,16 +118,30 @@ def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
     return Plan(args.data, sources, seeds, folder, jobs, device, options, command, args.drawbench)
 
 
-def exhibits_of(args: argparse.Namespace, plan: Plan) -> dict[tuple[str, int | str], Exhibit]:
+def results_of(args: argparse.Namespace) -> Path:
+    """The folder of results. Raises DataError if it cannot be made."""
+    name = "" if args.data == "mini" else Path(args.data).resolve().name
+    results = args.results or Path("results") / name
+    parent = next(path for path in (results.absolute(), *results.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise data.DataError(f"--results {results}: {parent} is a file; give a folder")
+    return results
+
+
+def exhibits_of(args: argparse.Namespace, plan: Plan, results: Path) -> dict[tuple[str, int | str], Exhibit]:
     """The tables and figures to make; "all" skips tables that the data do not allow."""
     exhibits = selected(args.table, "table") if args.table is not None else {}
     exhibits |= selected(args.figure, "figure") if args.figure is not None else {}
+    if args.votes:
+        if ("table", 5) not in exhibits:
+            raise data.DataError("--votes: needs --table 5")
+        exhibits["table", 5] = voted(args.votes, results / KEY)
     needs_probe = [key for key, exhibit in exhibits.items() if exhibit.needs_probe]
     if needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
         if args.table != "all":
             raise data.DataError(
                 f"--table {needs_probe[0][1]}: the probe can judge only the embedded mini scenes; remove "
-                "--data and --weights"
+                "--data and --weights, or give people's votes for table 5 (--vote, --votes)"
             )
         exhibits = {key: exhibit for key, exhibit in exhibits.items() if key not in needs_probe}
     return exhibits
@@ -125,14 +149,9 @@ def exhibits_of(args: argparse.Namespace, plan: Plan) -> dict[tuple[str, int | s
 
 def make(args: argparse.Namespace, flags: list[str], command: str) -> None:
     """Train the missing runs of the tables and figures, and write these."""
-    plan = plan_of(args, flags, command)
-    exhibits = exhibits_of(args, plan)
-    name = "" if args.data == "mini" else Path(args.data).resolve().name
-    results = args.results or Path("results") / name
     # Errors that would come after the trainings are reported before them.
-    parent = next(path for path in (results.absolute(), *results.absolute().parents) if path.exists())
-    if not parent.is_dir():
-        raise data.DataError(f"--results {results}: {parent} is a file; give a folder")
+    plan, results = plan_of(args, flags, command), results_of(args)
+    exhibits = exhibits_of(args, plan, results)
     if plan.drawbench:
         read_drawbench(plan.drawbench)
     failed = train_missing(plan, [run for exhibit in exhibits.values() for run in exhibit.runs])
@@ -141,8 +160,21 @@ def make(args: argparse.Namespace, flags: list[str], command: str) -> None:
             log.error("%s %s: not written: %d trainings failed", kind, number, len(missing))
         else:
             exhibit.write(plan, results, kind, number)
+    require_trained(failed)
+
+
+def require_trained(failed: set[tuple[RunName, int]]) -> None:
     if failed:
         raise data.DataError(f"{len(failed)} trainings failed, see above; repeat the command to retry")
+
+
+def make_page(args: argparse.Namespace, flags: list[str], command: str) -> None:
+    """Train the run of the page for voters if it is missing, and write the page."""
+    if args.table is not None or args.figure is not None or args.votes:
+        raise data.DataError("--vote: give it without --table, --figure and --votes")
+    plan, results = plan_of(args, flags, command), results_of(args)
+    require_trained(train_missing(plan, [RUN]))
+    write_page(plan, results)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,11 +183,15 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="%(prog)s RUN [RUN ...] | --table N | --figure N   [flags]",
+        usage="%(prog)s RUN [RUN ...] | --table N | --figure N | --vote   [flags]",
     )
     for kind, exhibits in EXHIBITS.items():
         numbers = ", ".join(map(str, exhibits))
         parser.add_argument(f"--{kind}", metavar="N", help=f"{numbers}, several (1,2), or all")
+    parser.add_argument("--vote", action="store_true", help="write the page on which people vote for table 5")
+    parser.add_argument(
+        "--votes", type=Path, nargs="+", metavar="FILE", help="the files that the page saved, for --table 5"
+    )
     parser.add_argument(
         "--data", type=text, default="mini", help="mini, drawn or a folder, as in train.py (default: mini)"
     )
@@ -182,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         help="DrawBench's prompts for table 6 (default: those of mini/drawbench.py)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    making = any(flag.split("=")[0] in ("--table", "--figure") for flag in argv)
+    making = any(flag.split("=")[0] in ("--table", "--figure", "--vote", "--votes") for flag in argv)
     if not making:
         parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     args, flags = parser.parse_known_args(argv)
@@ -197,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
                 evaluate(folder, prepare(saved_config(folder), process.device), process)
 
     def make_exhibits() -> None:
-        make(args, flags, f"python eval.py {shlex.join(argv)}")
+        (make_page if args.vote else make)(args, flags, f"python eval.py {shlex.join(argv)}")
 
     return run_command(make_exhibits if making else evaluate_runs, "stopped; repeat the command to resume")
 

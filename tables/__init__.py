@@ -6,6 +6,7 @@
     methods.py     predictions of a row from its runs: ensemble, DAKL, k-NN, captioner;  probe.py  the ceiling
     compute.py     the numbers and the Markdown of these tables
     generation.py  tables 5 and 6, section 4.7: pictures by the trained U-Net;  figures.py  figures 9 and 11
+    votes.py       table 5 by people: the page for voters (vote.html) and the table of their votes
     readouts.py    ridge regression on frozen features
     runs.py        the runs by name; training of the missing ones
 """

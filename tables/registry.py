@@ -7,6 +7,7 @@ from tables.generation import GENERATION_TABLES
 from tables.judges import JUDGES
 from tables.readouts import READOUTS
 from tables.sweep import SWEEP
+from tables.votes import text as votes_text
 
 
 def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
@@ -23,5 +24,7 @@ EXHIBITS = {
 
 def text_of(result: dict) -> str:
     """The Markdown of a results file."""
+    if "people" in result:  # table 5 by people's votes
+        return votes_text(result)
     kind = "table" if "table" in result else "figure"
     return EXHIBITS[kind][result[kind]].text(result)

@@ -1,5 +1,5 @@
 """Metrics on NumPy arrays: cosine, intervals and tests over pairs and over seeds, the average precision of
-words and Spearman's rank correlation of two scores."""
+words, Spearman's rank correlation of two scores and the agreement of raters."""
 
 from __future__ import annotations
 
@@ -127,3 +127,23 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, resamples: int = 1000) -> dic
     if math.isnan(whole):
         return {"spearman": None, "spearman_95": None}
     return {"spearman": whole, "spearman_95": np.nanquantile(drawn, [0.025, 0.975]).tolist()}
+
+
+def sign_test(wins: int, losses: int) -> float | None:
+    """Two-sided exact p of the sign test that wins and losses are equally likely, without ties; None without
+    either."""
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n) if n else None
+
+
+def fleiss_kappa(counts: np.ndarray) -> float | None:
+    """Fleiss' kappa (1971), the agreement of raters beyond chance; None if it is undefined.
+
+    counts: (subjects, categories), how many raters chose each category; each row has the same sum, at least
+    2. It is undefined if all raters always chose one category.
+    """
+    raters = counts.sum(axis=1)[0]
+    observed = float(((counts**2).sum(axis=1) - raters).mean() / (raters * (raters - 1)))
+    by_chance = float(((counts.sum(axis=0) / counts.sum()) ** 2).sum())
+    return (observed - by_chance) / (1 - by_chance) if by_chance < 1 else None
