@@ -18,7 +18,7 @@ pair = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
 os.dup2(pair[0], 3), os.dup2(pair[1], 4)
 os.execvp(sys.argv[3], sys.argv[3:])
 """
-KEY_CODES = {"Backspace": 8, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+KEY_CODES = {"Backspace": 8, "Enter": 13, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 class Browser:
@@ -92,15 +92,16 @@ class Browser:
                 raise TimeoutError(expression)
             time.sleep(0.05)
 
-    def open(self, url: str) -> None:
-        """Load a page, anew if it is open."""
+    def load(self, method: str, **params: Any) -> None:
+        """Return once the page that Page.navigate or Page.reload loads is complete."""
         self.value("window.former = true")
-        self.send("Page.navigate", url=url)
+        self.send(method, **params)
         self.wait_for("!window.former && document.readyState === 'complete'")
 
     def press(self, key: str, **more: Any) -> None:
         code = {"key": key, "code": key, "windowsVirtualKeyCode": KEY_CODES[key]}
-        self.send("Input.dispatchKeyEvent", type="rawKeyDown", **code, **more)
+        down = "keyDown" if "text" in more else "rawKeyDown"
+        self.send("Input.dispatchKeyEvent", type=down, **code, **more)
         self.send("Input.dispatchKeyEvent", type="keyUp", **code)
 
     def downloaded(self, pattern: str) -> Path:
