@@ -13,6 +13,7 @@ from tables.readouts import READOUTS
 from tables.shift import SHIFT
 from tables.swap import SWAP
 from tables.sweep import SWEEP
+from tables.votes import text as votes_text
 
 
 def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
@@ -27,5 +28,7 @@ EXHIBITS = {"table": in_order(TABLES), "figure": in_order(FIGURES)}
 
 def text_of(result: dict) -> str:
     """The Markdown of a results file."""
+    if "people" in result:  # table 5 by people's votes
+        return votes_text(result)
     kind = "table" if "table" in result else "figure"
     return EXHIBITS[kind][result[kind]].text(result)

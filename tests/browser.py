@@ -92,6 +92,17 @@ class Browser:
                 raise TimeoutError(expression)
             time.sleep(0.05)
 
+    def open(self, url: str) -> None:
+        """Load a page. In a new profile Chromium may lose what is stored before the first reload (one time in
+        fifteen), so the page is reloaded until a value is kept."""
+        self.load("Page.navigate", url=url)
+        end = time.monotonic() + self.patience
+        while not self.value("localStorage.getItem('kept')"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{url}: localStorage is not kept")
+            self.value("localStorage.setItem('kept', 'yes')")
+            self.load("Page.reload")
+
     def load(self, method: str, **params: Any) -> None:
         """Return once the page that Page.navigate or Page.reload loads is complete."""
         self.value("window.former = true")

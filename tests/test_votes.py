@@ -255,7 +255,7 @@ def test_a_person_votes_in_a_browser(tmp_path: Path):
             chosen = "document.querySelectorAll('[aria-pressed=true]')"
             return browser.value(f"[...{chosen}].map(button => button.dataset.choice)")
 
-        browser.load("Page.navigate", url=path.as_uri())
+        browser.open(path.as_uri())
         assert browser.value("document.querySelector('#vote').hidden")
         browser.value("document.getElementById('voter').focus()")
         browser.send("Input.insertText", text=" Ana 12")
