@@ -14,10 +14,11 @@ RUN/predictions/rows.json) and RUN/examples.png.
 --table (1 heads and curriculum, 2 heads, 5 and 6 pictures by the trained U-Net, 7 curricula, 8 ensemble and
 DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the
 paper, captions, the text that the U-Net reads, ceiling, the best achievable cosine, readouts, ridge
-regression on frozen features, and white-box, the U-Net beside Swin) and --figure (9 easy, medium and hard
-pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
-results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply
-to every run, e.g. --epochs (here 3).
+regression on frozen features, white-box, the U-Net beside Swin, words, which words of a prompt the picture
+lacks (with --data drawn), and confidence, the expected cosine of a prediction) and --figure (9 easy, medium
+and hard pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They
+write results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and
+apply to every run, e.g. --epochs (here 3).
 
 tables/ defines the tables and figures.
 """
@@ -113,15 +114,20 @@ def exhibits_of(args: argparse.Namespace, plan: Plan) -> dict[tuple[str, int | s
     """The tables and figures to make; "all" skips tables that the data do not allow."""
     exhibits = selected(args.table, "table") if args.table is not None else {}
     exhibits |= selected(args.figure, "figure") if args.figure is not None else {}
-    needs_probe = [key for key, exhibit in exhibits.items() if exhibit.needs_probe]
-    if needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
-        if args.table != "all":
-            raise data.DataError(
-                f"--table {needs_probe[0][1]}: the probe can judge only the embedded mini scenes; remove "
-                "--data and --weights"
-            )
-        exhibits = {key: exhibit for key, exhibit in exhibits.items() if key not in needs_probe}
-    return exhibits
+    unfit = {key: reason for key, exhibit in exhibits.items() if (reason := unfit_data(exhibit, plan))}
+    if unfit and args.table != "all":
+        (_, number), reason = next(iter(unfit.items()))
+        raise data.DataError(f"--table {number}: {reason}")
+    return {key: exhibit for key, exhibit in exhibits.items() if key not in unfit}
+
+
+def unfit_data(exhibit: Exhibit, plan: Plan) -> str | None:
+    """The reason why an exhibit cannot be made from the plan's data; None if it can."""
+    if exhibit.needs_drawn and plan.data != "drawn":
+        return "only drawn scenes record the words that a picture leaves out; add --data drawn"
+    if exhibit.needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
+        return "the probe can judge only the embedded mini scenes; remove --data and --weights"
+    return None
 
 
 def make(args: argparse.Namespace, flags: list[str], command: str) -> None:

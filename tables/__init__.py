@@ -7,5 +7,6 @@
     compute.py     the numbers and the Markdown of these tables
     generation.py  tables 5 and 6, section 4.7: pictures by the trained U-Net;  figures.py  figures 9 and 11
     readouts.py    ridge regression on frozen features
+    words.py       which words of a prompt its picture lacks;  confidence.py  the cosine to expect
     runs.py        the runs by name; training of the missing ones
 """

@@ -24,12 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 class Exhibit:
     """A table or figure. `runs`: its trainings. `compute`: its numbers for JSON, and under "files" the bytes
     of further files by name. `text`: the numbers and their provenance as Markdown.
-    `needs_probe`: only the embedded default data allow it."""
+    `needs_probe`: only the embedded default data allow it; `needs_drawn`: only --data drawn."""
 
     runs: tuple[RunName, ...]
     compute: Callable[[Plan], dict]
     text: Callable[[dict], str]
     needs_probe: bool = False
+    needs_drawn: bool = False
 
     def write(self, plan: Plan, folder: Path, kind: str, number: int | str) -> None:
         """Compute it and write KIND-NUMBER.json, KIND-NUMBER.md and its further files into `folder`."""

@@ -1,10 +1,12 @@
 """All tables and figures by number or name. A new one is added to the dictionary of its own file."""
 
 from tables.compute import COMPUTED_TABLES
+from tables.confidence import CONFIDENCE
 from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES
 from tables.readouts import READOUTS
+from tables.words import WORDS
 
 
 def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
@@ -12,7 +14,8 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
     return dict(sorted(exhibits.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
-EXHIBITS = {"table": in_order(COMPUTED_TABLES | GENERATION_TABLES | READOUTS), "figure": in_order(FIGURES)}
+TABLES = COMPUTED_TABLES | GENERATION_TABLES | READOUTS | WORDS | CONFIDENCE
+EXHIBITS = {"table": in_order(TABLES), "figure": in_order(FIGURES)}
 
 
 def text_of(result: dict) -> str:

@@ -16,6 +16,11 @@ from tables.runs import RECORDING, SOURCES, Plan, RunName
 CPU = ["--table", "2", "--device", "cpu"]
 
 
+def made_by(write) -> SimpleNamespace:
+    """An exhibit without runs."""
+    return SimpleNamespace(runs=(), needs_probe=False, needs_drawn=False, write=write)
+
+
 @pytest.mark.parametrize(
     "flags, cores, results, expected",
     [
@@ -32,7 +37,7 @@ CPU = ["--table", "2", "--device", "cpu"]
 )  # fmt: skip
 def test_the_plan_that_flags_make(flags, cores, results, expected, monkeypatch: pytest.MonkeyPatch):
     written = []
-    made = SimpleNamespace(runs=(), needs_probe=False, write=lambda *where: written.append(where))
+    made = made_by(lambda *where: written.append(where))
     monkeypatch.setattr(eval, "selected", lambda flag, kind: {(kind, 2): made})
     monkeypatch.setattr(eval, "train_missing", lambda plan, runs: [])
     monkeypatch.setattr(eval, "cores", lambda: cores)
@@ -51,10 +56,7 @@ def test_tables_and_figures_are_made_by_one_call(monkeypatch: pytest.MonkeyPatch
     written = []
     for exhibits in eval.EXHIBITS.values():
         for number in exhibits:
-            made = SimpleNamespace(
-                runs=(), needs_probe=False, write=lambda plan, where, *which: written.append(which)
-            )
-            monkeypatch.setitem(exhibits, number, made)
+            monkeypatch.setitem(exhibits, number, made_by(lambda plan, where, *which: written.append(which)))
     monkeypatch.setattr(eval, "train_missing", lambda plan, runs: [])
     assert eval.main(["--table", "2,7", "--figure", "9", "--device", "cpu"]) == 0
     assert written == [("table", 2), ("table", 7), ("figure", 9)]
