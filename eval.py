@@ -17,8 +17,9 @@ RUN/predictions/rows.json) and RUN/examples.png.
 DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the
 paper, captions, the text that the U-Net reads, ceiling, references by the probe, readouts, ridge regression
 on frozen features, white-box, the U-Net beside Swin, crossed, two generators and their pictures, budget, the
-error by cause, and denoised, targets without the wording) and --figure (9 easy, medium and hard
-pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
+error by cause, denoised, targets without the wording, words, the words of a prompt that the picture lacks
+(with --data drawn), and confidence, the expected cosine of a prediction) and --figure (9 easy, medium and
+hard pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
 results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply
 to every run, e.g. --epochs.
 
@@ -138,21 +139,25 @@ def exhibits_of(args: argparse.Namespace, plan: Plan, results: Path) -> dict[tup
         if ("table", 5) not in exhibits:
             raise data.DataError("--votes: needs --table 5")
         exhibits["table", 5] = voted(args.votes, results / KEY)
-    needs_probe = [key for key, exhibit in exhibits.items() if exhibit.needs_probe]
-    lacking = {}  # why a table cannot be made
-    if needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
-        reason = (
-            "the probe can judge only the embedded mini scenes; remove --data and --weights, or give "
-            "people's votes for table 5 (--vote, --votes)"
-        )
-        lacking = dict.fromkeys(needs_probe, reason)
-    if not plan.second:
-        reason = "needs the folder of a second generator; give --second FOLDER"
-        lacking |= {key: reason for key, exhibit in exhibits.items() if exhibit.needs_second}
+    lacking = {key: reason for key, exhibit in exhibits.items() if (reason := lack(exhibit, plan))}
     if lacking and args.table != "all":
         (_, name), reason = next(iter(lacking.items()))
         raise data.DataError(f"--table {name}: {reason}")
     return {key: exhibit for key, exhibit in exhibits.items() if key not in lacking}
+
+
+def lack(exhibit: Exhibit, plan: Plan) -> str | None:
+    """The reason why the exhibit cannot be made from the plan's data; None if it can."""
+    if exhibit.needs_drawn and plan.data != "drawn":
+        return "only drawn scenes record the words that a picture leaves out; add --data drawn"
+    if exhibit.needs_second and not plan.second:
+        return "needs the folder of a second generator; give --second FOLDER"
+    if exhibit.needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
+        return (
+            "the probe can judge only the embedded mini scenes; remove --data and --weights, or give "
+            "people's votes for table 5 (--vote, --votes)"
+        )
+    return None
 
 
 def make(args: argparse.Namespace, flags: list[str], command: str) -> None:

@@ -769,8 +769,8 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = Parser(
         description="Print for each image the nearest training prompts, the likely words, the cosine to "
-        "expect with its prompt and, with --prompt, whether that prompt fits: the cosine, its rank among the run's "
-        "validation pairs, and for each word the probability that the image shows it.",
+        "expect with its prompt and, with --prompt, whether that prompt fits: its cosine, the rank of that "
+        "among the run's validation pairs, and for each word the probability that the image shows it.",
         epilog="Train a run first: python train.py --backbone unet",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")

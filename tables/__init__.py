@@ -11,5 +11,6 @@
     budget.py      the error by cause;  denoised.py  targets without the wording (wordings.py)
     generation.py  tables 5 and 6, section 4.7;  votes.py  table 5 by people (vote.html);  swap.py  controls
     difficulty.py  difficulty and label noise;  figures.py  figures 9 and 11
+    words.py       which words of a prompt the picture lacks;  confidence.py  the expected cosine
     probe.py       references by the probe;  judges.py  how well the probes judge
 """

@@ -2,6 +2,7 @@
 
 from tables.budget import BUDGET
 from tables.compute import COMPUTED_TABLES
+from tables.confidence import CONFIDENCE
 from tables.crossed import CROSSED
 from tables.denoised import DENOISED
 from tables.difficulty import DIFFICULTY
@@ -14,6 +15,7 @@ from tables.shift import SHIFT
 from tables.swap import SWAP
 from tables.sweep import SWEEP
 from tables.votes import text as votes_text
+from tables.words import WORDS
 
 
 def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
@@ -22,7 +24,7 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
 
 
 TABLES = COMPUTED_TABLES | GENERATION_TABLES | READOUTS | SWEEP | SHIFT | CROSSED | SWAP
-TABLES |= JUDGES | DIFFICULTY | BUDGET | DENOISED
+TABLES |= JUDGES | DIFFICULTY | BUDGET | DENOISED | WORDS | CONFIDENCE
 EXHIBITS = {"table": in_order(TABLES), "figure": in_order(FIGURES)}
 
 

@@ -183,25 +183,6 @@ def test_the_page_for_voters_has_the_pictures_and_the_probes_choices_of_table_5(
     assert counts == read(folder, "table-5")["votes"][1]
 
 
-def test_the_page_for_voters_has_the_pictures_and_the_probes_choices_of_table_5(
-    make: Callable[..., Path], probe: None  # noqa: F811
-):  # fmt: skip
-    folder = make("--vote", "--seeds", "1,0", *QUICK)
-    key = json.loads((folder / "results" / "vote-key.json").read_text())
-    requests = generation.prompt_sets(plan_of(folder), 1)["test prompts"][:5]
-    drawn = generation.drawn_by_both(plan_of(folder), None, requests, 1)  # kept: nothing is drawn again
-    assert [pair["prompt"] for pair in key["pairs"]] == [request.prompt for request in requests]
-    html = (folder / "results" / "vote.html").read_text()
-    page = json.loads(html.partition('id="page">')[2].partition("</script>")[0])
-    for k, (pair, shown) in enumerate(zip(key["pairs"], page["pairs"], strict=True)):
-        picture = Image.open(io.BytesIO(base64.b64decode(shown["left"].partition(",")[2])))
-        assert np.array_equal(np.asarray(picture), drawn[pair["left"]][k])
-    choices = [pair["probe"] for pair in key["pairs"]]
-    folder = make("--table", "5", "--seeds", "0,1", *QUICK)
-    counts = [choices.count(choice) for choice in ("trained", "original", "undecided")]
-    assert counts == read(folder, "table-5")["votes"][1]
-
-
 def test_the_share_of_words_shown_is_that_of_the_probes_findings(probe: None):
     scene = scenes.candidate(3, 4, truthful=True)
     picture = np.asarray(scenes.render(scene))[None]

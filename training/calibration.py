@@ -90,11 +90,11 @@ def log_odds(counts: np.ndarray, n: int) -> np.ndarray:
     return np.log(counts + 0.5) - np.log(n - counts + 0.5)
 
 
-def fit_words(probabilities: np.ndarray, present: np.ndarray, base: np.ndarray) -> tuple[float, np.ndarray]:
-    """(slope, offset of each word (V,)) from validation pairs: the head's probabilities (n, V), the words of
-    each prompt (n, V) bool and the log-odds of the words' base rates (V,)."""
+def fit_words(scores: np.ndarray, present: np.ndarray, base: np.ndarray) -> tuple[float, np.ndarray]:
+    """(slope, offset of each word (V,)) such that P(shown) = sigmoid(slope * score + offset), from validation
+    pairs: scores (n, V), the words of each prompt (n, V) bool, the log-odds of the words' base rates (V,)."""
     pair, word, own = own_and_other(present)
-    x = np.stack([logit(probabilities[pair, word]), base[word], np.ones(len(word))], axis=1)
+    x = np.stack([scores[pair, word], base[word], np.ones(len(word))], axis=1)
     slope, of_base, constant = logistic_regression(x, own)
     return float(slope), of_base * base + constant
 

@@ -11,7 +11,7 @@ import torch
 
 from files import write_array, write_json
 from reverse_sd import EMBEDDING_WIDTH, Predictions, Run, Vocabulary, load_run, predict
-from training.calibration import fit_calibration, log_odds, write_calibration
+from training.calibration import fit_calibration, log_odds, logit, write_calibration
 from training.inputs import Prepared, Samples, evaluation_batches, sample_readers
 from training.loop import Process
 from training.metrics import average_precision, bootstrap_interval, cosines
@@ -69,7 +69,7 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
     of_words = None
     if words["test"] is not None:
         result["vocabulary_map"] = average_precision(words["test"], present["test"])
-        of_words = words["val"], present["val"], base_log_odds(run.vocabulary, prompts["train"])
+        of_words = logit(words["val"]), present["val"], base_log_odds(run.vocabulary, prompts["train"])
     write_calibration(folder, fit_calibration(val_cosines, lengths["val"], of_words))
     result["seconds"] = round(seconds + time.time() - started, 1)
     write_json(folder / "result.json", result)

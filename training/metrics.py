@@ -67,6 +67,19 @@ def auroc(
         return (true * (below + false / 2)).sum(axis=-1) / pairs.sum(axis=-1)
 
 
+def binned(predicted: np.ndarray, true: np.ndarray, bins: int = 10) -> np.ndarray:
+    """(mean prediction, mean truth, number) of each bin (bins, 3): equal numbers of items (n,), in the order
+    of the predictions. Fewer bins than items."""
+    parts = np.array_split(np.argsort(predicted, kind="stable"), bins)
+    return np.array([(predicted[part].mean(), true[part].mean(), len(part)) for part in parts])
+
+
+def calibration_error(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Mean distance between the mean prediction and the mean truth of the bins."""
+    expected, observed, number = binned(predicted, true).T
+    return float(np.average(np.abs(expected - observed), weights=number))
+
+
 def student_p(t: float, df: int) -> float:
     """Two-sided p-value of Student's t with `df` degrees of freedom.
 

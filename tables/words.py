@@ -1,0 +1,286 @@
+"""Which words of a prompt its picture lacks: scores of single words against the truth of drawn scenes.
+
+A drawn scene records the words of its prompt that its picture leaves out. New scenes, which no run has seen,
+are drawn, and each score ranks the words of their prompts. Only words with visible content are judged, not
+tags such as "highly detailed". A word that stands for two things of a scene is shown if one of them is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import data
+from baselines import RidgeSums, ridge
+from mini import naming, scenes
+from reverse_sd import Vocabulary, load_run
+from tables.exhibit import (
+    COMPARED,
+    Exhibit,
+    bullets,
+    comparison,
+    interval,
+    markdown,
+    page,
+    provenance_text,
+    short,
+)
+from tables.methods import Member
+from tables.probe import readings
+from tables.runs import MODELS, Plan, RunName
+from training.calibration import fit_words, log_odds, own_and_other, read_calibration, sigmoid
+from training.evaluate import base_log_odds, shared_predictions
+from training.inputs import Prepared, Samples, cache_folder, prepare, prompt_targets, sample_readers
+from training.loop import Process
+from training.metrics import auroc, calibration_error, student_interval
+from words import is_content_word, words
+
+SEED = 2_000_003  # of the new scenes; not that of the data or of the miniatures' pretraining
+PARTS, PER_PART = 6, 1000
+RESAMPLES = 500
+RUNS = tuple(RunName(backbone, "mlc") for backbone in ("unet", "swin"))
+MEASURES = ("all words", "same word", "same prompt")
+CALIBRATED = "vocabulary head, calibrated"
+BY_RIDGE = "ridge regression on the prediction, calibrated"
+OUTSIDE = ("cosine of the prompt", "leave the word out", "probe")  # scores of any word
+
+
+@dataclass(frozen=True)
+class Items:
+    """The words with visible content of all prompts: numbers of their scenes (k,), the words, whether the
+    picture shows them (k,) bool, the probe's labels that they name."""
+
+    scene: np.ndarray
+    words: list[str]
+    shown: np.ndarray
+    labels: list[list[int]]
+
+
+def new_scenes(plan: Plan) -> tuple[str, dict[str, scenes.Scene]]:
+    """The folder of the new scenes, drawn here if missing, and the scenes by prompt."""
+    folder = cache_folder() / f"mini-scenes-{scenes.VERSION}-{SEED}"
+    scenes.build(folder, PARTS, PER_PART, SEED)
+    drawn = (scenes.candidate(SEED, index) for index in scenes.kept_indices(PARTS * PER_PART, SEED))
+    return str(folder), {scene.prompt: scene for scene in drawn}
+
+
+def items_of(drawn: Sequence[scenes.Scene]) -> Items:
+    """The items of these scenes. A function word counts only if it is a phrase by itself ("two", "above")."""
+    rows = []
+    for number, scene in enumerate(drawn):
+        by_word: dict[str, tuple[bool, list[int]]] = {}
+        for phrase, label in zip(scene.words, naming.named_labels(scene.said), strict=True):
+            for word in words(phrase):
+                if is_content_word(word) or word == phrase:
+                    shown, labels = by_word.get(word, (False, []))
+                    labels = [*labels, naming.POSITION[label]]
+                    by_word[word] = shown or phrase not in scene.undrawn, labels
+        rows += [(number, word, shown, labels) for word, (shown, labels) in by_word.items()]
+    number, word, shown, labels = zip(*rows, strict=True)
+    return Items(np.array(number), list(word), np.array(shown), list(labels))
+
+
+def without(prompt: str, word: str) -> str:
+    """The prompt in lower case without each occurrence of the word."""
+    rest = re.sub(rf"(?<![a-z'-]){re.escape(word)}(?![a-z'-])", "", prompt.lower())
+    return " ".join(rest.split())
+
+
+def ridge_scores(member: Member, prepared: Prepared, vocabulary: Vocabulary, new: np.ndarray) -> np.ndarray:
+    """P(shown) of every word (n, V) of new predictions (n, E), by ridge regression from the run's predictions
+    to the words of the prompts, fitted on its training pairs and calibrated on its validation pairs."""
+    x, present = {}, {}
+    for split in ("train", "val"):
+        rows = member.predicted(split) * member.array(f"{split}-lengths")[:, None]
+        x[split] = torch.from_numpy(rows)
+        present[split] = vocabulary.targets([prepared.pairs.prompts[i] for i in prepared.splits[split]])
+    sums = RidgeSums(x["train"].shape[1], len(vocabulary))
+    sums.add(x["train"], present["train"])
+    solution = ridge(sums, x["val"], present["val"])
+    base = log_odds(present["train"].double().sum(dim=0).numpy(), len(present["train"]))
+    slope, offsets = fit_words(solution.predict(x["val"]).numpy(), present["val"].numpy() > 0, base)
+    return sigmoid(slope * solution.predict(torch.from_numpy(new)).numpy() + offsets)
+
+
+@dataclass(frozen=True)
+class World:
+    """The new scenes: pairs and inputs by backbone, items, embeddings of the prompts (n, E) and of each
+    item's prompt without its word (k, E), the probe's probability of each item's labels (k,)."""
+
+    prepared: dict[str, Prepared]
+    items: Items
+    prompts: np.ndarray
+    shortened: np.ndarray
+    probe: np.ndarray
+
+
+def new_world(plan: Plan) -> World:
+    folder, by_prompt = new_scenes(plan)
+    prepared = {}
+    for run in RUNS:
+        config = dataclasses.replace(plan.config(run, plan.seeds[0]), data=folder, clean="off")
+        prepared[run.backbone] = prepare(config, plan.device)
+    pairs = prepared[RUNS[0].backbone].pairs
+    items = items_of([by_prompt[prompt] for prompt in pairs.prompts])
+    texts = [without(pairs.prompts[i], word) for i, word in zip(items.scene, items.words, strict=True)]
+    shortened = prompt_targets(texts, plan.device)[np.arange(len(texts))]
+    prompts = prompt_targets(pairs.prompts, plan.device)[np.arange(len(pairs))]
+    found = readings(pairs, range(len(pairs))).numpy()
+    probe = np.array([found[i, of].max() for i, of in zip(items.scene, items.labels, strict=True)])
+    return World(prepared, items, prompts, shortened, probe)
+
+
+def scores_of(world: World, plan: Plan, run: RunName, seed: int) -> tuple[dict[str, np.ndarray], dict]:
+    """Scores of all items (k,), higher for shown words, by name, with their "column" in the run's vocabulary
+    (-1 outside it); and the reliability of P(shown)."""
+    loaded = load_run(plan.run_folder(run, seed), plan.device)
+    vocabulary, prepared, scene = loaded.vocabulary, world.prepared[run.backbone], world.items.scene
+    samples = Samples(prepared, np.arange(len(world.prompts)), vocabulary)
+    workers = sample_readers(loaded.config.get("workers"), prepared, plan.device)
+    predicted = shared_predictions(loaded, samples, Process(device=plan.device), workers, True)
+    embedding, probabilities, lengths = predicted
+    if (calibration := read_calibration(loaded.folder, len(vocabulary))) is None:
+        raise data.DataError(f"{loaded.folder}: lacks its calibration; run: python eval.py {loaded.folder}")
+    shown = calibration.shown(probabilities)
+
+    own = prepare(plan.config(run, seed), plan.device)
+    base = base_log_odds(vocabulary, [own.pairs.prompts[i] for i in own.splits["train"]])
+    by_ridge = ridge_scores(Member(loaded.folder), own, vocabulary, embedding * lengths[:, None])
+    known = {word: j for j, word in enumerate(vocabulary.words)}
+    column = np.array([known.get(word, -1) for word in world.items.words])
+    cosine = (embedding * world.prompts).sum(axis=1)[scene]
+    scores = {
+        "column": column,
+        "base rate of the word": base[column],
+        "cosine of the prompt": cosine,
+        "leave the word out": cosine - (embedding[scene] * world.shortened).sum(axis=1),
+        "vocabulary head": probabilities[scene, column],
+        CALIBRATED: shown[scene, column],
+        BY_RIDGE: by_ridge[scene, column],
+        "probe": world.probe,
+    }
+    pair, word, is_own = own_and_other(vocabulary.targets(prepared.pairs.prompts).numpy() > 0)
+    doubted, true = scores[CALIBRATED][column >= 0] < 0.5, world.items.shown[column >= 0]
+    return scores, {
+        "calibration error, raw": calibration_error(probabilities[pair, word], is_own),
+        "calibration error": calibration_error(shown[pair, word], is_own),
+        "below .5 of the words not shown": float(doubted[~true].mean()),
+        "below .5 of the words shown": float(doubted[true].mean()),
+    }
+
+
+def measured(items: Items, scores: dict[str, np.ndarray], names: Sequence[str], inside: bool) -> dict:
+    """By measure and name: the area under the ROC curve of all scenes and then of RESAMPLES bootstrap samples
+    of the scenes (1 + RESAMPLES,), over the words inside the run's vocabulary or over those outside it."""
+    chosen = (scores["column"] >= 0) == inside
+    scene, shown = items.scene[chosen], items.shown[chosen]
+    _, word = np.unique(np.array(items.words)[chosen], return_inverse=True)
+    n = items.scene.max() + 1
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    weights = np.concatenate([np.ones((1, n)), drawn])[:, scene]
+    # A pair within a scene that is drawn k times counts k times, not k^2 times.
+    groups = {"all words": (np.zeros_like(scene), weights), "same word": (word, weights)}
+    groups["same prompt"] = (scene, np.sqrt(weights))
+    return {
+        (measure, name): np.concatenate(
+            [auroc(scores[name][chosen], shown, of, rows) for rows in np.array_split(weight, 20)]
+        )
+        for measure, (of, weight) in groups.items()
+        for name in names
+    }
+
+
+def compute(plan: Plan) -> dict:
+    """The areas by backbone, words, measure and score, their differences from CALIBRATED's, and the
+    reliability of P(shown)."""
+    world, rows, tests, reliable = new_world(plan), [], [], {}
+    for run in RUNS:
+        by_seed = [scores_of(world, plan, run, seed) for seed in plan.seeds]
+        reliable[run.name] = [numbers for _, numbers in by_seed]
+        for inside in (True, False):
+            names = [name for name in by_seed[0][0] if name != "column"] if inside else list(OUTSIDE)
+            areas = [measured(world.items, scores, names, inside) for scores, _ in by_seed]
+            for measure, name in areas[0]:
+                key = {"backbone": run.backbone, "in vocabulary": inside, "measure": measure, "score": name}
+                values = [of[measure, name] for of in areas]
+                rows.append(key | summary(values))
+                if inside and name != CALIBRATED:
+                    difference = [of[measure, CALIBRATED] - of[measure, name] for of in areas]
+                    of_scenes = summary(difference)
+                    tests.append(
+                        key
+                        | {"difference": of_scenes["mean"], "difference_95": of_scenes["scenes_95"]}
+                        | {"per_seed": of_scenes["per_seed"]}
+                    )
+    items = world.items
+    counts = {
+        "scenes": len(world.prompts),
+        "scenes with a word not shown": len(set(items.scene[~items.shown])),
+    }
+    counts |= {"words": len(items.words), "words not shown": int((~items.shown).sum())}
+    return {"counts": counts, "rows": rows, "tests": tests, "reliability": reliable}
+
+
+def summary(values: Sequence[np.ndarray]) -> dict:
+    """Of one array of `measured` a seed: the mean, its interval over scenes, the value of each seed."""
+    means = np.mean(values, axis=0)
+    return {
+        "mean": float(means[0]),
+        "scenes_95": np.nanquantile(means[1:], [0.025, 0.975]).tolist(),
+        "per_seed": [float(of[0]) for of in values],
+    }
+
+
+def text(result: dict) -> str:
+    parts = []
+    for inside, title in ((True, "Words in the run's vocabulary"), (False, "Other words")):
+        rows = [row for row in result["rows"] if row["in vocabulary"] == inside]
+        by_score: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            seeds, over = student_interval(row["per_seed"]), interval(row["scenes_95"])
+            cell = f"{short(row['mean'])} ({over}{'; ' + interval(seeds) if seeds else ''})"
+            by_score.setdefault((MODELS[row["backbone"]], row["score"]), []).append(cell)
+        cells = [(*key, *measures) for key, measures in by_score.items()]
+        parts += [f"## {title}", markdown(f"run | score | {' | '.join(MEASURES)}", cells)]
+    tests = [
+        (MODELS[test["backbone"]], test["measure"], test["score"], *comparison(test))
+        for test in result["tests"]
+    ]
+    reliable = [
+        (MODELS[name.split("-")[0]], *(float(np.mean([of[key] for of in by_seed])) for key in by_seed[0]))
+        for name, by_seed in result["reliability"].items()
+    ]
+    columns = list(next(iter(result["reliability"].values()))[0])
+    counts = ", ".join(f"{n:,} {name}" for name, n in result["counts"].items())
+    notes = (
+        "The area under the ROC curve for the words of a prompt that are not in its picture, on new drawn "
+        "scenes, mean over the seeds (95 % interval by bootstrap over the scenes; Student's over the seeds). .5 is "
+        "chance. Same word: only pairs of the same word in two prompts count, so that its frequency cannot "
+        "help. Same prompt: only pairs of words of one prompt count.",
+        "Vocabulary head: its probability of the word. Calibrated: with the base rate, fitted on validation "
+        "pairs (training/calibration.py). Ridge regression from the predicted embedding to the words is "
+        "calibrated alike. Leave the word out: the cosine with the prompt less that without the word. "
+        "Probe: a classifier trained on drawings of known content; its probability of the label that the "
+        "word names.",
+        "Reliability of P(shown), mean over the seeds: calibration error for words of a scene's own prompt "
+        "and of another prompt, as many of both; share of the words not shown, and of those shown, with P "
+        "below .5.",
+    )
+    return page(
+        "Per word: is it in the picture?",
+        f"{provenance_text(result)} {counts}.",
+        *parts,
+        f"## {CALIBRATED} − each other score",
+        markdown(f"run | measure | other score | {COMPARED.replace('over pairs', 'over scenes')}", tests),
+        "## Reliability",
+        markdown(f"run | {' | '.join(columns)}", reliable),
+        bullets(notes),
+    )
+
+
+WORDS = {"words": Exhibit(RUNS, compute, text, needs_drawn=True)}
