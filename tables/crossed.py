@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 import data
+import weights
 from tables.cells import MEAN, cell_texts, contrasts_text, frozen_cosines, part, trained_cosines
 from tables.exhibit import Exhibit, bullets, markdown, page, provenance_text
 from tables.runs import Plan, RunName
@@ -59,7 +60,9 @@ def require_same_pairs(plan: Plan) -> None:
 def compute(plan: Plan) -> dict:
     trained = part(plan.seeds, CONTRASTS, lambda seed: trained_cosines(plan, CELLS, seed))
     frozen = part(FROZEN_SEEDS, CONTRASTS, lambda seed: frozen_cosines(plan, CELLS, seed))
-    return trained | {"frozen": frozen}
+    sources = {"A": plan.sources["unet"], "B": str(plan.second / "sd-mini")}
+    unets = {name: weights.fingerprint("unet", source) for name, source in sources.items()}
+    return {"unets": unets} | trained | {"frozen": frozen}
 
 
 def part_text(part: dict) -> tuple[str, str]:

@@ -90,4 +90,5 @@ def test_a_copy_of_the_generator_reads_as_the_generator(make: Callable[..., Path
         assert rows["U-Net A on A"] == rows["U-Net B on A"] != rows["Swin on A"]
         assert [test["difference"] for test in kind["contrasts"][:2]] == [0, 0]
     config = json.loads((folder / "runs" / "unet-second-on-second-seed0" / "config.json").read_text())
+    assert result["unets"]["A"] == result["unets"]["B"]
     assert config["weights"] == str(tmp_path / "sd-mini") and config["image_size"] == 64
