@@ -742,7 +742,7 @@ def print_predictions(
 
     run, skipped = load_run(folder, device), 0
     prompts, targets = read_training_prompts(folder)
-    judge = Judge(folder, run.vocabulary.words, prompt, run.config["heads"] > 0)
+    judge = Judge(folder, run.vocabulary.words, prompt)
     predict_images = image_predictor(run, device)
     for path in paths:
         try:
@@ -757,7 +757,7 @@ def print_predictions(
             print(f"  {similarity:.3f}  {prompts[i]}")
         if predictions.probabilities is not None:
             print("  words  " + run.vocabulary.likely(predictions.probabilities[0], 10))
-        for line in judge.lines(*(part[0] if part is not None else None for part in predictions)):
+        for line in judge.lines(predictions.embeddings[0], predictions.lengths[0]):
             print(f"  {line}")
     return 2 if skipped else 0
 

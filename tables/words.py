@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 import data
-from baselines import RidgeSums, ridge
 from mini import naming, scenes
-from reverse_sd import Vocabulary, load_run
+from reverse_sd import Predictions, Run, load_run
 from tables.exhibit import (
     COMPARED,
     Exhibit,
@@ -30,11 +28,10 @@ from tables.exhibit import (
     provenance_text,
     short,
 )
-from tables.methods import Member
 from tables.probe import readings
 from tables.runs import MODELS, Plan, RunName
-from training.calibration import fit_words, log_odds, own_and_other, read_calibration, sigmoid
-from training.evaluate import base_log_odds, shared_predictions
+from training.calibration import fit_words, log_odds, logit, own_and_other, read_calibration, sigmoid
+from training.evaluate import shared_predictions
 from training.inputs import Prepared, Samples, cache_folder, prepare, prompt_targets, sample_readers
 from training.loop import Process
 from training.metrics import auroc, calibration_error, student_interval
@@ -45,8 +42,7 @@ PARTS, PER_PART = 6, 1000
 RESAMPLES = 500
 RUNS = tuple(RunName(backbone, "mlc") for backbone in ("unet", "swin"))
 MEASURES = ("all words", "same word", "same prompt")
-CALIBRATED = "vocabulary head, calibrated"
-BY_RIDGE = "ridge regression on the prediction, calibrated"
+OURS = "P(shown)"
 OUTSIDE = ("cosine of the prompt", "leave the word out", "probe")  # scores of any word
 
 
@@ -91,22 +87,6 @@ def without(prompt: str, word: str) -> str:
     return " ".join(rest.split())
 
 
-def ridge_scores(member: Member, prepared: Prepared, vocabulary: Vocabulary, new: np.ndarray) -> np.ndarray:
-    """P(shown) of every word (n, V) of new predictions (n, E), by ridge regression from the run's predictions
-    to the words of the prompts, fitted on its training pairs and calibrated on its validation pairs."""
-    x, present = {}, {}
-    for split in ("train", "val"):
-        rows = member.predicted(split) * member.array(f"{split}-lengths")[:, None]
-        x[split] = torch.from_numpy(rows)
-        present[split] = vocabulary.targets([prepared.pairs.prompts[i] for i in prepared.splits[split]])
-    sums = RidgeSums(x["train"].shape[1], len(vocabulary))
-    sums.add(x["train"], present["train"])
-    solution = ridge(sums, x["val"], present["val"])
-    base = log_odds(present["train"].double().sum(dim=0).numpy(), len(present["train"]))
-    slope, offsets = fit_words(solution.predict(x["val"]).numpy(), present["val"].numpy() > 0, base)
-    return sigmoid(slope * solution.predict(torch.from_numpy(new)).numpy() + offsets)
-
-
 @dataclass(frozen=True)
 class World:
     """The new scenes: pairs and inputs by backbone, items, embeddings of the prompts (n, E) and of each
@@ -135,23 +115,30 @@ def new_world(plan: Plan) -> World:
     return World(prepared, items, prompts, shortened, probe)
 
 
-def scores_of(world: World, plan: Plan, run: RunName, seed: int) -> tuple[dict[str, np.ndarray], dict]:
+def predicted_by(run: Run, prepared: Prepared, rows: np.ndarray, plan: Plan) -> Predictions:
+    workers = sample_readers(run.config.get("workers"), prepared, plan.device)
+    samples = Samples(prepared, rows, run.vocabulary)
+    return shared_predictions(run, samples, Process(device=plan.device), workers, True)
+
+
+def scores_of(world: World, plan: Plan, name: RunName, seed: int) -> tuple[dict[str, np.ndarray], dict]:
     """Scores of all items (k,), higher for shown words, by name, with their "column" in the run's vocabulary
     (-1 outside it); and the reliability of P(shown)."""
-    loaded = load_run(plan.run_folder(run, seed), plan.device)
-    vocabulary, prepared, scene = loaded.vocabulary, world.prepared[run.backbone], world.items.scene
-    samples = Samples(prepared, np.arange(len(world.prompts)), vocabulary)
-    workers = sample_readers(loaded.config.get("workers"), prepared, plan.device)
-    predicted = shared_predictions(loaded, samples, Process(device=plan.device), workers, True)
-    embedding, probabilities, lengths = predicted
-    if (calibration := read_calibration(loaded.folder, len(vocabulary))) is None:
-        raise data.DataError(f"{loaded.folder}: lacks its calibration; run: python eval.py {loaded.folder}")
-    shown = calibration.shown(probabilities)
+    run = load_run(plan.run_folder(name, seed), plan.device)
+    if (calibration := read_calibration(run.folder, len(run.vocabulary))) is None:
+        raise data.DataError(f"{run.folder}: lacks its calibration; run: python eval.py {run.folder}")
+    prepared, scene = world.prepared[name.backbone], world.items.scene
+    embedding, probabilities, lengths = predicted_by(run, prepared, np.arange(len(world.prompts)), plan)
+    shown = calibration.shown(embedding * lengths[:, None])
 
-    own = prepare(plan.config(run, seed), plan.device)
-    base = base_log_odds(vocabulary, [own.pairs.prompts[i] for i in own.splits["train"]])
-    by_ridge = ridge_scores(Member(loaded.folder), own, vocabulary, embedding * lengths[:, None])
-    known = {word: j for j, word in enumerate(vocabulary.words)}
+    own = prepare(plan.config(name, seed), plan.device)
+    prompts = {s: [own.pairs.prompts[i] for i in own.splits[s]] for s in ("train", "val")}
+    present = {s: run.vocabulary.targets(prompts[s]).numpy() > 0 for s in prompts}
+    base = log_odds(present["train"].sum(axis=0), len(present["train"]))
+    validation = predicted_by(run, own, own.splits["val"], plan).probabilities
+    slope, offsets = fit_words(logit(validation), present["val"], base)
+
+    known = {word: j for j, word in enumerate(run.vocabulary.words)}
     column = np.array([known.get(word, -1) for word in world.items.words])
     cosine = (embedding * world.prompts).sum(axis=1)[scene]
     scores = {
@@ -160,17 +147,18 @@ def scores_of(world: World, plan: Plan, run: RunName, seed: int) -> tuple[dict[s
         "cosine of the prompt": cosine,
         "leave the word out": cosine - (embedding[scene] * world.shortened).sum(axis=1),
         "vocabulary head": probabilities[scene, column],
-        CALIBRATED: shown[scene, column],
-        BY_RIDGE: by_ridge[scene, column],
+        "vocabulary head, calibrated": slope * logit(probabilities[scene, column]) + offsets[column],
+        OURS: shown[scene, column],
         "probe": world.probe,
     }
-    pair, word, is_own = own_and_other(vocabulary.targets(prepared.pairs.prompts).numpy() > 0)
-    doubted, true = scores[CALIBRATED][column >= 0] < 0.5, world.items.shown[column >= 0]
+    pair, word, is_own = own_and_other(run.vocabulary.targets(prepared.pairs.prompts).numpy() > 0)
+    of_head = sigmoid(slope * logit(probabilities) + offsets)
+    doubted, true = scores[OURS][column >= 0] < 0.5, world.items.shown[column >= 0]
+    errors = {"vocabulary head": probabilities, "vocabulary head, calibrated": of_head, OURS: shown}
     return scores, {
-        "calibration error, raw": calibration_error(probabilities[pair, word], is_own),
-        "calibration error": calibration_error(shown[pair, word], is_own),
-        "below .5 of the words not shown": float(doubted[~true].mean()),
-        "below .5 of the words shown": float(doubted[true].mean()),
+        "calibration error": {key: calibration_error(p[pair, word], is_own) for key, p in errors.items()},
+        "not shown, below .5": float(doubted[~true].mean()),
+        "shown, below .5": float(doubted[true].mean()),
     }
 
 
@@ -196,7 +184,7 @@ def measured(items: Items, scores: dict[str, np.ndarray], names: Sequence[str], 
 
 
 def compute(plan: Plan) -> dict:
-    """The areas by backbone, words, measure and score, their differences from CALIBRATED's, and the
+    """The areas by backbone, words, measure and score, their differences from OURS's, and the
     reliability of P(shown)."""
     world, rows, tests, reliable = new_world(plan), [], [], {}
     for run in RUNS:
@@ -209,8 +197,8 @@ def compute(plan: Plan) -> dict:
                 key = {"backbone": run.backbone, "in vocabulary": inside, "measure": measure, "score": name}
                 values = [of[measure, name] for of in areas]
                 rows.append(key | summary(values))
-                if inside and name != CALIBRATED:
-                    difference = [of[measure, CALIBRATED] - of[measure, name] for of in areas]
+                if inside and name != OURS:
+                    difference = [of[measure, OURS] - of[measure, name] for of in areas]
                     of_scenes = summary(difference)
                     tests.append(
                         key
@@ -252,35 +240,41 @@ def text(result: dict) -> str:
         for test in result["tests"]
     ]
     reliable = [
-        (MODELS[name.split("-")[0]], *(float(np.mean([of[key] for of in by_seed])) for key in by_seed[0]))
+        (MODELS[name.split("-")[0]], *np.mean([list(flat(of).values()) for of in by_seed], axis=0).tolist())
         for name, by_seed in result["reliability"].items()
     ]
-    columns = list(next(iter(result["reliability"].values()))[0])
+    columns = flat(next(iter(result["reliability"].values()))[0])
     counts = ", ".join(f"{n:,} {name}" for name, n in result["counts"].items())
     notes = (
         "The area under the ROC curve for the words of a prompt that are not in its picture, on new drawn "
-        "scenes, mean over the seeds (95 % interval by bootstrap over the scenes; Student's over the seeds). .5 is "
-        "chance. Same word: only pairs of the same word in two prompts count, so that its frequency cannot "
+        "scenes, mean over the seeds (95 % interval by bootstrap over the scenes; Student's over the seeds). "
+        ".5 is chance. Same word: only pairs of one word in two prompts count, so that its frequency cannot "
         "help. Same prompt: only pairs of words of one prompt count.",
-        "Vocabulary head: its probability of the word. Calibrated: with the base rate, fitted on validation "
-        "pairs (training/calibration.py). Ridge regression from the predicted embedding to the words is "
-        "calibrated alike. Leave the word out: the cosine with the prompt less that without the word. "
-        "Probe: a classifier trained on drawings of known content; its probability of the label that the "
-        "word names.",
-        "Reliability of P(shown), mean over the seeds: calibration error for words of a scene's own prompt "
-        "and of another prompt, as many of both; share of the words not shown, and of those shown, with P "
-        "below .5.",
+        "P(shown): ridge regression from the predicted embedding to the words, calibrated on the validation "
+        "pairs (training/calibration.py); python reverse_sd.py --prompt prints it. Vocabulary head: its "
+        "probability of the word as trained; calibrated: in the same way, with the word's base rate. Leave "
+        "the word out: the cosine with the prompt less the cosine with the prompt without the word. Probe: a "
+        "classifier trained on drawings of known content; its probability of the label that the word names.",
+        "Reliability, mean over the seeds. Error: calibration error on words of a scene's own prompt and of "
+        "another prompt, as many of both. Below .5: the shares of the words not shown and of the words shown "
+        "whose P(shown) is below .5.",
     )
     return page(
         "Per word: is it in the picture?",
         f"{provenance_text(result)} {counts}.",
         *parts,
-        f"## {CALIBRATED} − each other score",
+        f"## {OURS} − each other score",
         markdown(f"run | measure | other score | {COMPARED.replace('over pairs', 'over scenes')}", tests),
         "## Reliability",
         markdown(f"run | {' | '.join(columns)}", reliable),
         bullets(notes),
     )
+
+
+def flat(numbers: dict) -> dict[str, float]:
+    """The numbers of a run's reliability by column of the table."""
+    errors = {f"error, {name}": error for name, error in numbers["calibration error"].items()}
+    return errors | {name: value for name, value in numbers.items() if name != "calibration error"}
 
 
 WORDS = {"words": Exhibit(RUNS, compute, text, needs_drawn=True)}

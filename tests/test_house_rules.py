@@ -56,7 +56,7 @@ ALLOWED = {
     "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
     "training/*.py": TENSORS
     | {"models", "weights", "command", "data", "files", "schema", "backbones", "reverse_sd", "training"}
-    | {"words"},
+    | {"words", "baselines"},
     "train.py": COMPOSITION,
     "eval.py": COMPOSITION,
     "tables/*.py": COMPOSITION,

@@ -1,37 +1,41 @@
-"""The calibration of a run, fitted on its validation pairs: expected cosine, cosines for comparison, words.
+"""The calibration of a run, fitted on its predictions: expected cosine, cosines for comparison, words.
 
 * The length of a least-squares prediction of unit vectors estimates its own cosine: if f(x) is the mean of
   the embeddings y of all prompts that fit image x, the mean of cos(f(x), y) over them is |f(x)|. Training by
   the cosine leaves the length free, so it is multiplied by a slope.
-* A vocabulary head estimates P(word j in the prompt | image), which depends on the word's frequency. A word's
-  score is P(shown) = sigmoid(a logit_j + b log-odds of its base rate + c): the probability that the word is
-  from the image's own prompt and not from another pair's, both equally likely beforehand. Logistic regression
-  fits a, b and c (Platt 1999, with the base rate as a second variable).
+* Ridge regression from the predictions f(x) of the training images to the words of their prompts scores each
+  word. P(shown) = sigmoid(a score_j + b log-odds of the word's base rate + c) is the probability that the
+  word is from the image's own prompt and not from another pair's, both equally likely beforehand. Logistic
+  regression on the validation pairs fits a, b and c (Platt 1999, with the base rate as a second variable).
+  The vocabulary head is not used: short trainings leave it far from converged (tables/words.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from files import write_json
-from schema import NULL, many, number, read_json
+from baselines import RidgeSums, ridge
+from files import DataError, write_array, write_json
+from schema import many, number, read_json
 
-FILE = "calibration.json"
+FILES = "calibration.json", "words.npy"
 QUANTILES = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
 class Calibration:
     """`cosines`: the QUANTILES of the validation pairs' cosines; `length_slope`: expected cosine per length;
-    `slope` and `offsets` (V): of the words' logits; None without a vocabulary head."""
+    `words` (1 + E, V): P(shown) = sigmoid([1, f] @ words)."""
 
     cosines: list[float]
     length_slope: float
-    slope: float | None = None
-    offsets: list[float] | None = None
+    words: np.ndarray
 
     def expected(self, length: float) -> float:
         """The expected cosine of a prediction of this length."""
@@ -41,9 +45,9 @@ class Calibration:
         """The share of the validation pairs with a lower cosine."""
         return float(np.interp(cosine, self.cosines, QUANTILES))
 
-    def shown(self, probabilities: np.ndarray) -> np.ndarray:
-        """P(shown) of every word from the head's probabilities (..., V)."""
-        return sigmoid(self.slope * logit(probabilities) + np.asarray(self.offsets))
+    def shown(self, predicted: np.ndarray) -> np.ndarray:
+        """P(shown) of every word (..., V) from predictions (..., E), not normalised."""
+        return sigmoid(predicted @ self.words[1:] + self.words[0])
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -99,29 +103,45 @@ def fit_words(scores: np.ndarray, present: np.ndarray, base: np.ndarray) -> tupl
     return float(slope), of_base * base + constant
 
 
-def fit_calibration(
-    cosines: np.ndarray, lengths: np.ndarray, words: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-) -> Calibration:
-    """From the validation pairs' cosines (n,), lengths (n,) and the arguments of `fit_words`."""
-    slope, offsets = fit_words(*words) if words else (None, None)
+def word_map(
+    targets: Callable[[Sequence[str]], Tensor],
+    predicted: dict[str, np.ndarray],
+    prompts: dict[str, list[str]],
+) -> np.ndarray:
+    """`Calibration.words`, from the predictions (n, E), not normalised, and the prompts of "train" and "val".
+    `targets`: prompts -> their words (n, V), equation (2)."""
+    x = {split: torch.from_numpy(predicted[split]) for split in ("train", "val")}
+    present = targets(prompts["val"])
+    sums = RidgeSums(x["train"].shape[1], present.shape[1])
+    for start in range(0, len(x["train"]), 1024):
+        rows = slice(start, start + 1024)
+        sums.add(x["train"][rows], targets(prompts["train"][rows]))
+    solution = ridge(sums, x["val"], present)
+    base = log_odds(sums.products[0, 1 + sums.width :].numpy(), len(x["train"]))
+    slope, offsets = fit_words(solution.predict(x["val"]).numpy(), present.numpy() > 0, base)
+    weight = (solution.weight / solution.deviation[:, None]).numpy()
+    constant = solution.bias.numpy() - solution.mean.numpy() @ weight
+    return np.concatenate([[slope * constant + offsets], slope * weight]).astype(np.float32)
+
+
+def write_calibration(folder: Path, cosines: np.ndarray, lengths: np.ndarray, words: np.ndarray) -> None:
+    """Write a run's calibration from its validation pairs' cosines (n,) and lengths (n,) and `word_map`."""
+    write_array(folder / FILES[1], words)
     quantiles = np.quantile(cosines, QUANTILES).tolist()
-    offsets = offsets if offsets is None else offsets.tolist()
-    return Calibration(quantiles, length_slope(lengths, cosines), slope, offsets)
-
-
-def write_calibration(folder: Path, calibration: Calibration) -> None:
-    write_json(folder / FILE, asdict(calibration))
+    write_json(folder / FILES[0], {"cosines": quantiles, "length_slope": length_slope(lengths, cosines)})
 
 
 def read_calibration(folder: Path, n_words: int) -> Calibration | None:
     """The calibration of a run with a vocabulary of `n_words`; None if an older version evaluated the run.
-    Raises DataError for a damaged file."""
-    if not (folder / FILE).exists():
+    Raises DataError for damaged files."""
+    path, array = (folder / name for name in FILES)
+    if not path.exists():
         return None
-    fields = {
-        "cosines": many(number(), len(QUANTILES), len(QUANTILES)),
-        "length_slope": number(),
-        "slope": number() | NULL,
-        "offsets": many(number(), n_words, n_words) | NULL,
-    }
-    return Calibration(**read_json(folder / FILE, fields, closed=True))
+    fields = {"cosines": many(number(), len(QUANTILES), len(QUANTILES)), "length_slope": number()}
+    try:
+        words = np.load(array, allow_pickle=False)
+        if words.dtype != np.float32 or words.shape[1:] != (n_words,) or not np.isfinite(words).all():
+            raise ValueError(f"{words.dtype} {words.shape}")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{array}: cannot be read ({error}); run: python eval.py {folder}") from error
+    return Calibration(**read_json(path, fields, closed=True), words=words)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from files import write_array, write_json
-from reverse_sd import EMBEDDING_WIDTH, Predictions, Run, Vocabulary, load_run, predict
-from training.calibration import fit_calibration, log_odds, logit, write_calibration
+from reverse_sd import EMBEDDING_WIDTH, Predictions, Run, load_run, predict
+from training.calibration import word_map, write_calibration
 from training.inputs import Prepared, Samples, evaluation_batches, sample_readers
 from training.loop import Process
 from training.metrics import average_precision, bootstrap_interval, cosines
@@ -33,7 +33,7 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
     predictions, lengths, words, rows_by_split = {}, {}, {}, {}
     for split, rows in prepared.splits.items():
         samples = Samples(prepared, rows, run.vocabulary)
-        predicted = shared_predictions(run, samples, process, workers, split != "train")
+        predicted = shared_predictions(run, samples, process, workers, split == "test")
         predictions[split], words[split], lengths[split] = predicted
     if not process.first:
         return None
@@ -47,7 +47,6 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
     write_json(folder / "predictions" / "rows.json", rows_by_split)
 
     prompts = {split: [prepared.pairs.prompts[i] for i in rows] for split, rows in prepared.splits.items()}
-    present = {s: run.vocabulary.targets(prompts[s]).numpy() > 0 for s in ("val", "test")}
     test = prepared.splits["test"]
     targets = prepared.targets[test]
     mean_embedding = prepared.targets[prepared.splits["train"]].astype(np.float64).mean(axis=0)
@@ -66,11 +65,12 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
         "n_test": len(test),
         "seed": run.config["seed"],
     }
-    of_words = None
     if words["test"] is not None:
-        result["vocabulary_map"] = average_precision(words["test"], present["test"])
-        of_words = logit(words["val"]), present["val"], base_log_odds(run.vocabulary, prompts["train"])
-    write_calibration(folder, fit_calibration(val_cosines, lengths["val"], of_words))
+        truth = run.vocabulary.targets(prompts["test"]).numpy() > 0
+        result["vocabulary_map"] = average_precision(words["test"], truth)
+    raw = {split: predictions[split] * lengths[split][:, None] for split in ("train", "val")}
+    of_words = word_map(run.vocabulary.targets, raw, prompts)
+    write_calibration(folder, val_cosines, lengths["val"], of_words)
     result["seconds"] = round(seconds + time.time() - started, 1)
     write_json(folder / "result.json", result)
     examples_picture(folder / "examples.png", run, prepared, predictions["test"], words["test"])
@@ -97,12 +97,6 @@ def shared_predictions(
 
     embeddings, words, lengths = zip(*parts, strict=True)
     return Predictions(gathered(embeddings), gathered(words) if with_words else None, gathered(lengths))
-
-
-def base_log_odds(vocabulary: Vocabulary, prompts: Sequence[str]) -> np.ndarray:
-    """The log-odds (V,) of the share of prompts that have each word."""
-    blocks = (vocabulary.targets(prompts[k : k + 1024]).sum(dim=0) for k in range(0, len(prompts), 1024))
-    return log_odds(sum(blocks).double().numpy(), len(prompts))
 
 
 def summary(folder: Path, result: dict) -> str:

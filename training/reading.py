@@ -37,11 +37,11 @@ class Judge:
     """The judgement of a run's predictions, and of a prompt beside them.
 
     `known`: the words of the run's vocabulary. Raises DataError, in one line, if the prompt is too long for
-    the sentence encoder or, where the run has a vocabulary head, contains none of these words.
+    the sentence encoder or contains none of these words.
     """
 
-    def __init__(self, folder: Path, known: Sequence[str], prompt: str | None, has_head: bool):
-        if prompt and has_head and not set(words(prompt)) & set(known):
+    def __init__(self, folder: Path, known: Sequence[str], prompt: str | None):
+        if prompt and not set(words(prompt)) & set(known):
             raise DataError(
                 f"--prompt {prompt}: none of its words is among the {len(known)} of this run; use some of "
                 f"{folder}/vocabulary.json, e.g. {', '.join(known[:5])}"
@@ -50,10 +50,10 @@ class Judge:
         self.calibration = read_calibration(folder, len(known))
         self.embedding = embedded(prompt) if prompt else None
 
-    def lines(self, embedding: np.ndarray, probabilities: np.ndarray | None, length: float) -> list[str]:
+    def lines(self, embedding: np.ndarray, length: float) -> list[str]:
         """The expected cosine; the cosine with the prompt and its rank among the validation pairs; for each
-        content word of the prompt P(shown), with a bar. From one image's embedding (E,), head's
-        probabilities (V,) and length."""
+        content word of the prompt P(shown), with a bar. From an image's unit-length embedding (E,) and its
+        length before that."""
         calibration, lines = self.calibration, []
         if calibration:
             lines.append(f"expected cosine with its prompt: {calibration.expected(length):.2f}")
@@ -64,11 +64,10 @@ class Judge:
         if not calibration:
             return [text, f"for a score of each word, evaluate this run again: python eval.py {self.folder}"]
         lines.append(f"{text}, above {calibration.rank(cosine):.0%} of the validation pairs")
-        if probabilities is not None:
-            shown = dict(zip(self.known, calibration.shown(probabilities), strict=True))
-            for word in filter(is_content_word, dict.fromkeys(words(self.prompt))):
-                judgement = bar(shown[word]) if word in shown else "not judged: not in this run's vocabulary"
-                lines.append(f"  {word:<16} {judgement}")
+        shown = dict(zip(self.known, calibration.shown(embedding * length), strict=True))
+        for word in filter(is_content_word, dict.fromkeys(words(self.prompt))):
+            judgement = bar(shown[word]) if word in shown else "not judged: not in this run's vocabulary"
+            lines.append(f"  {word:<16} {judgement}")
         return lines
 
 
