@@ -199,9 +199,10 @@ def cosines_of(plan: Plan, reader: str, shift: Shift, seed: int) -> dict[tuple[s
     if target:
         found["", "trained on the target"] = cosines(target[0].predicted("test"), truth["test"])
     val, test = (tensor(seen[split], plan.device) for split in ("val", "test"))
-    validation = {"source": (source.predicted("val"), source.targets("val")), "target": (seen["val"], truth["val"])}
-    for labels, chosen_on in validation.items():
-        arrays = source.predicted("train"), source.targets("train"), *chosen_on
+    labelled = {"source": (source.predicted("val"), source.targets("val"))}
+    labelled["target"] = seen["val"], truth["val"]
+    for labels, pairs in labelled.items():
+        arrays = source.predicted("train"), source.targets("train"), *pairs
         p = Predicted(*(tensor(x, plan.device) for x in arrays), torch.cat([val, test]), test)
         for name, method in METHODS.items():
             if labels == "source" or name != "DAKL, exact":
