@@ -14,10 +14,10 @@ RUN/predictions/rows.json) and RUN/examples.png.
 --table (1 heads and curriculum, 2 heads, 5 and 6 pictures by the trained U-Net, 7 curricula, 8 ensemble and
 DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the
 paper, captions, the text that the U-Net reads, ceiling, the best achievable cosine, readouts, ridge
-regression on frozen features, and white-box, the U-Net beside Swin) and --figure (9 easy, medium and hard
-pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
-results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply
-to every run, e.g. --epochs (here 3).
+regression on frozen features, swap, tables 5 and 6 with controls, and white-box, the U-Net beside Swin)
+and --figure (9 easy, medium and hard pairs, 11 the ensemble) train the missing runs, one per row and seed,
+and resume stopped ones. They write results/table-N.md and .json, with the paper's numbers beside ours. All
+other flags are train.py's and apply to every run, e.g. --epochs (here 3).
 
 tables/ defines the tables and figures.
 """
