@@ -306,7 +306,7 @@ def slot_rows(original: Sequence[dict], trained: Sequence[dict]) -> list[dict]:
 
 
 def slot_table(rows: Sequence[dict]) -> str:
-    """`slot_rows` as Markdown."""
+    """`slot_rows` as Markdown, with notes."""
     cells = [
         (row["slot"], row["n"], row["original"], row["trained"], short(row["difference"], True))
         + (interval(row["seeds_95"], True), p_text(row["p"]))
@@ -314,7 +314,11 @@ def slot_table(rows: Sequence[dict]) -> str:
         for row in rows
     ]
     columns = "things | number | original | trained | difference | 95 % interval | p | by seed"
-    return markdown(columns, cells)
+    note = (
+        "First two rows: means over pictures; the others over things. Intervals and p are over seeds, p "
+        "without correction for the number of rows."
+    )
+    return f"{markdown(columns, cells)}\n\n{bullets([note])}"
 
 
 def table_5_text(result: dict) -> str:
@@ -340,8 +344,6 @@ def table_5_text(result: dict) -> str:
                 f"Difference {100 * test['difference']:+.2f} percentage points "
                 f"({100 * limits[0]:+.2f} to {100 * limits[1]:+.2f} over seeds, p {p}); seed by seed "
                 f"{', '.join(f'{100 * d:+.2f}' for d in test['per_seed'])}.",
-                "By kind of thing: the first two rows are means over pictures, the others over things; "
-                "intervals and p are over seeds, p without correction for the number of kinds.",
                 "In drawings that show all of their prompt, the probe finds: "
                 f"{', '.join(f'{slot} {share:.1%}' for slot, share in drawn_shares.items())}.",
             )

@@ -211,9 +211,8 @@ class EncoderTrainer(Trainer):
         self.words = vocabulary.targets(texts)
         torch.manual_seed(config.seed)
         backbone = UNetFeatures(copy.deepcopy(unet), config.unet_features)
-        model = Regressor(backbone, backbone.width, len(vocabulary), config.heads, standardise=True).to(
-            device
-        )
+        model = Regressor(backbone, backbone.width, len(vocabulary), config.heads, standardise=True)
+        model = model.to(device)
         trained = {f"backbone.unet.{name}" for name in encoder_names(unet)}
         encoder, heads = {}, {}
         for name, parameter in model.named_parameters():
@@ -424,7 +423,7 @@ def measured(plan: Plan, tasks: Sequence[tuple]) -> list[dict]:
     context, threads = multiprocessing.get_context("spawn"), max(1, cores() // plan.jobs)
     os.environ["TQDM_DISABLE"] = "1"  # in these processes; this one has read it already
     with (
-        ProcessPoolExecutor(plan.jobs, context, set_threads, (threads,)) as pool,
+        ProcessPoolExecutor(plan.jobs, context, torch.set_num_threads, (threads,)) as pool,
         tqdm(total=len(tasks), desc="U-Nets", unit="U-Net") as bar,
     ):
         futures = [pool.submit(measure_and_end, plan, *task) for task in tasks]
@@ -437,10 +436,6 @@ def measured(plan: Plan, tasks: Sequence[tuple]) -> list[dict]:
         finally:
             del os.environ["TQDM_DISABLE"]
             pool.shutdown(cancel_futures=True)
-
-
-def set_threads(threads: int) -> None:
-    torch.set_num_threads(threads)
 
 
 # ============================================================================================================
