@@ -22,11 +22,7 @@ KEY_CODES = {"Backspace": 8, "Enter": 13, "ArrowLeft": 37, "ArrowUp": 38, "Arrow
 
 
 class Browser:
-    """One page of a headless Chromium. Raises TimeoutError where an answer takes longer than `patience`.
-
-    The page is opened at its URL: after about:blank a file may be loaded again in another process, with other
-    localStorage.
-    """
+    """One page of a headless Chromium. Raises TimeoutError where an answer takes longer than `patience`."""
 
     def __init__(self, program: str, folder: Path, url: str, patience: float = 20):
         self.patience, self.last, self.buffer, self.session = patience, 0, b"", {}
@@ -97,10 +93,18 @@ class Browser:
                 raise TimeoutError(expression)
             time.sleep(0.05)
 
-    def reload(self) -> None:
-        self.value("window.former = true")
-        self.send("Page.reload")
-        self.wait_for("!window.former && document.readyState === 'complete'")
+    def reload(self, until: str) -> None:
+        """Load the page anew until a JavaScript expression is true: in some reloads of a file a headless
+        Chromium lacks the localStorage of the load before, and has it again in the next."""
+        end = time.monotonic() + self.patience
+        while True:
+            self.value("window.former = true")
+            self.send("Page.reload")
+            self.wait_for("!window.former && document.readyState === 'complete'")
+            if self.value(until):
+                return
+            if time.monotonic() > end:
+                raise TimeoutError(until)
 
     def press(self, key: str, **more: Any) -> None:
         code = {"key": key, "code": key, "windowsVirtualKeyCode": KEY_CODES[key]}

@@ -267,7 +267,7 @@ def test_a_person_votes_in_a_browser(tmp_path: Path):
         assert shown() == ["2 of 5", prompts[1]] and pressed() == []
         browser.press("ArrowRight")
         browser.press("ArrowDown")
-        browser.reload()
+        browser.reload("document.getElementById('start').hidden")
         assert shown() == ["4 of 5", prompts[3]]
         browser.press("Backspace")
         assert shown() == ["3 of 5", prompts[2]] and pressed() == [UNDECIDED]
