@@ -144,12 +144,12 @@ def chosen(left: str, vote: str) -> int:
 
 
 def counted(choices: np.ndarray) -> list[int]:
-    """How often each of CHOICES occurs in indices (n,)."""
+    """The number of each of CHOICES in indices (n,)."""
     return np.bincount(choices, minlength=len(CHOICES)).tolist()
 
 
 def per_pair(choices: np.ndarray) -> np.ndarray:
-    """How many people made each of CHOICES, (n, 3), by choices (people, n)."""
+    """The number of people that made each of CHOICES, (n, 3), by choices (people, n)."""
     return (choices[..., None] == np.arange(len(CHOICES))).sum(axis=0)
 
 

@@ -24,7 +24,7 @@ KEY_CODES = {"Backspace": 8, "Enter": 13, "ArrowLeft": 37, "ArrowUp": 38, "Arrow
 class Browser:
     """One page of a headless Chromium. Raises TimeoutError where an answer takes longer than `patience`."""
 
-    def __init__(self, program: str, folder: Path, patience: float = 20):
+    def __init__(self, program: str, folder: Path, url: str, patience: float = 20):
         self.patience, self.last, self.buffer, self.session = patience, 0, b"", {}
         self.requests: list[str] = []  # URLs
         reads, self.writer = os.pipe()
@@ -36,12 +36,13 @@ class Browser:
             launch, pass_fds=(reads, writes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         os.close(reads), os.close(writes)
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        target = self.send("Target.createTarget", url=url)["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self.session = {"sessionId": attached["sessionId"]}
         self.downloads = folder / "downloads"
         self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
         self.send("Network.enable")
+        self.wait_for("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     def __enter__(self) -> Browser:
         return self
@@ -92,22 +93,18 @@ class Browser:
                 raise TimeoutError(expression)
             time.sleep(0.05)
 
-    def open(self, url: str) -> None:
-        """Load a page. In a new profile Chromium may lose what is stored before the first reload (one time in
-        fifteen), so the page is reloaded until a value is kept."""
-        self.load("Page.navigate", url=url)
+    def reload(self, until: str) -> None:
+        """Load the page anew until a JavaScript expression is true: in some reloads of a file a headless
+        Chromium lacks the localStorage of the load before, and has it again in the next."""
         end = time.monotonic() + self.patience
-        while not self.value("localStorage.getItem('kept')"):
+        while True:
+            self.value("window.former = true")
+            self.send("Page.reload")
+            self.wait_for("!window.former && document.readyState === 'complete'")
+            if self.value(until):
+                return
             if time.monotonic() > end:
-                raise TimeoutError(f"{url}: localStorage is not kept")
-            self.value("localStorage.setItem('kept', 'yes')")
-            self.load("Page.reload")
-
-    def load(self, method: str, **params: Any) -> None:
-        """Return once the page that Page.navigate or Page.reload loads is complete."""
-        self.value("window.former = true")
-        self.send(method, **params)
-        self.wait_for("!window.former && document.readyState === 'complete'")
+                raise TimeoutError(until)
 
     def press(self, key: str, **more: Any) -> None:
         code = {"key": key, "code": key, "windowsVirtualKeyCode": KEY_CODES[key]}

@@ -246,7 +246,7 @@ def test_a_person_votes_in_a_browser(tmp_path: Path):
     page_id, left, html = votes.ballot(prompts, original, trained)
     path = tmp_path / "vote.html"
     path.write_text(html)
-    with Browser(CHROMIUM, tmp_path) as browser:
+    with Browser(CHROMIUM, tmp_path, path.as_uri()) as browser:
 
         def shown() -> list[str]:
             return browser.value("['count', 'prompt'].map(id => document.getElementById(id).textContent)")
@@ -255,7 +255,6 @@ def test_a_person_votes_in_a_browser(tmp_path: Path):
             chosen = "document.querySelectorAll('[aria-pressed=true]')"
             return browser.value(f"[...{chosen}].map(button => button.dataset.choice)")
 
-        browser.open(path.as_uri())
         assert browser.value("document.querySelector('#vote').hidden")
         browser.value("document.getElementById('voter').focus()")
         browser.send("Input.insertText", text=" Ana 12")
@@ -268,7 +267,7 @@ def test_a_person_votes_in_a_browser(tmp_path: Path):
         assert shown() == ["2 of 5", prompts[1]] and pressed() == []
         browser.press("ArrowRight")
         browser.press("ArrowDown")
-        browser.load("Page.reload")
+        browser.reload("document.getElementById('start').hidden")
         assert shown() == ["4 of 5", prompts[3]]
         browser.press("Backspace")
         assert shown() == ["3 of 5", prompts[2]] and pressed() == [UNDECIDED]
