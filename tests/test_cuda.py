@@ -104,7 +104,7 @@ def inputs_of(kind: str, config: object) -> list[Tensor]:
         case "unet":
             context = random(2, 77, config.context_dim)
             return [random(2, 4, 16, 16), torch.full((2,), 981, device=CUDA), context]
-        case "blip":
+        case "blip" | "blip2":
             side = config.vision_image_size
             return [random(2, 3, side, side), ids(2, 7)]
     raise ValueError(kind)
