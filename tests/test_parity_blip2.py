@@ -24,6 +24,7 @@ from tests.parity import assert_parity, assert_same_shapes, fit, parameters, pic
 from weights import WeightsError, to_home
 from weights.kinds.blip2 import HEAD, KIND, WORDS, load_tokenizer, published
 from weights.options import sizes_of
+from weights.sources import verify
 
 TINY = BLIP2Config(
     vision_hidden_size=24, vision_intermediate_size=40, vision_num_hidden_layers=2,
@@ -430,6 +431,7 @@ def test_a_folder_as_transformers_saves_it(vocabulary: Path) -> None:
     index = json.loads((vocabulary / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 2 and HEAD not in index and WORDS in index
     assert_loaded(vocabulary, theirs)
+    assert [line.partition(":")[0] for line in verify(vocabulary)] == ["blip2"]  # not CLIP's image half
     config = json.loads((vocabulary / "config.json").read_text())
     del config["text_config"]["vocab_size"], config["vision_config"]["layer_norm_eps"]
     config["qformer_config"].pop("layer_norm_eps")
