@@ -17,7 +17,7 @@ from models.layers import Namespace, attention
 from models.search import KeysValues, beam_search
 
 FIRST_POSITION = 2  # the row of OPT's position table for the first token; the two before it are unused
-OPT_EPS = 1e-5      # of all layer norms in OPT; stated in no config.json
+OPT_EPS = 1e-5  # of all layer norms in OPT; stated in no config.json
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class VisionLayer(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Post-norm transformer layer: attention among the queries and, in every second layer, to the image."""
+    """Post-norm transformer layer: attention among the queries and, with `reads_image`, to the image."""
 
     def __init__(self, config: BLIP2Config, reads_image: bool):
         super().__init__()

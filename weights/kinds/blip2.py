@@ -145,7 +145,7 @@ KIND = Kind(
     tokenizer=load_tokenizer,
     tokens={"text_bos_token_id": BEGIN, "text_eos_token_id": LINE_BREAK},
     tied={HEAD: WORDS},
-    # What BLIP-2 trains; half precision made this part diverge (LAVIS, issue 267)
+    # The trained part; its loss diverges in half precision, and LAVIS and transformers keep it in float32 too
     full_precision=r"(query_tokens|qformer\.|language_projection\.).*",
     pictures=Pictures("vision_image_size", "Blip", CLIP),
     example_inputs=lambda config, draw: {
