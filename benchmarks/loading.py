@@ -32,7 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weights
-from weights.kinds import KINDS, blip
+from weights.kinds import KINDS, blip, blip2
 from weights.registry import ENTRIES
 
 DTYPES = {"float32": (torch.float32, "F32"), "float16": (torch.float16, "F16"),
@@ -85,6 +85,7 @@ def _dialects(entry: str, kind: str) -> list[tuple[str, ...]]:
         "swin": [("timm",), ("hf-v2" if entry.startswith("swinv2") else "hf",)],
         "clip-vision": [("hf",), ("open_clip",)],
         "blip": [("hf",)],
+        "blip2": [("hf",)],
     }[kind]
 
 
@@ -107,7 +108,8 @@ def write(case: Case, folder: Path, dtype: str = "float32") -> Path:
     described = DESCRIBED[case.kind](config, case.dialect)
     (folder / ("open_clip_config.json" if open_clip else "config.json")).write_text(json.dumps(described))
     if KINDS[case.kind].tokenizer:
-        words = {word: i for i, word in enumerate([*blip.BERTS_OWN, *blip.BLIPS_OWN])}
+        own = (blip2.BEGIN, blip2.PAD) if case.kind == "blip2" else (*blip.BERTS_OWN, *blip.BLIPS_OWN)
+        words = {word: i for i, word in enumerate(own)}
         words |= {token: getattr(config, name) for name, token in KINDS[case.kind].tokens.items()}
         Tokenizer(WordPiece(words, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
     return folder
@@ -195,6 +197,7 @@ DESCRIBED: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "clip-text": lambda config, dialect: asdict(config) | {"model_type": "clip_text_model"},
     "minilm": lambda config, dialect: asdict(config) | {"model_type": "bert"},
     "blip": lambda config, dialect: blip.published(config),
+    "blip2": lambda config, dialect: blip2.published(config),
 }
 
 
@@ -284,7 +287,7 @@ def main() -> None:
     parser.add_argument("entries", nargs="*", metavar="ENTRY", help=f"{', '.join(known)} (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of file and model")
     parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
-    parser.add_argument("--folder", type=Path, help="for the files, up to 4 GB (default: the temporary one)")
+    parser.add_argument("--folder", type=Path, help="for the files, up to 15 GB (default: the temporary one)")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # the case to measure in this process
     args = parser.parse_args()
     if args.child:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layers import Namespace, attention
-
-KeysValues = tuple[Tensor, Tensor]  # of one layer, (B, N, D) each
+from models.search import KeysValues, Step, beam_search
 
 
 @dataclass(frozen=True)
@@ -253,63 +252,18 @@ class BLIP(nn.Module):
             )
         if (prompt == self.config.text_pad_token_id).any():
             raise ValueError("a prompt holds padding: give prompts of one length at a time")
-        image = self._image_keys_values(self.encode_image(images))
-        return self._search(image, prompt, num_beams, min_length, max_length, length_penalty)
+        step = self._step(self.encode_image(images))
+        return beam_search(
+            step, prompt, num_beams, end=self.config.text_sep_token_id, pad=self.config.text_pad_token_id,
+            min_new=min_length - start, max_new=max_length - start, length_penalty=length_penalty,
+        )
 
-    def _search(
-        self, image: list[KeysValues], prompt: Tensor, beams: int, min_length: int, max_length: int,
-        length_penalty: float,
-    ) -> Tensor:
-        """Beam search: keep the best `beams` unfinished captions and the best finished ones per image."""
-        end = self.config.text_sep_token_id
-        fill = self.config.text_pad_token_id
-        fill = fill if beams == 1 else fill or end  # transformers' beam search ignores a padding id of 0
-        images, start = prompt.shape
-        first = torch.arange(images, device=prompt.device)[:, None]
-        running = prompt[:, None]                                 # (B, 1, N), later (B, beams, N)
-        scores = torch.zeros(images, 1, device=prompt.device)     # (B, 1), later (B, beams)
-        finished = prompt.new_full((images, beams, start), fill)
-        finished_scores = scores.new_full((images, beams), -torch.inf)  # best first, as are all scores here
-        hopeful = torch.ones(images, dtype=torch.bool, device=prompt.device)
-        new, past = prompt, None
-        for length in range(start + 1, max_length + 1):
-            x, past = self._states(new, image, past)
-            steps = self._logits(x[:, -1]).float().log_softmax(dim=-1)
-            steps = steps.unflatten(0, scores.shape)                                      # (B, beams, V)
-            if length <= min_length:
-                steps[:, :, end] = -torch.inf
+    def _step(self, states: Tensor) -> Step:
+        """The step of a beam search that reads image states (B, N, D)."""
+        image = self._image_keys_values(states)
 
-            # Each beam can end in one way, so twice as many candidates leave enough unfinished
-            best, place = (scores[:, :, None] + steps).flatten(1).topk(2 * beams)
-            parent, token = place // steps.shape[-1], place % steps.shape[-1]             # (B, 2·beams)
-            grown = torch.cat([_pick(running, parent), token[:, :, None]], dim=2)         # (B, 2·beams, N)
-            ends = (token == end) | (length == max_length)
+        def step(new: Tensor, past: list[KeysValues] | None) -> tuple[Tensor, list[KeysValues]]:
+            x, present = self._states(new, image, past)
+            return self._logits(x[:, -1]), present
 
-            # A caption counts as finished only if it ends among the best `beams` and its image is still
-            # active
-            normed = best / (length - start) ** length_penalty
-            normed = normed.masked_fill(~(ends & hopeful[:, None]), -torch.inf)[:, :beams]
-            finished_scores, kept = torch.cat([finished_scores, normed], dim=1).topk(beams)
-            finished = torch.cat([F.pad(finished, (0, 1), value=fill), grown[:, :beams]], dim=1)
-            finished = _pick(finished, kept)
-
-            rows = first * scores.shape[1]
-            scores, kept = best.masked_fill(ends, -torch.inf).topk(beams)
-            running, rows = _pick(grown, kept), (rows + parent.gather(1, kept)).flatten()
-            new, past = running[:, :, -1].reshape(-1, 1), [(k[rows], v[rows]) for k, v in past]
-
-            # The best unfinished caption is scored at its current length; an image whose finished captions
-            # beat it is done
-            hope = scores[:, 0] / (length - start) ** length_penalty > finished_scores[:, -1]
-            hopeful = hopeful & hope
-            if not hopeful.any():
-                break
-        captions = finished[:, 0]
-        ended = (captions[:, start:] == end).long()
-        longest = (ended.cumsum(dim=1) == ended).sum(dim=1).max()  # all before the first end, and it
-        return captions[:, : start + longest]
-
-
-def _pick(sequences: Tensor, places: Tensor) -> Tensor:
-    """The rows (B, k, N) of (B, beams, N) at `places` (B, k)."""
-    return sequences.take_along_dim(places[:, :, None], dim=1)
+        return step

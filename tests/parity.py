@@ -113,8 +113,9 @@ def first_difference(
         layers.setdefault(key.rpartition(".")[0], set()).add(tuple(part.layer for part in parts))
     modules = {
         name: next(iter(others)) for name, others in layers.items()
-        # Where layers lie inside, only a namesake ends at the same place.
-        if len(others) == 1 and (others == {(Part(name),)} or not list(ours.get_submodule(name).children()))
+        # Where layers lie inside, only a namesake ends at the same place; the whole model is no layer.
+        if name and len(others) == 1
+        and (others == {(Part(name),)} or not list(ours.get_submodule(name).children()))
     }
     seen_ours = _record(ours, set(modules), run_ours)
     seen_theirs = _record(theirs, {part.name for parts in modules.values() for part in parts}, run_theirs)

@@ -23,6 +23,7 @@ import reverse_sd
 import weights
 from backbones import BACKBONES, as_backbone
 from baselines import Smoothing
+from models.search import beam_search
 from weights.kinds import KINDS
 
 CUDA = torch.device("cuda")
@@ -103,7 +104,7 @@ def inputs_of(kind: str, config: object) -> list[Tensor]:
         case "unet":
             context = random(2, 77, config.context_dim)
             return [random(2, 4, 16, 16), torch.full((2,), 981, device=CUDA), context]
-        case "blip":
+        case "blip" | "blip2":
             side = config.vision_image_size
             return [random(2, 3, side, side), ids(2, 7)]
     raise ValueError(kind)
@@ -219,8 +220,8 @@ def test_beam_search_but_for_its_end(beams: int):
         patch.object(torch.Tensor, "__index__", lambda tensor: 5),
     ):
         blip = model_of("blip", "blip-mini")
-        image = blip._image_keys_values(blip.encode_image(random(2, 3, 64, 64)))
-        assert all_on_cuda(blip._search(image, ids(2, 5), beams, 6, 18, 1.0))
+        step = blip._step(blip.encode_image(random(2, 3, 64, 64)))
+        assert all_on_cuda(beam_search(step, ids(2, 5), beams, end=3, pad=0, min_new=1, max_new=13))
 
 
 # -- curriculum, ensemble, k-means, DAKL ----------------------------------------

@@ -1,4 +1,5 @@
-"""Every checkpoint of the registry in full size, from files with random values: values, time, memory.
+"""Every checkpoint of the registry in full size, from files with random values: values, time, memory. That in
+shards, BLIP-2's, has a test in test_parity_blip2.py.
 
 Gigabytes are written to pytest's temporary folder, one file at a time; benchmarks/loading.py measures.
 """
@@ -13,7 +14,9 @@ from conftest import ROOT, environment
 from benchmarks import loading
 from weights.registry import ENTRIES
 
+SHARDED = {name for name, entry in ENTRIES.items() if any("-of-" in file for file in entry.files)}
 FULL = [name for name, entry in ENTRIES.items() if entry.files and loading.cases(name)]
+FULL = [name for name in FULL if name not in SHARDED]
 MINIATURES = [name for name, entry in ENTRIES.items() if entry.folder]
 # A load may take this much of the file's size and of the time that reading it takes, and some bytes and
 # seconds more, whatever the size: names, modules, a tokenizer. README.md states what it does take; the bars

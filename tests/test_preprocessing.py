@@ -113,6 +113,9 @@ HUGGING_FACE = {
     "blip": ("blip", 96, {"do_normalize": True, "do_resize": True, "resample": 3, **RESCALED, **CLIP_HF,
                           "image_processor_type": "BlipImageProcessor", "size_divisor": 32,
                           "processor_class": "BlipProcessor", "size": {"height": 96, "width": 96}}),
+    "blip2": ("blip2", 224, {"do_normalize": True, "do_resize": True, "resample": 3, **RESCALED, **CLIP_HF,
+                             "image_processor_type": "BlipImageProcessor",
+                             "processor_class": "Blip2Processor", "size": {"height": 224, "width": 224}}),
     "blip, defaults": ("blip", 384, {"image_processor_type": "BlipImageProcessor"}),
     "not normalised": ("vit", 64, {"image_processor_type": "ViTImageProcessor", "size": 64,
                                    "do_normalize": False}),
@@ -222,7 +225,7 @@ def test_open_clips_transform(size, mode, interpolation, tmp_path):
 @pytest.mark.parametrize("kind, dialect, published", [
     ("vit", "hf", HUGGING_FACE["vit, 2021"]), ("vit", "hf-model", HUGGING_FACE["vit, 2023"]),
     ("swin", "hf-bare", HUGGING_FACE["swin"]), ("clip-vision", "transformers-5", HUGGING_FACE["clip, 2022"]),
-    ("blip", "hf", HUGGING_FACE["blip"]),
+    ("blip", "hf", HUGGING_FACE["blip"]), ("blip2", "hf", HUGGING_FACE["blip2"]),
 ])
 def test_hugging_faces_usual_values(kind, dialect, published, tmp_path):
     how = told(tmp_path, kind, published[1], preprocessor_config=published[2])

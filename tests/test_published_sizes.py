@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import bert, blip, clip, swin, unet, vae, vit
+from models import bert, blip, blip2, clip, swin, unet, vae, vit
 
 SD_1 = dict(num_heads=8, num_head_channels=None)
 SD_2 = dict(num_heads=None, num_head_channels=64)
@@ -13,6 +13,12 @@ TIMM_VIT = dict(norm_eps=1e-6, class_token=True, global_pool="token", fc_norm=Fa
 BLIP = dict(
     vision_layer_norm_eps=1e-5, text_layer_norm_eps=1e-12, text_num_attention_heads=12, vision_image_size=384,
     text_bos_token_id=30522, text_pad_token_id=0, text_sep_token_id=102,
+)  # fmt: skip
+BLIP_2 = dict(
+    vision_layer_norm_eps=1e-6, vision_num_attention_heads=16, vision_image_size=224, num_query_tokens=32,
+    qformer_layer_norm_eps=1e-12, qformer_num_attention_heads=12, qformer_cross_attention_frequency=2,
+    text_num_attention_heads=32, text_max_position_embeddings=2048, text_bos_token_id=2,
+    text_pad_token_id=1, text_eos_token_id=50118,
 )  # fmt: skip
 # (model, its configurations, name, parameters, options), the counts as the authors or timm state them.
 PUBLISHED = [
@@ -33,6 +39,7 @@ PUBLISHED = [
     (swin.Swin, swin.CONFIGS, "swinv2-l", 195_202_932, {"pretrained_window_sizes": (12, 12, 12, 6)}),
     (blip.BLIP, blip.CONFIGS, "blip-base", 223_971_644, BLIP | {"vision_num_attention_heads": 12}),
     (blip.BLIP, blip.CONFIGS, "blip-large", 446_290_492, BLIP | {"vision_num_attention_heads": 16}),
+    (blip2.BLIP2, blip2.CONFIGS, "blip2-opt-2.7b", 3_744_761_856, BLIP_2),
     (bert.Bert, bert.CONFIGS, "minilm", 22_565_376, {"num_attention_heads": 12, "layer_norm_eps": 1e-12}),
 ]
 

@@ -35,11 +35,11 @@ FIELDS: dict[str, Rule] = {name: rule for rule, names in (
     (SIZE, """hidden_size intermediate_size vocab_size max_position_embeddings type_vocab_size projection_dim
               embed_dim width head_width num_channels in_channels out_channels latent_channels in_chans
               hidden_features norm_num_groups norm_groups ch model_channels out_ch z_channels context_dim
-              encoder_hidden_size"""),
+              encoder_hidden_size ffn_dim word_embed_proj_dim num_query_tokens"""),
     (SIZE | NULL, "num_head_channels"),
     (SIZE | SIZES | NULL, "num_heads num_attention_heads attention_head_dim cross_attention_dim"),
     (SIZES, "block_out_channels ch_mult channel_mult"),
-    (LAYERS, "depth num_hidden_layers num_res_blocks"),
+    (LAYERS, "depth num_hidden_layers num_res_blocks cross_attention_frequency"),
     (LAYERS | many(LAYERS, 1, 16), "layers layers_per_block"),
     (many(LAYERS, 1, 16), "depths"),
     (many(number(int, 0, 255), 0, 16), "attention_levels pretrained_window_sizes"),
@@ -63,8 +63,8 @@ FIELDS: dict[str, Rule] = {name: rule for rule, names in (
               image_processor_type feature_extractor_type"""),
     (many(TEXT, 1, 16), "down_block_types up_block_types"),
     (number(int, 0, 5), "resample"),
-    (OBJECT, """text_config vision_config vision_config_dict model_args pretrained_cfg model_cfg vision_cfg
-                preprocess_cfg image_processor"""),
+    (OBJECT, """text_config vision_config vision_config_dict qformer_config model_args pretrained_cfg
+                model_cfg vision_cfg preprocess_cfg image_processor"""),
 ) for name in names.split()}
 
 

@@ -120,6 +120,7 @@ class Kind:
     # Field -> the kind, and its field of the same value, whose output is fed
     reads: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)  # a dropped copy -> ours, with the same values
+    full_precision: str = ""  # regex of the names that stay in float32 where the rest is in half precision
     pictures: Pictures | None = None  # None: it reads none
 
     def owns(self, config: Mapping[str, Any]) -> bool:

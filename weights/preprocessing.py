@@ -39,7 +39,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[str, Any]:
-    """The preparation of pictures for the `kind` ("vit", "swin", "clip-vision", "blip") in `source`.
+    """The preparation of pictures for the `kind` ("vit", "swin", "clip-vision", "blip", ...) in `source`.
 
     From the processor's file beside the weights; where there is none, as the checkpoints of that dialect were
     published (`defaults`). Raises WeightsError, one line, for what data.Preprocessing cannot do, and where

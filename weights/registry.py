@@ -34,6 +34,10 @@ _TIMM = dict.fromkeys(("config.json", "model.safetensors"))
 _HF = dict.fromkeys(("config.json", "preprocessor_config.json", "model.safetensors"))
 _OPEN_CLIP = dict.fromkeys(("open_clip_config.json", "open_clip_model.safetensors"))
 _BLIP = _HF | {"tokenizer.json": None}
+_BLIP_2 = dict.fromkeys((
+    "config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors.index.json",
+    "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+))
 _VIT_BY, _SWIN_BY = "Dosovitskiy et al., 2021; timm", "Liu et al., 2021 and 2022; Microsoft; timm"
 _BLIP_BY = "Li et al., BLIP, 2022; Salesforce"
 _MINI = Path(__file__).resolve().parent.parent / "mini"
@@ -93,6 +97,9 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
           revision="refs/pr/38"),  # the hub's own conversion to safetensors
     Entry("blip-large", ("blip",), "BLIP, the captioner with ViT-L/16 at 384 px; 470M parameters",
           _BLIP_BY, "BSD-3-Clause", "Salesforce/blip-image-captioning-large", _BLIP),
+    Entry("blip2-opt-2.7b", ("blip2",),
+          "BLIP-2, the captioner with EVA's ViT-g/14 at 224 px and OPT-2.7B; 3.74G parameters, 15 GB",
+          "Li et al., BLIP-2, 2023; Salesforce", "MIT", "Salesforce/blip2-opt-2.7b", _BLIP_2),
     _mini("vit-mini", ("vit",), "Vision Transformer"),
     _mini("swin-mini", ("swin",), "Swin Transformer"),
     _mini("swinv2-mini", ("swin",), "Swin Transformer V2"),
@@ -104,6 +111,7 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
 DEFAULTS: dict[str, str] = {
     "minilm": "minilm", "clip-text": "sd-1", "vae": "sd-1", "unet": "sd-1", "unet-encoder": "sd-1",
     "vit": "vit-b-16", "swin": "swin-l", "clip-vision": "clip-h-14", "blip": "blip-base",
+    "blip2": "blip2-opt-2.7b",
 }
 # Where a diffusers folder keeps each kind.
 FOLDERS: dict[str, str] = {

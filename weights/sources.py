@@ -54,7 +54,7 @@ def load(
             root or the part's own) or of Hugging Face, whole or in shards, a repository's folder in the hub's
             cache, or a single file of Stable Diffusion; None = the kind's default. A registry name wins over
             a file of that name. Prefixes that wrappers of modules leave in names are dropped.
-    dtype   of the model, whatever the file holds
+    dtype   of the model, whatever the file holds; what needs float32 (Kind.full_precision) keeps it
 
     Sizes come from config.json; a file without one must have the names and shapes of a published model. A
     text_encoder folder is used whole, as Stable Diffusion 2's was cut before its last layer when it was
@@ -68,7 +68,11 @@ def load(
         return _initialised(KINDS[kind], entry).to(device, dtype).eval()
     entry, parsed = KINDS[kind], read(kind, source)
     model = build_on_meta(entry, parsed.config, parsed.where).to(dtype)
-    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    for name, parameter in model.named_parameters():
+        if dtype.itemsize < 4 and re.fullmatch(entry.full_precision, name):
+            parameter.data = parameter.data.float()
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.to(dtypes.get(name, dtype)) if tensor.is_floating_point() else tensor
                for name, tensor in parsed.tensors(skip=entry.ignore)}
     load_strict(model, tensors, source=parsed.where, their_name=parsed.their_name, copy=False)
     parsed.check_tied()

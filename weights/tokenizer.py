@@ -1,5 +1,6 @@
-"""CLIP's tokenizer: text to the 77 token ids that the text tower reads."""
+"""CLIP's tokenizer: text to the 77 token ids that the text tower reads; the files of any byte-level BPE."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -74,21 +75,11 @@ def _pad(folder: Path) -> str:
 
 def byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
     """CLIP's byte-level BPE from its two published files."""
-    words = read_json(vocabulary)
-    if START not in words or END not in words:
-        raise WeightsError(f"{vocabulary} lacks {START} or {END}: it is no CLIP tokenizer's")
-    check(words, dict.fromkeys(words, number(int, 0, 2**20)), vocabulary)
-    if len(set(words.values())) < len(words):
-        raise WeightsError(f"{vocabulary}: two tokens have one id; fetch it again")
-    try:
-        lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        endings = {word for word in words if word.endswith("</w>") and len(word) > len("x</w>")}
-        if unmade := endings - {"".join(pair) for pair in pairs}:
-            raise ValueError(f"no line makes {listed(sorted(unmade)[:3])}")
-        model = BPE(words, pairs, end_of_word_suffix="</w>", unk_token=END)
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise WeightsError(f"{merges}: does not fit {vocabulary.name} ({error}); fetch both again") from error
+    model = read_byte_pairs(
+        vocabulary, merges, (START, END), "CLIP",
+        lambda word: word.endswith("</w>") and len(word) > len("x</w>"),
+        end_of_word_suffix="</w>", unk_token=END,
+    )
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([
         normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase(),
@@ -99,3 +90,28 @@ def byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
     ])
     tokenizer.add_special_tokens([AddedToken(START, special=True), AddedToken(END, special=True)])
     return tokenizer
+
+
+def read_byte_pairs(
+    vocabulary: Path, merges: Path, needed: Sequence[str], owner: str, made: Callable[[str], bool],
+    **options: str,
+) -> BPE:
+    """A byte-pair model from vocab.json and merges.txt.
+
+    `needed` are tokens of the tokenizer of `owner`; `made` is true of words that only a merge can make.
+    Raises WeightsError for damaged files, and for two that do not belong together.
+    """
+    words = read_json(vocabulary)
+    if missing := [token for token in needed if token not in words]:
+        raise WeightsError(f"{vocabulary} lacks {' or '.join(missing)}: it is no {owner} tokenizer's")
+    check(words, dict.fromkeys(words, number(int, 0, 2**20)), vocabulary)
+    if len(set(words.values())) < len(words):
+        raise WeightsError(f"{vocabulary}: two tokens have one id; fetch it again")
+    try:
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        if unmade := {word for word in words if made(word)} - {"".join(pair) for pair in pairs}:
+            raise ValueError(f"no line makes {listed(sorted(unmade)[:3])}")
+        return BPE(words, pairs, **options)
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise WeightsError(f"{merges}: does not fit {vocabulary.name} ({error}); fetch both again") from error

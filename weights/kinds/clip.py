@@ -197,7 +197,7 @@ TEXT = Kind(
 VISION = Kind(
     name="clip-vision", model=CLIPVision, config=CLIPVisionConfig, configs=VISION_CONFIGS,
     dialects=(
-        Dialect("hf", r"(vision_model|visual_projection)\.", HF_VISION),
+        Dialect("hf", r"(vision_model\.pre_layrnorm|visual_projection)\.", HF_VISION),
         Dialect("transformers-5", r"(embeddings\.class_embedding|pre_layrnorm\.)", TRANSFORMERS_5_VISION),
         Dialect("open_clip", r"visual\.", OPEN_CLIP_VISION,
                 numbers(r"(?:visual\.transformer\.resblocks|vision_model\.encoder\.layers)\.(\d+)\."),
