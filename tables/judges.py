@@ -406,8 +406,8 @@ def text(result: dict) -> str:
         "Corrected: the estimate of Rogan and Gladen from sensitivity and from specificity on exchanged "
         f"labels; for the pictures of the data from those through the {LIKE_GENERATED}. It assumes that a "
         "probe has the same rates on generated pictures. An interval above 100 % refutes this for its kind "
-        "of label: the probe finds more in generated pictures than in complete drawings. Intervals: bootstrap "
-        "over scenes and pictures.",
+        "of label: the probe finds more in generated pictures than in complete drawings. Intervals: "
+        "bootstrap over scenes and pictures.",
         "Kappa: Cohen's, of the verdicts of the two probes.",
     )
     return page(
