@@ -157,11 +157,12 @@ def limits(draws: np.ndarray) -> list[float] | None:
 
 
 def rogan_gladen(found: np.ndarray, sensitivity: np.ndarray, specificity: np.ndarray) -> np.ndarray:
-    """The share that is shown, estimated from the share found by a fallible judge, within [0, 1]; NaN where
-    the judge is no better than chance. Source: Rogan and Gladen 1978."""
+    """The share that is shown, estimated from the share found by a fallible judge; NaN where the judge is no
+    better than chance. It is outside [0, 1] by chance, or if the rates are not those of these pictures.
+    Source: Rogan and Gladen, Estimating prevalence from the results of a screening test, 1978."""
     better = np.asarray(sensitivity + specificity - 1, np.float64)
     better = np.where(better > 0, better, np.nan)
-    return np.clip((found + specificity - 1) / better, 0, 1)
+    return (found + specificity - 1) / better
 
 
 def kappa(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -325,7 +326,7 @@ def compute(plan: Plan) -> dict:
         "natural": NATURAL,
         "pairs": len(pairs),
         "rates": rate_rows(calibrated, left_out),
-        "data": found_rows(judged(pixels_of_pairs(pairs), views), views, calibrated, LIKE_GENERATED),
+        "found": found_rows(judged(pixels_of_pairs(pairs), views), views, calibrated, LIKE_GENERATED),
         "check": check,
         "undrawn": {name: undrawn_rows(of, natural) for name, of in on_drawings.items()},
     }
@@ -404,8 +405,9 @@ def text(result: dict) -> str:
         f"{BLEND:.0%} of another picture.",
         "Corrected: the estimate of Rogan and Gladen from sensitivity and from specificity on exchanged "
         f"labels; for the pictures of the data from those through the {LIKE_GENERATED}. It assumes that a "
-        "probe has the same rates on generated pictures, which drawings cannot show. Intervals: bootstrap "
-        "over scenes and pictures.",
+        "probe has the same rates on generated pictures. An interval above 100 % refutes this for its kind "
+        "of label: the probe finds more in generated pictures than in complete drawings. Intervals: "
+        "bootstrap over scenes and pictures.",
         "Kappa: Cohen's, of the verdicts of the two probes.",
     )
     return page(
@@ -415,7 +417,7 @@ def text(result: dict) -> str:
         bullets(notes),
         *parts,
         "## Found in the pictures of the data",
-        found_table(result["data"], probes),
+        found_table(result["found"], probes),
         "## Check of the correction: drawings that leave out words",
         found_table(result["check"], probes, truth="drawn"),
         '## Verdicts "undrawn" on these drawings, at the rate at which they leave out words',
