@@ -11,7 +11,7 @@
 For each RUN: the mean cosine between predicted and true prompt embeddings with a 95 % bootstrap interval,
 beside the baseline that predicts the mean training embedding for every image. Writes RUN/result.json,
 RUN/predictions/*.npy (the unit-length predicted embeddings of each split and their targets, in the order of
-RUN/predictions/rows.json) and RUN/examples.png.
+RUN/predictions/rows.json), RUN/calibration.json and .npy, and RUN/examples.png.
 
 --table (1 heads and curriculum, 2 heads, 5 and 6 pictures by the trained U-Net, 7 curricula, 8 ensemble and
 DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the

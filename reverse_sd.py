@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +45,6 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
 # ============================================================================================================
 # Section 3, multi-label vocabulary classification: the words, equations (2), (3) and (4)
 # ============================================================================================================
-
 
 class Vocabulary:
     """The m most frequent adjectives, nouns and verbs of the training prompts, and the targets of equation
@@ -649,28 +648,18 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     return run
 
 
-class Predictions(NamedTuple):
-    """Unit-length `embeddings` (n, E), word `probabilities` (n, V) or None without a vocabulary head, and the
-    `lengths` (n,) of the embeddings before they were normalised; float32."""
-
-    embeddings: np.ndarray
-    probabilities: np.ndarray | None
-    lengths: np.ndarray
-
-
 @torch.no_grad()
-def predict(regressor: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> Predictions:
-    """The predictions of all batches, in their order."""
-    embeddings, probabilities, lengths = [], [], []
+def predict(
+    regressor: nn.Module, batches: Iterable[tuple[Tensor, ...]]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Unit-length embeddings (n, E) and word probabilities (n, V) or None, float32, batch by batch."""
+    embeddings, probabilities = [], []
     for inputs in batches:
         prediction = regressor(*inputs)
-        embedding = prediction.embedding.float()
-        embeddings.append(F.normalize(embedding, dim=-1).cpu().numpy())
-        lengths.append(embedding.norm(dim=-1).cpu().numpy())
+        embeddings.append(F.normalize(prediction.embedding.float(), dim=-1).cpu().numpy())
         if prediction.logits is not None:
             probabilities.append(prediction.logits.float().sigmoid().cpu().numpy())
-    words = np.concatenate(probabilities) if probabilities else None
-    return Predictions(np.concatenate(embeddings), words, np.concatenate(lengths))
+    return np.concatenate(embeddings), np.concatenate(probabilities) if probabilities else None
 
 
 def nearest(query: np.ndarray, rows: np.ndarray, n: int) -> list[tuple[int, float]]:
@@ -694,8 +683,8 @@ def frozen_backbone(run: Run, device: str) -> nn.Module:
     return as_backbone(run.config["backbone"], model, run.config.get("unet_features"))
 
 
-def image_predictor(run: Run, device: str) -> Callable[..., Predictions]:
-    """A function images -> Predictions of PIL images, with the run's preprocessing.
+def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np.ndarray | None]]:
+    """A function images -> predictions (see `predict`) of PIL images, with the run's preprocessing.
 
     Its second argument holds captions for the U-Net; None = by the run's captioner, or the empty text
     without one.
@@ -715,7 +704,7 @@ def image_predictor(run: Run, device: str) -> Callable[..., Predictions]:
         return torch.stack([data.image_tensor(image, preprocessing) for image in images]).to(device)
 
     @torch.no_grad()
-    def predict_images(images: Sequence[Any], captions: Sequence[str] | None = None) -> Predictions:
+    def predict_images(images: Sequence[Any], captions: Sequence[str] | None = None) -> tuple:
         inputs = (tensors(images, preprocessing),)
         if run.backbone.white_box:
             if captions is None and captioner:
@@ -751,13 +740,13 @@ def print_predictions(
             print(f"skipped: {one_line(error)}", file=sys.stderr)
             skipped += 1
             continue
-        predictions = predict_images([image], None if caption is None else [caption])
+        embeddings, probabilities = predict_images([image], None if caption is None else [caption])
         print(path)
-        for i, similarity in nearest(predictions.embeddings[0], targets, n):
+        for i, similarity in nearest(embeddings[0], targets, n):
             print(f"  {similarity:.3f}  {prompts[i]}")
-        if predictions.probabilities is not None:
-            print("  words  " + run.vocabulary.likely(predictions.probabilities[0], 10))
-        for line in judge.lines(predictions.embeddings[0], predictions.lengths[0]):
+        if probabilities is not None:
+            print("  words  " + run.vocabulary.likely(probabilities[0], 10))
+        for line in judge.lines(embeddings[0]):
             print(f"  {line}")
     return 2 if skipped else 0
 

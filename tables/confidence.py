@@ -7,34 +7,42 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from reverse_sd import load_run
 from tables.exhibit import Exhibit, bullets, interval, markdown, page, provenance_text, short
 from tables.methods import Member
 from tables.readouts import black_box, fitted
 from tables.runs import MODELS, Plan, RunName
-from training.calibration import length_slope
-from training.inputs import prepare
+from training.calibration import BLOCK, affine_ridge, length_slope, mapped
+from training.inputs import Samples, evaluation_batches, prepare
+from training.loop import Process
 from training.metrics import binned, calibration_error, cosines, student_interval
 
 BACKBONES = ("swin", "unet")
-SPLITS = ("val", "test")
+OURS = "length after ridge regression x slope"
 
 
-def frozen(plan: Plan, backbone: str) -> list[dict[str, np.ndarray]]:
-    """By seed: for "val" and "test" the predictions (n, E), not normalised, of ridge regression on frozen
-    features."""
-    features, by_seed = black_box(plan, backbone).rows, []
-    for seed in plan.seeds:
-        prepared = prepare(plan.config(RunName(backbone, "mlc"), seed), plan.device)
-        solution, _ = fitted(features, prepared, plan.device)
-        rows = {split: torch.from_numpy(np.array(features[prepared.splits[split]])) for split in SPLITS}
-        by_seed.append({s: solution.predict(x.to(plan.device)).cpu().numpy() for s, x in rows.items()})
-    return by_seed
+def frozen(plan: Plan, backbone: str, seed: int) -> dict[str, np.ndarray]:
+    """The predictions (n, E) of every split, not normalised, by ridge regression on frozen features."""
+    features = black_box(plan, backbone).rows
+    prepared = prepare(plan.config(RunName(backbone, "mlc"), seed), plan.device)
+    solution, _ = fitted(features, prepared, plan.device)
+    rows = {s: torch.from_numpy(np.asarray(features[of], np.float32)) for s, of in prepared.splits.items()}
+    return {s: solution.predict(x.to(plan.device)).cpu().numpy() for s, x in rows.items()}
 
 
-def trained(plan: Plan, backbone: str) -> list[dict[str, np.ndarray]]:
-    """The same by trained runs."""
-    members = [Member(plan.run_folder(RunName(backbone, "mlc"), seed)) for seed in plan.seeds]
-    return [{s: m.predicted(s) * m.array(f"{s}-lengths")[:, None] for s in SPLITS} for m in members]
+@torch.no_grad()
+def trained(plan: Plan, backbone: str, seed: int) -> dict[str, np.ndarray]:
+    """The same by a trained run; its predictions of the training pairs have the length 1."""
+    name = RunName(backbone, "mlc")
+    run = load_run(plan.run_folder(name, seed), plan.device)
+    prepared = prepare(plan.config(name, seed), plan.device)
+    predicted = {"train": Member(run.folder).predicted("train")}
+    for split in ("val", "test"):
+        samples = Samples(prepared, prepared.splits[split], run.vocabulary)
+        loader, _ = evaluation_batches(samples, Process(), 0)
+        parts = [run.regressor(*(x.to(plan.device) for x in inputs)).embedding for *inputs, _, _, _ in loader]
+        predicted[split] = torch.cat(parts).float().cpu().numpy()
+    return predicted
 
 
 def line(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -44,16 +52,21 @@ def line(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 def estimates(predicted: dict[str, np.ndarray], member: Member) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(the true cosine of each test pair (n,), its estimates (n,) by name); what is fitted is fitted on the
-    validation pairs."""
-    true = {s: cosines(predicted[s], member.targets(s)) for s in SPLITS}
-    lengths = {s: np.linalg.norm(predicted[s].astype(np.float64), axis=1) for s in SPLITS}
-    prompts = np.array(member.targets("train")).T
-    nearest = {s: (predicted[s] @ prompts).max(axis=1) / lengths[s] for s in SPLITS}
+    training and validation pairs."""
+    raw = {s: np.linalg.norm(of.astype(np.float64), axis=1) for s, of in predicted.items()}
+    unit = {s: (of / raw[s][:, None]).astype(np.float32) for s, of in predicted.items()}
+    targets = {s: np.array(member.targets(s)) for s in predicted}
+    true = {s: cosines(unit[s], targets[s]) for s in ("val", "test")}
+    x, y = ({s: torch.from_numpy(rows) for s, rows in of.items()} for of in (unit, targets))
+    again = affine_ridge(x, y["train"].split(BLOCK), y["val"])
+    refitted = {s: np.linalg.norm(mapped(again, unit[s]), axis=1) for s in true}
+    nearest = {s: (unit[s] @ targets["train"].T).max(axis=1) for s in true}
     return true["test"], {
         "constant": np.full(len(true["test"]), true["val"].mean()),
-        "length": lengths["test"],
-        "length x slope": length_slope(lengths["val"], true["val"]) * lengths["test"],
-        "line of length": line(lengths["val"], true["val"])(lengths["test"]),
+        "length": raw["test"],
+        "length x slope": length_slope(raw["val"], true["val"]) * raw["test"],
+        "line of length": line(raw["val"], true["val"])(raw["test"]),
+        OURS: length_slope(refitted["val"], true["val"]) * refitted["test"],
         "line of the nearest training prompt's cosine": line(nearest["val"], true["val"])(nearest["test"]),
     }
 
@@ -73,10 +86,10 @@ def compute(plan: Plan) -> dict:
     rows = []
     for kind, predictions in (("ridge on frozen features", frozen), ("trained", trained)):
         for backbone in BACKBONES:
-            members = [Member(plan.run_folder(RunName(backbone, "mlc"), seed)) for seed in plan.seeds]
+            folders = {seed: plan.run_folder(RunName(backbone, "mlc"), seed) for seed in plan.seeds}
             by_seed = [
-                estimates(predicted, member)
-                for predicted, member in zip(predictions(plan, backbone), members, strict=True)
+                estimates(predictions(plan, backbone, seed), Member(folder))
+                for seed, folder in folders.items()
             ]
             for name in by_seed[0][1]:
                 pairs = [(of[name], true) for true, of in by_seed]
@@ -100,12 +113,14 @@ def text(result: dict) -> str:
     cells = [
         (row["reader"], row["estimate"], *(over_seeds(row, name) for name in names)) for row in result["rows"]
     ]
-    scaled = [row for row in result["rows"] if row["estimate"] == "length x slope"]
+    scaled = [row for row in result["rows"] if row["estimate"] == OURS]
     curves = zip(*([f"{short(x)}: {short(y)}" for x, y, _ in row["bins"]] for row in scaled), strict=True)
     tenths = [(k, *cells) for k, cells in enumerate(curves, 1)]
     notes = (
         "Length: of the prediction before it is normalised. For a least-squares prediction of unit vectors "
         "it estimates the cosine without any fit. Slope and lines are fitted on the validation pairs.",
+        "After ridge regression: from the normalised prediction to the training prompts' embeddings "
+        "(training/calibration.py); python reverse_sd.py prints this estimate.",
         "Calibration error: mean distance between mean expected and mean true cosine over tenths of the test "
         "pairs by expected cosine. Explained: 1 - squared error / variance of the true cosines.",
         "Constant: the mean cosine of the validation pairs. Intervals are Student's over seeds.",
@@ -114,7 +129,7 @@ def text(result: dict) -> str:
         "The expected cosine of a prediction",
         provenance_text(result),
         markdown("prediction | estimate | calibration error | correlation | explained", cells),
-        "Expected and true cosine of each tenth of the test pairs, by length x slope, mean over the seeds:",
+        f"Expected and true cosine of each tenth of the test pairs by {OURS}, mean over the seeds:",
         markdown(f"tenth | {' | '.join(row['reader'] for row in scaled)}", tenths),
         bullets(notes),
     )

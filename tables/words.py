@@ -16,7 +16,7 @@ import numpy as np
 
 import data
 from mini import naming, scenes
-from reverse_sd import Predictions, Run, load_run
+from reverse_sd import Run, load_run
 from tables.exhibit import (
     COMPARED,
     Exhibit,
@@ -115,7 +115,8 @@ def new_world(plan: Plan) -> World:
     return World(prepared, items, prompts, shortened, probe)
 
 
-def predicted_by(run: Run, prepared: Prepared, rows: np.ndarray, plan: Plan) -> Predictions:
+def predicted_by(run: Run, prepared: Prepared, rows: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """The run's embeddings (n, E) and word probabilities (n, V) of these rows."""
     workers = sample_readers(run.config.get("workers"), prepared, plan.device)
     samples = Samples(prepared, rows, run.vocabulary)
     return shared_predictions(run, samples, Process(device=plan.device), workers, True)
@@ -128,14 +129,14 @@ def scores_of(world: World, plan: Plan, name: RunName, seed: int) -> tuple[dict[
     if (calibration := read_calibration(run.folder, len(run.vocabulary))) is None:
         raise data.DataError(f"{run.folder}: lacks its calibration; run: python eval.py {run.folder}")
     prepared, scene = world.prepared[name.backbone], world.items.scene
-    embedding, probabilities, lengths = predicted_by(run, prepared, np.arange(len(world.prompts)), plan)
-    shown = calibration.shown(embedding * lengths[:, None])
+    embedding, probabilities = predicted_by(run, prepared, np.arange(len(world.prompts)), plan)
+    shown = calibration.shown(embedding)
 
     own = prepare(plan.config(name, seed), plan.device)
     prompts = {s: [own.pairs.prompts[i] for i in own.splits[s]] for s in ("train", "val")}
     present = {s: run.vocabulary.targets(prompts[s]).numpy() > 0 for s in prompts}
     base = log_odds(present["train"].sum(axis=0), len(present["train"]))
-    validation = predicted_by(run, own, own.splits["val"], plan).probabilities
+    validation = predicted_by(run, own, own.splits["val"], plan)[1]
     slope, offsets = fit_words(logit(validation), present["val"], base)
 
     known = {word: j for j, word in enumerate(run.vocabulary.words)}
@@ -215,8 +216,11 @@ def compute(plan: Plan) -> dict:
 
 
 def summary(values: Sequence[np.ndarray]) -> dict:
-    """Of one array of `measured` a seed: the mean, its interval over scenes, the value of each seed."""
+    """Of one array of `measured` a seed: the mean, its interval over scenes, the value of each seed; None
+    without a pair of words to compare."""
     means = np.mean(values, axis=0)
+    if np.isnan(means[0]):
+        return {"mean": None, "scenes_95": None, "per_seed": None}
     return {
         "mean": float(means[0]),
         "scenes_95": np.nanquantile(means[1:], [0.025, 0.975]).tolist(),
@@ -230,9 +234,7 @@ def text(result: dict) -> str:
         rows = [row for row in result["rows"] if row["in vocabulary"] == inside]
         by_score: dict[tuple[str, str], list[str]] = {}
         for row in rows:
-            seeds, over = student_interval(row["per_seed"]), interval(row["scenes_95"])
-            cell = f"{short(row['mean'])} ({over}{'; ' + interval(seeds) if seeds else ''})"
-            by_score.setdefault((MODELS[row["backbone"]], row["score"]), []).append(cell)
+            by_score.setdefault((MODELS[row["backbone"]], row["score"]), []).append(cell_of(row))
         cells = [(*key, *measures) for key, measures in by_score.items()]
         parts += [f"## {title}", markdown(f"run | score | {' | '.join(MEASURES)}", cells)]
     tests = [
@@ -269,6 +271,13 @@ def text(result: dict) -> str:
         markdown(f"run | {' | '.join(columns)}", reliable),
         bullets(notes),
     )
+
+
+def cell_of(row: dict) -> str:
+    if row["mean"] is None:
+        return ""
+    seeds = student_interval(row["per_seed"])
+    return f"{short(row['mean'])} ({interval(row['scenes_95'])}{'; ' + interval(seeds) if seeds else ''})"
 
 
 def flat(numbers: dict) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from training.folder import new_folder, saved_config
 from training.inputs import cleaned, pairs_folder, prepare
 from training.loop import Checkpoint, epoch_batches, learning_rate, save_tensors
 from training.metrics import average_precision, bootstrap_interval
+from words import is_content_word, words
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +100,55 @@ def test_reverse_sd_reads_an_image(uninterrupted: Path, few_scenes: Path, tmp_pa
     assert {line.split(maxsplit=1)[1] for line in lines[1:4]} <= train_prompts
     predictor = reverse_sd.image_predictor(reverse_sd.load_run(uninterrupted), "cpu")
     embedding, probabilities = (part[0] for part in predictor([pairs.image(0)]))
-    words = reverse_sd.load_run(uninterrupted).vocabulary.likely(probabilities, 10)
+    likely = reverse_sd.load_run(uninterrupted).vocabulary.likely(probabilities, 10)
     cosine = float(weights.load("minilm").encode(pairs.prompts[:1])[0].numpy() @ embedding)
-    assert lines[4:] == [f"  words  {words}", f"  cosine with the given prompt: {cosine:.3f}"]
+    val, val_targets = (np.load(uninterrupted / f"predictions/val{end}.npy") for end in ("", "-targets"))
+    below = np.mean((val * val_targets).sum(axis=1) < cosine)
+    assert lines[4] == f"  words  {likely}"
+    assert re.fullmatch(r"  expected cosine with its prompt: (0\.\d\d|1\.00)", lines[5])
+    start, rank = lines[6].split(", above ")
+    assert start == f"  cosine with the given prompt: {cosine:.3f}"
+    assert abs(float(rank.split("%")[0]) / 100 - below) <= 1 / 11  # of 12 pairs, interpolated
+    assert rank.endswith("% of the validation pairs")
+    judged = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[7:]}
+    assert list(judged) == [w for w in dict.fromkeys(words(pairs.prompts[0])) if is_content_word(w)]
+    known = json.loads((uninterrupted / "vocabulary.json").read_text())
+    for word, judgement in judged.items():
+        pattern = r"\d+%( #+)?" if word in known else "not judged: not in this run's vocabulary"
+        assert re.fullmatch(pattern, judgement)
+
+
+@pytest.mark.parametrize(
+    "prompt, mentioned",
+    [
+        (" ", "must not be empty"),
+        ("8 9, zzyzx", "none of its words is among the"),
+        ("star " * 300, "the sentence encoder reads at most 256; shorten it"),
+    ],
+)
+def test_prompts_that_cannot_be_judged_are_refused_in_one_line(prompt, mentioned, uninterrupted, capsys):
+    known = json.loads((uninterrupted / "vocabulary.json").read_text())
+    prompt = prompt.replace("star", known[0])
+    try:
+        status = reverse_sd.main(["no.png", "--run", str(uninterrupted), "--prompt", prompt])
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    assert status == 2 and mentioned in printed.err.splitlines()[-1] and not printed.out
+
+
+def test_a_run_without_a_calibration_gives_the_cosine_and_the_command(
+    uninterrupted: Path, few_scenes: Path, tmp_path: Path, capsys
+):
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (run / "calibration.json").unlink()
+    pairs = data.read_pairs(few_scenes)
+    pairs.image(0).save(tmp_path / "mine.png")
+    command = [str(tmp_path / "mine.png"), "--run", str(run), "--prompt", pairs.prompts[0], "-n", "1"]
+    assert reverse_sd.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"  cosine with the given prompt: -?0\.\d{3}", lines[3])
+    assert lines[4:] == [f"  for a score of each word, evaluate this run again: python eval.py {run}"]
 
 
 def test_the_newest_run_reads_an_image_and_its_caption(

@@ -1,18 +1,21 @@
-"""The calibration of a run, fitted on its predictions: expected cosine, cosines for comparison, words.
+"""The calibration of a run: the cosine to expect, the cosines to compare with, and single words.
 
-* The length of a least-squares prediction of unit vectors estimates its own cosine: if f(x) is the mean of
-  the embeddings y of all prompts that fit image x, the mean of cos(f(x), y) over them is |f(x)|. Training by
-  the cosine leaves the length free, so it is multiplied by a slope.
-* Ridge regression from the predictions f(x) of the training images to the words of their prompts scores each
-  word. P(shown) = sigmoid(a score_j + b log-odds of the word's base rate + c) is the probability that the
-  word is from the image's own prompt and not from another pair's, both equally likely beforehand. Logistic
-  regression on the validation pairs fits a, b and c (Platt 1999, with the base rate as a second variable).
-  The vocabulary head is not used: short trainings leave it far from converged (tables/words.py).
+All is computed from a unit-length predicted embedding f(x), by two ridge regressions on the training pairs:
+
+* To the embeddings y of the prompts. The length of a least-squares prediction of unit vectors estimates its
+  own cosine: if m(x) is the mean of the embeddings of all prompts that fit image x, the mean of cos(m(x), y)
+  over them is |m(x)|. A slope, fitted on the validation pairs, corrects the length. (The length of the
+  trained prediction itself is of no use, since the loss is the cosine; tables/confidence.py.)
+* To the words of the prompts: a score for each word. P(shown) = sigmoid(a score_j + b log-odds of the word's
+  base rate + c) is the probability that the word is from the image's own prompt and not from another pair's,
+  both equally likely beforehand. Logistic regression on the validation pairs fits a, b and c (Platt 1999,
+  with the base rate as a second variable). The vocabulary head is not used: a short training leaves it far
+  from its optimum (tables/words.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,31 +26,54 @@ from torch import Tensor
 from baselines import RidgeSums, ridge
 from files import DataError, write_array, write_json
 from schema import many, number, read_json
+from training.metrics import cosines
 
-FILES = "calibration.json", "words.npy"
+FILES = "calibration.json", "calibration.npy"
 QUANTILES = np.linspace(0, 1, 101)
+BLOCK = 1024  # training pairs at once
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`cosines`: the QUANTILES of the validation pairs' cosines; `length_slope`: expected cosine per length;
-    `words` (1 + E, V): P(shown) = sigmoid([1, f] @ words)."""
+    """`cosines`: the QUANTILES of the validation pairs' cosines; `slope`: of the cosine on the length;
+    `maps` (1 + E, E + V): constant and weights of both regressions, of the second as log-odds of P(shown)."""
 
     cosines: list[float]
-    length_slope: float
-    words: np.ndarray
+    slope: float
+    maps: np.ndarray
 
-    def expected(self, length: float) -> float:
-        """The expected cosine of a prediction of this length."""
-        return min(1.0, self.length_slope * length)
+    @property
+    def width(self) -> int:
+        return len(self.maps) - 1
+
+    def expected(self, embedding: np.ndarray) -> np.ndarray:
+        """The expected cosine (...) of predictions (..., E)."""
+        lengths = np.linalg.norm(mapped(self.maps[:, : self.width], embedding), axis=-1)
+        return np.minimum(1, self.slope * lengths)
 
     def rank(self, cosine: float) -> float:
         """The share of the validation pairs with a lower cosine."""
         return float(np.interp(cosine, self.cosines, QUANTILES))
 
-    def shown(self, predicted: np.ndarray) -> np.ndarray:
-        """P(shown) of every word (..., V) from predictions (..., E), not normalised."""
-        return sigmoid(predicted @ self.words[1:] + self.words[0])
+    def shown(self, embedding: np.ndarray) -> np.ndarray:
+        """P(shown) of every word (..., V) for predictions (..., E)."""
+        return sigmoid(mapped(self.maps[:, self.width :], embedding))
+
+
+def mapped(affine: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Rows x (..., E) by an affine map (1 + E, k): (..., k)."""
+    return x @ affine[1:] + affine[0]
+
+
+def affine_ridge(x: dict[str, Tensor], y: Iterable[Tensor], y_val: Tensor) -> np.ndarray:
+    """The affine map (1 + E, k) of ridge regression from x["train"] (n, E) to y, given in blocks of BLOCK
+    rows, with the penalty that has the highest mean cosine on x["val"] and `y_val`."""
+    sums = RidgeSums(x["train"].shape[1], y_val.shape[1])
+    for rows, block in zip(x["train"].split(BLOCK), y, strict=True):
+        sums.add(rows, block)
+    solution = ridge(sums, x["val"], y_val)
+    weight = solution.weight / solution.deviation[:, None]
+    return torch.cat([(solution.bias - solution.mean @ weight)[None], weight]).numpy()
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -58,11 +84,6 @@ def logit(p: np.ndarray) -> np.ndarray:
     """Log-odds, of probabilities at least 1e-7 away from 0 and 1."""
     p = np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7)
     return np.log(p) - np.log1p(-p)
-
-
-def length_slope(lengths: np.ndarray, cosines: np.ndarray) -> float:
-    """The slope of `cosines` (n,) on `lengths` (n,) by least squares, without intercept."""
-    return float(lengths @ cosines / (lengths @ lengths))
 
 
 def logistic_regression(x: np.ndarray, truth: np.ndarray, penalty: float = 1.0) -> np.ndarray:
@@ -103,32 +124,40 @@ def fit_words(scores: np.ndarray, present: np.ndarray, base: np.ndarray) -> tupl
     return float(slope), of_base * base + constant
 
 
-def word_map(
-    targets: Callable[[Sequence[str]], Tensor],
+def fit_calibration(
     predicted: dict[str, np.ndarray],
+    targets: dict[str, np.ndarray],
     prompts: dict[str, list[str]],
-) -> np.ndarray:
-    """`Calibration.words`, from the predictions (n, E), not normalised, and the prompts of "train" and "val".
-    `targets`: prompts -> their words (n, V), equation (2)."""
-    x = {split: torch.from_numpy(predicted[split]) for split in ("train", "val")}
-    present = targets(prompts["val"])
-    sums = RidgeSums(x["train"].shape[1], present.shape[1])
-    for start in range(0, len(x["train"]), 1024):
-        rows = slice(start, start + 1024)
-        sums.add(x["train"][rows], targets(prompts["train"][rows]))
-    solution = ridge(sums, x["val"], present)
-    base = log_odds(sums.products[0, 1 + sums.width :].numpy(), len(x["train"]))
-    slope, offsets = fit_words(solution.predict(x["val"]).numpy(), present.numpy() > 0, base)
-    weight = (solution.weight / solution.deviation[:, None]).numpy()
-    constant = solution.bias.numpy() - solution.mean.numpy() @ weight
-    return np.concatenate([[slope * constant + offsets], slope * weight]).astype(np.float32)
+    words_of: Callable[[Sequence[str]], Tensor],
+) -> Calibration:
+    """From the unit-length predictions and targets (n, E) and the prompts of "train" and "val". `words_of`:
+    prompts -> their words (n, V), equation (2)."""
+    x, y = ({s: torch.from_numpy(np.array(of[s])) for s in ("train", "val")} for of in (predicted, targets))
+    to_embedding = affine_ridge(x, y["train"].split(BLOCK), y["val"])
+    true = cosines(predicted["val"], targets["val"])
+    lengths = np.linalg.norm(mapped(to_embedding, predicted["val"]), axis=1)
+
+    n, present = len(prompts["train"]), words_of(prompts["val"])
+    blocks = (words_of(prompts["train"][start : start + BLOCK]) for start in range(0, n, BLOCK))
+    to_words = affine_ridge(x, blocks, present)
+    # Ridge regression with a constant maps the mean of the rows to the mean of the targets: the base rates.
+    counts = n * mapped(to_words, x["train"].double().mean(dim=0).numpy()).clip(0, 1)
+    scores = mapped(to_words, predicted["val"])
+    slope, offsets = fit_words(scores, present.numpy() > 0, log_odds(counts, n))
+    to_words *= slope
+    to_words[0] += offsets
+    maps = np.concatenate([to_embedding, to_words], axis=1).astype(np.float32)
+    return Calibration(np.quantile(true, QUANTILES).tolist(), length_slope(lengths, true), maps)
 
 
-def write_calibration(folder: Path, cosines: np.ndarray, lengths: np.ndarray, words: np.ndarray) -> None:
-    """Write a run's calibration from its validation pairs' cosines (n,) and lengths (n,) and `word_map`."""
-    write_array(folder / FILES[1], words)
-    quantiles = np.quantile(cosines, QUANTILES).tolist()
-    write_json(folder / FILES[0], {"cosines": quantiles, "length_slope": length_slope(lengths, cosines)})
+def length_slope(lengths: np.ndarray, cosines: np.ndarray) -> float:
+    """The slope of `cosines` (n,) on `lengths` (n,) by least squares, without intercept."""
+    return float(lengths @ cosines / (lengths @ lengths))
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    write_array(folder / FILES[1], calibration.maps)
+    write_json(folder / FILES[0], {"cosines": calibration.cosines, "slope": calibration.slope})
 
 
 def read_calibration(folder: Path, n_words: int) -> Calibration | None:
@@ -137,11 +166,12 @@ def read_calibration(folder: Path, n_words: int) -> Calibration | None:
     path, array = (folder / name for name in FILES)
     if not path.exists():
         return None
-    fields = {"cosines": many(number(), len(QUANTILES), len(QUANTILES)), "length_slope": number()}
+    fields = {"cosines": many(number(), len(QUANTILES), len(QUANTILES)), "slope": number()}
     try:
-        words = np.load(array, allow_pickle=False)
-        if words.dtype != np.float32 or words.shape[1:] != (n_words,) or not np.isfinite(words).all():
-            raise ValueError(f"{words.dtype} {words.shape}")
+        maps = np.load(array, allow_pickle=False)
+        fits = maps.dtype == np.float32 and maps.ndim == 2 and maps.shape[1] == len(maps) - 1 + n_words
+        if not fits or not np.isfinite(maps).all():
+            raise ValueError(f"{maps.dtype} {maps.shape}")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{array}: cannot be read ({error}); run: python eval.py {folder}") from error
-    return Calibration(**read_json(path, fields, closed=True), words=words)
+    return Calibration(**read_json(path, fields, closed=True), maps=maps)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from files import write_array, write_json
-from reverse_sd import EMBEDDING_WIDTH, Predictions, Run, load_run, predict
-from training.calibration import word_map, write_calibration
+from reverse_sd import EMBEDDING_WIDTH, Run, load_run, predict
+from training.calibration import fit_calibration, write_calibration
 from training.inputs import Prepared, Samples, evaluation_batches, sample_readers
 from training.loop import Process
 from training.metrics import average_precision, bootstrap_interval, cosines
@@ -22,36 +21,33 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
     """The content of a run's result.json, from predictions of every split; None but in the first process.
 
     All processes predict. The first one writes result.json, predictions/*.npy (the unit-length predicted
-    embeddings of each split and their targets, in the order of predictions/rows.json) and examples.png, and
-    prints a summary.
+    embeddings of each split and their targets, in the order of predictions/rows.json), the calibration
+    (calibration.json and .npy) and examples.png, and prints a summary.
 
     `seconds`: time spent before this call, added to this call's own in `seconds` of the result.
     """
     started = time.time()
     run = load_run(folder, process.device)
     workers = sample_readers(run.config.get("workers"), prepared, process.device)
-    predictions, lengths, words, rows_by_split = {}, {}, {}, {}
+    predictions, probabilities, rows_by_split = {}, None, {}
     for split, rows in prepared.splits.items():
         samples = Samples(prepared, rows, run.vocabulary)
-        predicted = shared_predictions(run, samples, process, workers, split == "test")
-        predictions[split], words[split], lengths[split] = predicted
+        predictions[split], words = shared_predictions(run, samples, process, workers, split == "test")
+        probabilities = words if split == "test" else probabilities
     if not process.first:
         return None
     for split, rows in prepared.splits.items():
         write_array(folder / "predictions" / f"{split}.npy", predictions[split])
-        write_array(folder / "predictions" / f"{split}-lengths.npy", lengths[split])
         write_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
         rows_by_split[split] = [
             {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
         ]
     write_json(folder / "predictions" / "rows.json", rows_by_split)
 
-    prompts = {split: [prepared.pairs.prompts[i] for i in rows] for split, rows in prepared.splits.items()}
     test = prepared.splits["test"]
     targets = prepared.targets[test]
     mean_embedding = prepared.targets[prepared.splits["train"]].astype(np.float64).mean(axis=0)
     test_cosines = cosines(predictions["test"], targets)
-    val_cosines = cosines(predictions["val"], prepared.targets[prepared.splits["val"]])
     baseline = cosines(mean_embedding, targets)
     low, high = bootstrap_interval(test_cosines)
     result = {
@@ -59,44 +55,45 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
         "test_cosine_95": [low, high],
         "mean_embedding_cosine": float(baseline.mean()),
         "error_ratio": float((1 - test_cosines.mean()) / (1 - baseline.mean())),
-        "val_cosine": float(val_cosines.mean()),
+        "val_cosine": float(cosines(predictions["val"], prepared.targets[prepared.splits["val"]]).mean()),
         "n_train": len(prepared.splits["train"]),
         "n_val": len(prepared.splits["val"]),
         "n_test": len(test),
         "seed": run.config["seed"],
     }
-    if words["test"] is not None:
-        truth = run.vocabulary.targets(prompts["test"]).numpy() > 0
-        result["vocabulary_map"] = average_precision(words["test"], truth)
-    raw = {split: predictions[split] * lengths[split][:, None] for split in ("train", "val")}
-    of_words = word_map(run.vocabulary.targets, raw, prompts)
-    write_calibration(folder, val_cosines, lengths["val"], of_words)
+    if probabilities is not None:
+        truth = run.vocabulary.targets([prepared.pairs.prompts[i] for i in test]).numpy() > 0
+        result["vocabulary_map"] = average_precision(probabilities, truth)
     result["seconds"] = round(seconds + time.time() - started, 1)
+    prompts = {split: [row["prompt"] for row in rows] for split, rows in rows_by_split.items()}
+    by_split = {split: prepared.targets[rows] for split, rows in prepared.splits.items()}
+    write_calibration(folder, fit_calibration(predictions, by_split, prompts, run.vocabulary.targets))
     write_json(folder / "result.json", result)
-    examples_picture(folder / "examples.png", run, prepared, predictions["test"], words["test"])
+    examples_picture(folder / "examples.png", run, prepared, predictions["test"], probabilities)
     print(summary(folder, result))
     return result
 
 
 def shared_predictions(
     run: Run, samples: Samples, process: Process, workers: int, with_words: bool
-) -> Predictions:
-    """The predictions of all samples, in every process, each of which predicts its share; no word
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`reverse_sd.predict` of all samples, in every process, each of which predicts its share; no word
     probabilities if not `with_words`: those of the training pairs would take gigabytes."""
-    device, with_words = process.device, with_words and run.config["heads"] > 0
-    shapes = (EMBEDDING_WIDTH,), (len(run.vocabulary),), ()
-    parts = [Predictions(*(np.empty((0, *shape), np.float32) for shape in shapes))]
+    device, widths = process.device, (EMBEDDING_WIDTH, len(run.vocabulary))
+    with_words = with_words and run.config["heads"] > 0
+    parts = [[np.empty((0, width), np.float32)] for width in widths]
     loader, places = evaluation_batches(samples, process, workers)
     for *inputs, _, _, _ in loader:
-        predicted = predict(run.regressor, [tuple(x.to(device) for x in inputs)])
-        parts.append(predicted if with_words else predicted._replace(probabilities=parts[0].probabilities))
+        embeddings, words = predict(run.regressor, [tuple(x.to(device) for x in inputs)])
+        parts[0].append(embeddings)
+        if with_words:
+            parts[1].append(words)
 
-    def gathered(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        rows = torch.from_numpy(np.concatenate(arrays)).to(device)
+    def gathered(part: list[np.ndarray]) -> np.ndarray:
+        rows = torch.from_numpy(np.concatenate(part)).to(device)
         return process.gathered(rows, places, len(samples)).cpu().numpy()
 
-    embeddings, words, lengths = zip(*parts, strict=True)
-    return Predictions(gathered(embeddings), gathered(words) if with_words else None, gathered(lengths))
+    return gathered(parts[0]), gathered(parts[1]) if with_words else None
 
 
 def summary(folder: Path, result: dict) -> str:

@@ -50,13 +50,12 @@ class Judge:
         self.calibration = read_calibration(folder, len(known))
         self.embedding = embedded(prompt) if prompt else None
 
-    def lines(self, embedding: np.ndarray, length: float) -> list[str]:
-        """The expected cosine; the cosine with the prompt and its rank among the validation pairs; for each
-        content word of the prompt P(shown), with a bar. From an image's unit-length embedding (E,) and its
-        length before that."""
+    def lines(self, embedding: np.ndarray) -> list[str]:
+        """For an image's predicted embedding (E,): the expected cosine; the cosine with the prompt and its
+        rank among the validation pairs; for each content word of the prompt P(shown), with a bar."""
         calibration, lines = self.calibration, []
         if calibration:
-            lines.append(f"expected cosine with its prompt: {calibration.expected(length):.2f}")
+            lines.append(f"expected cosine with its prompt: {calibration.expected(embedding):.2f}")
         if self.embedding is None:
             return lines
         cosine = float(embedding @ self.embedding)
@@ -64,7 +63,7 @@ class Judge:
         if not calibration:
             return [text, f"for a score of each word, evaluate this run again: python eval.py {self.folder}"]
         lines.append(f"{text}, above {calibration.rank(cosine):.0%} of the validation pairs")
-        shown = dict(zip(self.known, calibration.shown(embedding * length), strict=True))
+        shown = dict(zip(self.known, calibration.shown(embedding), strict=True))
         for word in filter(is_content_word, dict.fromkeys(words(self.prompt))):
             judgement = bar(shown[word]) if word in shown else "not judged: not in this run's vocabulary"
             lines.append(f"  {word:<16} {judgement}")

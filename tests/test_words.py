@@ -1,0 +1,207 @@
+"""Single words and the expected cosine: their metrics, the calibration, tables words and confidence."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import eval
+from files import DataError
+from mini import naming, scenes
+from tables import confidence, words
+from training import calibration
+from training.calibration import fit_calibration, fit_words, logistic_regression, own_and_other, sigmoid
+from training.metrics import auroc, binned, calibration_error
+
+YES, NO = True, False
+
+
+def test_auroc_by_hand_counts_ties_as_one_half():
+    scores, truth = np.array([3.0, 1.0, 2.0, 2.0]), np.array([YES, NO, YES, NO])
+    assert auroc(scores, truth) == 3.5 / 4
+    assert auroc(-scores, truth) == 0.5 / 4
+    assert np.isnan(auroc(scores, np.ones(4, bool)))
+
+
+def test_auroc_within_groups_by_hand():
+    scores = np.array([9.0, 8.0, 1.0, 2.0, 2.0, 7.0])
+    truth = np.array([YES, NO, NO, YES, NO, NO])
+    groups = np.array([5, 5, 5, 0, 0, 3])
+    assert auroc(scores, truth, groups) == 2.5 / 3  # 9 over 8 and 1; 2 beside 2; none in group 3
+
+
+def test_weights_of_auroc_are_repetitions():
+    scores, truth = np.array([3.0, 1.0, 2.0, 2.0]), np.array([YES, NO, YES, NO])
+    repeated = np.repeat(np.arange(4), [1, 0, 2, 3])
+    weights = np.array([[1, 0, 2, 3], [1, 1, 1, 1]])
+    expected = [auroc(scores[repeated], truth[repeated]), 3.5 / 4]
+    assert auroc(scores, truth, weights=weights).tolist() == pytest.approx(expected)
+
+
+def test_calibration_error_by_hand():
+    predicted, true = np.array([0.9, 0.1, 0.2, 0.8]), np.array([1, 0, 1, 1])
+    assert binned(predicted, true, 2) == pytest.approx(np.array([[0.15, 0.5, 2], [0.85, 1, 2]]))
+    predicted, true = (np.append(predicted, 0.5).repeat(4), np.append(true, 0).repeat(4))
+    assert calibration_error(predicted, true) == pytest.approx((0.1 + 0.8 + 0.5 + 0.2 + 0.1) / 5)
+
+
+def test_logistic_regression_finds_the_coefficients():
+    rng = np.random.default_rng(0)
+    x = np.c_[rng.normal(size=(20_000, 2)), np.ones(20_000)]
+    truth = rng.random(20_000) < sigmoid(x @ [1.5, -0.5, 0.3])
+    assert logistic_regression(x, truth) == pytest.approx(np.array([1.5, -0.5, 0.3]), abs=0.06)
+
+
+def test_own_words_and_those_of_the_next_pair_by_hand():
+    present = np.array([[YES, YES, NO], [YES, NO, YES]])
+    pair, word, own = own_and_other(present)
+    assert list(zip(pair, word, own, strict=True)) == [(0, 1, YES), (0, 2, NO), (1, 1, NO), (1, 2, YES)]
+
+
+def test_calibrated_words_do_not_depend_on_their_frequency():
+    """Scores are log-odds of presence; calibrated, a frequent and a rare word of equal evidence are equal."""
+    rng = np.random.default_rng(0)
+    base = np.log(np.array([0.3, 0.03]) / (1 - np.array([0.3, 0.03])))
+    present = rng.random((20_000, 2)) < sigmoid(base)
+    evidence = rng.normal(np.where(present, 1, -1), 1)  # its log-likelihood ratio is 2 x
+    scores = base + 2 * evidence
+    slope, offsets = fit_words(scores, present, base)
+    assert slope == pytest.approx(1, abs=0.07)
+    assert slope * base + offsets == pytest.approx(np.zeros(2), abs=0.15)
+    pair, word, own = own_and_other(present)
+    p = sigmoid(slope * scores + offsets)[pair, word]
+    assert calibration_error(p, own) < 0.02 < calibration_error(sigmoid(scores)[pair, word], own)
+
+
+@pytest.fixture
+def two_kinds() -> calibration.Calibration:
+    """Pictures of two kinds: the first has one prompt embedding, the second either of two opposite ones."""
+    rng = np.random.default_rng(0)
+    kind = {"train": np.arange(400) % 2, "val": np.arange(200) % 2}
+    predicted = {
+        s: np.eye(3, dtype=np.float32)[k] + 0.01 * rng.normal(size=(len(k), 3)) for s, k in kind.items()
+    }
+    predicted = {s: (p / np.linalg.norm(p, axis=1)[:, None]).astype(np.float32) for s, p in predicted.items()}
+    axes = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0.6, -0.8]], np.float32)
+    targets = {s: axes[np.where(k == 0, 0, rng.integers(1, 3, len(k)))] for s, k in kind.items()}
+    prompts = {s: [("a star", "an owl")[i] for i in k] for s, k in kind.items()}
+    words_of = lambda texts: torch.tensor([["star" in text, "owl" in text] for text in texts]).float()  # noqa: E731
+    return fit_calibration(predicted, targets, prompts, words_of)
+
+
+def test_the_expected_cosine_is_the_length_of_the_mean_embedding(two_kinds):
+    first, second = np.eye(3)[:2]
+    assert two_kinds.expected(first) == pytest.approx(1, abs=0.01)
+    assert two_kinds.expected(second) == pytest.approx(0.6, abs=0.06)
+
+
+def test_words_of_the_picture_are_probable_and_others_not(two_kinds):
+    shown = two_kinds.shown(np.eye(3)[:2])
+    assert shown[[0, 1], [0, 1]].min() > 0.95 and shown[[0, 1], [1, 0]].max() < 0.05
+
+
+def test_the_rank_of_a_cosine_among_validation_pairs(two_kinds):
+    assert two_kinds.rank(-1) == 0 and two_kinds.rank(1.01) == 1
+    assert two_kinds.rank(0.8) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_calibration_is_read_as_written_and_refused_if_damaged(two_kinds, tmp_path: Path):
+    assert calibration.read_calibration(tmp_path, 2) is None
+    calibration.write_calibration(tmp_path, two_kinds)
+    same = calibration.read_calibration(tmp_path, 2)
+    assert (same.maps == two_kinds.maps).all() and same.cosines == two_kinds.cosines
+    with pytest.raises(DataError, match="calibration.npy.*python eval.py"):
+        calibration.read_calibration(tmp_path, 3)
+    (tmp_path / "calibration.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match="calibration.npy.*python eval.py"):
+        calibration.read_calibration(tmp_path, 2)
+    (tmp_path / "calibration.json").write_text("{}")
+    with pytest.raises(DataError):
+        calibration.read_calibration(tmp_path, 2)
+
+
+# -- table words ----------------------------------------
+
+
+def scene_with(
+    prompt: str, said: scenes.View, in_prompt: tuple[str, ...], undrawn: tuple[str, ...]
+) -> scenes.Scene:
+    return scenes.Scene(prompt, in_prompt, undrawn, said, said, 0)
+
+
+def test_the_items_of_a_scene():
+    said = scenes.View((scenes.Thing("star", "yellow"),), count=2, place="snow", light="snowfall")
+    phrases = ("a pair of", "lemon yellow", "stars", "snow", "snow flakes")
+    items = words.items_of([scene_with("", said, phrases, ("lemon yellow", "snow flakes"))])
+    assert dict(zip(items.words, items.shown.tolist(), strict=True)) == {
+        "pair": YES, "lemon": NO, "yellow": NO, "stars": YES, "snow": YES, "flakes": NO
+    }  # fmt: skip
+    assert [naming.LABELS[i] for i in items.labels[4]] == [("place", "snow"), ("light", "snowfall")]
+
+
+def test_number_words_are_items_though_no_content_words():
+    said = scenes.View((scenes.Thing("owl"),), count=3)
+    assert words.items_of([scene_with("", said, ("three", "owls"), ())]).words == ["three", "owls"]
+
+
+def test_a_prompt_without_a_word():
+    assert words.without("A red star, redder than red-hot, red", "red") == "a star, redder than red-hot,"
+
+
+def test_areas_within_words_and_prompts_by_hand():
+    items = words.Items(
+        np.array([0, 0, 1, 1, 2]), ["red", "owl", "red", "owl", "red"], np.array([NO, YES, YES, NO, YES]), []
+    )
+    scores = {"column": np.array([0, 1, 0, 1, 0]), "s": np.array([1.0, 2.0, 3.0, 2.0, 0.5])}
+    areas = {key: of[0] for key, of in words.measured(items, scores, ["s"], True).items()}
+    assert areas["all words", "s"] == pytest.approx((1 + 0.5 + 1 + 1 + 0 + 0) / 6)
+    assert areas["same word", "s"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert areas["same prompt", "s"] == pytest.approx(1)
+
+
+def test_table_words_needs_drawn_scenes(capsys):
+    assert eval.main(["--table", "words", "--device", "cpu"]) == 2
+    assert "--table words: only drawn scenes record the words" in capsys.readouterr().err
+
+
+def test_the_text_of_table_words():
+    interval = {"mean": 0.9, "scenes_95": [0.8, 0.95], "per_seed": [0.9, 0.9, 0.9]}
+    key = {"backbone": "unet", "in vocabulary": True, "score": words.OURS}
+    rows = [key | {"measure": measure} | interval for measure in words.MEASURES]
+    nothing = {"mean": None, "scenes_95": None, "per_seed": None}
+    rows += [row | {"in vocabulary": False} | nothing for row in rows]
+    difference = {"difference": 0.1, "difference_95": [0.0, 0.2], "per_seed": [0.1, 0.1, 0.1]}
+    reliability = {
+        "calibration error": {words.OURS: 0.01},
+        "not shown, below .5": 0.9,
+        "shown, below .5": 0.2,
+    }
+    result = {"command": "c", "date": "d", "seeds": [0], "data": "drawn", "counts": {"scenes": 6000}}
+    tests = [key | {"measure": "all words"} | difference]
+    text = words.text(result | {"rows": rows, "tests": tests, "reliability": {"unet-mlc": [reliability]}})
+    assert "| U-Net | P(shown) | .9000 (.8000 to .9500; .9000 to .9000) |" in text
+    assert "| U-Net | P(shown) |  |  |  |" in text and "| U-Net | .0100 | .9000 | .2000 |" in text
+    assert "6,000 scenes." in text
+
+
+# -- table confidence ----------------------------------------
+
+
+def test_estimates_of_the_cosine_and_their_measures():
+    """Predictions whose length is their expected cosine: the length explains, a constant does not."""
+    rng, predicted, targets = np.random.default_rng(0), {}, {}
+    for split in ("train", "val", "test"):
+        length = rng.uniform(0.2, 0.9, 2000)
+        angle = rng.choice([-1, 1], 2000) * np.arccos(length)
+        predicted[split] = np.stack([length, np.zeros(2000)], axis=1)
+        targets[split] = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    true, by_name = confidence.estimates(predicted, SimpleNamespace(targets=targets.get))
+    assert true == pytest.approx(np.linalg.norm(predicted["test"], axis=1), abs=1e-6)
+    of = {name: confidence.measures(expected, true) for name, expected in by_name.items()}
+    assert of["length"]["explained"] == pytest.approx(1) and of["length"]["calibration error"] < 1e-6
+    assert of["length x slope"]["correlation"] == pytest.approx(1)
+    assert abs(of["constant"]["explained"]) < 0.01 and of["constant"]["correlation"] is None
+    json.dumps(of, allow_nan=False)
