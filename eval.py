@@ -15,13 +15,11 @@ RUN/predictions/rows.json), RUN/calibration.json and .npy, and RUN/examples.png.
 
 --table (1 heads and curriculum, 2 heads, 5 and 6 pictures by the trained U-Net, 7 curricula, 8 ensemble and
 DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the
-paper, captions, the text that the U-Net reads, ceiling, references by the probe, readouts, ridge regression
-on frozen features, white-box, the U-Net beside Swin, swap, tables 5 and 6 with controls, crossed, two generators and their pictures, budget, the
-error by cause, denoised, targets without the wording, words, the words of a prompt that the picture lacks
-(with --data drawn), and confidence, the expected cosine of a prediction) and --figure (9 easy, medium and
-hard pairs, 11 the ensemble) train the missing runs, one per row and seed, and resume stopped ones. They write
-results/table-N.md and .json, with the paper's numbers beside ours. All other flags are train.py's and apply
-to every run, e.g. --epochs.
+paper, those of tables/__init__.py, e.g. sweep, the recipes, readouts, ridge regression on frozen features,
+and crossed, two generators and their pictures) and --figure (9 easy, medium and hard pairs, 11 the ensemble)
+train the missing runs, one per row and seed, and resume stopped ones. They write results/table-N.md and
+.json, with the paper's numbers beside ours. All other flags are train.py's and apply to every run, e.g.
+--epochs.
 
 Table 5 without votes holds the choices of a probe of mini scenes, in place of the paper's three people.
 --vote writes results/vote.html, one file with 100 pairs of pictures by the original and the trained U-Net

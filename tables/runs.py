@@ -58,9 +58,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Chosen on validation: results/table-sweep.json.
 TUNED: dict[str, dict[str, Any]] = {
-    "cl": {"chunks": "thirds"},
-    "lerac": {"head_lr": 5e-5, "lerac_epochs": 0.25, "lerac_min_lr": 1e-5},
-    "cbs": {"cbs_every": 0.06},
+    "cl": {"chunks": "thresholds", "easy_share": 0.8, "hard_share": 0.1},
+    "lerac": {"head_lr": 5e-05, "lerac_epochs": 0.08, "lerac_min_lr": 1e-08},
+    "cbs": {"cbs_every": 0.02},
 }
 RECIPES |= {f"{recipe}-tuned": RECIPES[recipe] | values for recipe, values in TUNED.items()}
 # The recipe whose recorded cosines a curriculum uses.

@@ -277,10 +277,10 @@ PAPER_DEFAULTS = {
 }  # fmt: skip
 # The miniatures' were chosen on validation: results/table-sweep.json.
 CHOSEN = {
-    "clip-mini": {"epochs": 4, "head_lr": 5e-5, "layer_decay": 1.0, "lr": 1e-3},
-    "sd-mini": {"epochs": 4, "head_lr": 5e-5, "layer_decay": 1.0, "lr": 1e-3},
-    "swin-mini": {"epochs": 4, "head_lr": 5e-5, "layer_decay": 1.0, "lr": 1e-3},
-    "vit-mini": {"epochs": 4, "head_lr": 5e-5, "layer_decay": 1.0, "lr": 1e-3},
+    "clip-mini": {"epochs": 6, "head_lr": 5e-05, "layer_decay": 1.0, "lr": 0.0003},
+    "sd-mini": {"epochs": 4, "head_lr": 5e-05, "layer_decay": 1.0, "lr": 0.002},
+    "swin-mini": {"epochs": 4, "head_lr": 5e-05, "layer_decay": 1.0, "lr": 0.001},
+    "vit-mini": {"epochs": 4, "head_lr": 5e-05, "layer_decay": 1.0, "lr": 0.001},
 }
 MINI_DEFAULTS = {"epochs": 4, "batch_size": 32, "lr": 1e-3, "head_start": "ridge", "head_lr": 5e-5}
 SD_MINI_DEFAULTS = {"image_size": 64, "captions": "blip-mini", "unet_features": "levels"}
