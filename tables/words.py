@@ -1,4 +1,4 @@
-"""Which words of a prompt its picture lacks: scores of single words against the truth of drawn scenes.
+"""Scores of the single words of a prompt against the truth of drawn scenes: which ones a picture lacks.
 
 A drawn scene records the words of its prompt that its picture leaves out. New scenes, which no run has seen,
 are drawn, and each score ranks the words of their prompts. Only words with visible content are judged, not

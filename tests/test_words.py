@@ -205,3 +205,28 @@ def test_estimates_of_the_cosine_and_their_measures():
     assert of["length x slope"]["correlation"] == pytest.approx(1)
     assert abs(of["constant"]["explained"]) < 0.01 and of["constant"]["correlation"] is None
     json.dumps(of, allow_nan=False)
+
+
+# -- both tables from trainings ----------------------------------------
+
+
+@pytest.mark.slow
+def test_both_tables_from_trainings(few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(words, "PARTS", 1)
+    monkeypatch.setattr(words, "PER_PART", 150)
+    monkeypatch.setattr(words, "RESAMPLES", 30)
+    monkeypatch.setattr(eval, "unfit_data", lambda exhibit, plan: None)
+    flags = ["--data", str(few_scenes), "--seeds", "0,1", "--jobs", "1", "--device", "cpu", "--epochs", "1"]
+    flags += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert eval.main(["--table", "words,confidence", *flags]) == 0
+    result = json.loads((tmp_path / "table-words.json").read_text())
+    areas = {
+        (row["backbone"], row["score"]): row["per_seed"]
+        for row in result["rows"]
+        if row["in vocabulary"] and row["measure"] == "all words"
+    }
+    assert len(areas) == 14 and result["counts"]["scenes"] == 150
+    assert min(areas["swin", "probe"]) > 0.9 and areas["swin", "probe"] != areas["swin", words.OURS]
+    rows = json.loads((tmp_path / "table-confidence.json").read_text())["rows"]
+    assert len(rows) == 24 and len(rows[0]["bins"]) == 10
+    assert all(len(row["per_seed"]) == 2 for row in rows)
