@@ -178,14 +178,14 @@ def curriculum_table() -> Table:
         "the scores of other samples": "shuffled",
         "each sample as often, without stages": "mixed",
     }
-    none, rows = "Swin, no curriculum", [Row("Swin, no curriculum", one_run("swin", "mlc"))]
+    none, rows = "U-Net, no curriculum", [Row("U-Net, no curriculum", one_run("unet", "mlc"))]
     for name, order in orders.items():
-        run = RunName("swin", "mlc-cl", (("order", order),))
-        rows.append(Row(f"Swin, {name}", (run,), None, (none,)))
-    against = (none, *(f"Swin, {name}" for name in orders))
-    rows.append(Row("Swin, our curriculum", one_run("swin", "mlc-cl"), None, against))
+        run = RunName("unet", "mlc-cl", (("order", order),))
+        rows.append(Row(f"U-Net, {name}", (run,), None, (none,)))
+    against = (none, *(f"U-Net, {name}" for name in orders))
+    rows.append(Row("U-Net, our curriculum", one_run("unet", "mlc-cl"), None, against))
     return Table(
-        "Controls of the curriculum, on Swin",
+        "Controls of the curriculum, on the U-Net",
         tuple(rows),
         (
             "All with the vocabulary head of figure 3 (3), the same number of steps and the same phase 1. "
