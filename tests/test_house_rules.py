@@ -205,7 +205,7 @@ def test_the_readme_holds_the_two_commands_and_names_every_part():
     readme = (ROOT / "README.md").read_text()
     train, test = (readme.split(f"<!-- {name} command -->")[1].split("```")[1] for name in ("train", "test"))
     assert train.splitlines()[-1] == ".venv/bin/python train.py --backbone unet"
-    assert test.splitlines()[-1] == ".venv/bin/python -m pytest -q"
+    assert test.splitlines()[-1] == ".venv/bin/python -m pytest -q -n 2 --dist loadfile"
     folders = ["models/", "weights/", "training/", "mini/", "tables/", "tests/"]
     for part in [path.name for path in ROOT.glob("*.py")] + folders:
         assert part in readme
