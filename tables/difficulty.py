@@ -352,4 +352,4 @@ def text(result: dict) -> str:
     )
 
 
-DIFFICULTY = {"difficulty": Exhibit(PHASE_1_RUNS, compute, text, needs_probe=True)}
+DIFFICULTY = {"difficulty": Exhibit(PHASE_1_RUNS, compute, text, needs="probe")}

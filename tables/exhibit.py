@@ -24,15 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 class Exhibit:
     """A table or figure. `runs`: its trainings. `compute`: its numbers for JSON, and under "files" the bytes
     of further files by name. `text`: the numbers and their provenance as Markdown.
-    `needs_probe`: only the embedded default data allow it. `needs_second`: only with eval.py --second;
-    `needs_drawn`: only --data drawn. `before`: makes the checks and files that the trainings need."""
+    `needs`: the data that allow it, a key of eval.NEEDS. `before`: makes the checks and files that the
+    trainings need."""
 
     runs: tuple[RunName, ...]
     compute: Callable[[Plan], dict]
     text: Callable[[dict], str]
-    needs_probe: bool = False
-    needs_second: bool = False
-    needs_drawn: bool = False
+    needs: str = ""
     before: Callable[[Plan], None] | None = None
 
     def write(self, plan: Plan, folder: Path, kind: str, number: int | str) -> None:

@@ -387,7 +387,7 @@ def noise_text(result: dict) -> str:
 
 
 GENERATION_TABLES = {
-    5: Exhibit((RUN,), compute_table_5, table_5_text, needs_probe=True),
+    5: Exhibit((RUN,), compute_table_5, table_5_text, needs="probe"),
     6: Exhibit((RUN,), compute_table_6, table_6_text),
     "noise": Exhibit((RUN,), compute_noise, noise_text),
 }

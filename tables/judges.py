@@ -425,4 +425,4 @@ def text(result: dict) -> str:
     )
 
 
-JUDGES = {"probe": Exhibit((), compute, text, needs_probe=True)}
+JUDGES = {"probe": Exhibit((), compute, text, needs="probe")}

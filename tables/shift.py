@@ -211,7 +211,6 @@ def cosines_of(plan: Plan, reader: str, shift: Shift, seed: int) -> dict[tuple[s
 
 
 def compute(plan: Plan) -> dict:
-    require_unseen_prompts(plan)
     rows, tests, shifts = [], [], shifts_of(plan)
     for reader in READERS:
         for shift in shifts:
@@ -270,4 +269,4 @@ def text(result: dict) -> str:
 
 
 RUNS = tuple(RunName(backbone, recipe + end) for backbone, recipe in READERS.values() for end in ("", OTHER))
-SHIFT = {"shift": Exhibit(RUNS, compute, text, needs_probe=True)}
+SHIFT = {"shift": Exhibit(RUNS, compute, text, needs="probe", before=require_unseen_prompts)}

@@ -558,4 +558,4 @@ def label(row: dict) -> str:
     return f"{row['condition']} − {row['against']}"
 
 
-SWAP = {"swap": Exhibit((RUN,), compute, text, needs_probe=True)}
+SWAP = {"swap": Exhibit((RUN,), compute, text, needs="probe")}

@@ -286,4 +286,4 @@ def flat(numbers: dict) -> dict[str, float]:
     return errors | {name: value for name, value in numbers.items() if name != "calibration error"}
 
 
-WORDS = {"words": Exhibit(RUNS, compute, text, needs_drawn=True)}
+WORDS = {"words": Exhibit(RUNS, compute, text, needs="drawn")}

@@ -247,7 +247,7 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path: Path, capsys
     monkeypatch.setattr(eval, "train_missing", lambda plan, runs: set())
     monkeypatch.setattr(Exhibit, "write", lambda self, plan, folder, kind, number: written.append(number))
     assert eval.main(["--table", "all", "--data", "own"]) == 0
-    possible = [e for e in EXHIBITS["table"].values() if not (e.needs_probe or e.needs_second)]
+    possible = [e for e in EXHIBITS["table"].values() if not e.needs]
     assert written == [n for n, exhibit in EXHIBITS["table"].items() if exhibit in possible]
 
 
@@ -263,6 +263,6 @@ def test_the_little_drawbench_asks_for_what_it_says():
 
 
 def test_all_tables_are_known_by_name():
-    names = ["budget", "captions", "ceiling", "crossed", "curriculum", "denoised", "difficulty", "noise"]
-    names += ["probe", "readouts", "shift", "swap", "sweep", "white-box"]
+    names = ["budget", "captions", "ceiling", "confidence", "crossed", "curriculum", "denoised", "difficulty"]
+    names += ["noise", "probe", "readouts", "shift", "swap", "sweep", "white-box", "words"]
     assert list(EXHIBITS["table"]) == [1, 2, 5, 6, 7, 8, 9, 10, 11, *names]
