@@ -144,7 +144,7 @@ def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, d
     for depth, (name, parameter) in zip(depths, named.items(), strict=True):
         if depth >= first:
             factor = factors[depth - first]
-            if config.head_lr and name.startswith("heads."):
+            if config.head_lr and name.startswith("heads.embedding."):  # only it starts at ridge regression
                 factor = config.head_lr / config.lr
             groups.setdefault(factor, {})[name] = parameter
         else:

@@ -140,14 +140,15 @@ def test_the_paper_starts_at_random_and_the_miniature_at_ridge():
     assert resolve(TrainConfig(backbone="vit")).unet_features is None
 
 
-def test_the_heads_have_their_own_rate(few_scenes: Path, cache: Path, tmp_path: Path):
-    """With a rate of nearly nothing for the heads, only the backbone moves."""
+def test_the_embedding_head_has_its_own_rate(few_scenes: Path, cache: Path, tmp_path: Path):
+    """With a rate of nearly nothing for it, the backbone and the vocabulary head move."""
     run = train_here(few_scenes, tmp_path / "run", "--head-start", "random", "--head-lr", "1e-12")
     moved = weights.read_tensors(run / "model.safetensors")
     torch.manual_seed(json.loads((run / "config.json").read_text())["seed"])
     words = len(json.loads((run / "vocabulary.json").read_text()))
     start = Heads(moved["heads.embedding.weight"].shape[1], words, 3).state_dict()
     torch.testing.assert_close(moved["heads.embedding.weight"], start["embedding.weight"], atol=1e-7, rtol=0)
+    assert (moved["heads.vocabulary.weight"] - start["vocabulary.weight"]).abs().max() > 1e-4
     pretrained = weights.load("unet-encoder", "sd-mini").state_dict()
     name = "middle_block.0.in_layers.2.weight"
     assert not torch.equal(moved[f"backbone.unet.{name}"], pretrained[name])

@@ -698,8 +698,8 @@ def test_defaults_are_the_papers_row_but_for_the_miniature():
     assert paper.captions == "blip-base"
     assert (paper.weight_decay, paper.clip_norm, paper.layer_decay, paper.accumulate) == (0, 1, 1, 1)
     mini, vit = resolve(TrainConfig()), resolve(TrainConfig(backbone="vit"))
-    for small in (mini, vit):
-        assert (small.epochs, small.batch_size, small.lr, small.head_lr) == (4, 32, 1e-3, 5e-5)
+    for small, lr in ((mini, 2e-3), (vit, 1e-3)):
+        assert (small.epochs, small.batch_size, small.lr, small.head_lr) == (4, 32, lr, 5e-5)
     assert (mini.image_size, mini.captions) == (64, "blip-mini")
     assert (vit.image_size, vit.captions) == (None, None)
 

@@ -181,7 +181,8 @@ class TrainConfig:
         "else 1e-4, the paper's)", above=0, most=1e3
     )
     head_lr: float | None = option(
-        "optimisation", None, "peak learning rate of the heads (default: 5e-5 for miniatures, else --lr)",
+        "optimisation", None, "peak learning rate of the embedding head (default: 5e-5 for miniatures, "
+        "whose head starts at ridge regression, else --lr)",
         above=0, most=1e3
     )
     layer_decay: float | None = option(
