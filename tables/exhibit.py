@@ -123,6 +123,18 @@ def interval(limits: Sequence[float] | None, sign: bool = False) -> str:
     return f"{short(limits[0], sign)} to {short(limits[1], sign)}" if limits else ""
 
 
+def one_by_one(differences: Iterable[float | None]) -> str:
+    return ", ".join(short(difference, True) for difference in differences)
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def percents(limits: Sequence[float] | None) -> str:
+    return " to ".join(map(percent, limits or ()))
+
+
 COMPARED = "difference | 95 % interval over seeds | p over seeds | seed by seed | 95 % interval over pairs"
 
 
@@ -133,7 +145,7 @@ def comparison(test: dict) -> tuple[str, ...]:
         short(test["difference"], True),
         interval(student_interval(by_seed), True),
         p_text(seeds_p(by_seed)),
-        ", ".join(short(difference, True) for difference in by_seed),
+        one_by_one(by_seed),
         interval(test["difference_95"], True),
     )
 
