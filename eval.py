@@ -38,6 +38,7 @@ import io
 import logging
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ from training.inputs import prepare
 from training.loop import process_group
 
 log = logging.getLogger("eval")
+
+
+# The needs of exhibits: whether a plan meets them, and the error if it does not.
+NEEDS: dict[str, tuple[Callable[[Plan], bool], str]] = {
+    "drawn": (
+        lambda plan: plan.data == "drawn",
+        "only drawn scenes record the words that a picture leaves out; add --data drawn",
+    ),
+    "second": (
+        lambda plan: plan.second is not None,
+        "needs the folder of a second generator; give --second FOLDER",
+    ),
+    "probe": (
+        lambda plan: plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data),
+        "the probe can judge only the embedded mini scenes; remove --data and --weights, or give people's "
+        "votes for table 5 (--vote, --votes)",
+    ),
+}
 
 
 def selected(flag: str, kind: str) -> dict[tuple[str, int | str], Exhibit]:
@@ -137,25 +156,11 @@ def exhibits_of(args: argparse.Namespace, plan: Plan, results: Path) -> dict[tup
         if ("table", 5) not in exhibits:
             raise data.DataError("--votes: needs --table 5")
         exhibits["table", 5] = voted(args.votes, results / KEY)
-    lacking = {key: reason for key, exhibit in exhibits.items() if (reason := lack(exhibit, plan))}
+    lacking = {key: e.needs for key, e in exhibits.items() if e.needs and not NEEDS[e.needs][0](plan)}
     if lacking and args.table != "all":
-        (_, name), reason = next(iter(lacking.items()))
-        raise data.DataError(f"--table {name}: {reason}")
+        (_, name), needs = next(iter(lacking.items()))
+        raise data.DataError(f"--table {name}: {NEEDS[needs][1]}")
     return {key: exhibit for key, exhibit in exhibits.items() if key not in lacking}
-
-
-def lack(exhibit: Exhibit, plan: Plan) -> str | None:
-    """The reason why the exhibit cannot be made from the plan's data; None if it can."""
-    if exhibit.needs_drawn and plan.data != "drawn":
-        return "only drawn scenes record the words that a picture leaves out; add --data drawn"
-    if exhibit.needs_second and not plan.second:
-        return "needs the folder of a second generator; give --second FOLDER"
-    if exhibit.needs_probe and not (plan.sources["unet"] == "sd-mini" and only_default_prompts(plan.data)):
-        return (
-            "the probe can judge only the embedded mini scenes; remove --data and --weights, or give "
-            "people's votes for table 5 (--vote, --votes)"
-        )
-    return None
 
 
 def make(args: argparse.Namespace, flags: list[str], command: str) -> None:

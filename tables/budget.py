@@ -191,4 +191,4 @@ def text(result: dict) -> str:
     )
 
 
-BUDGET = {"budget": Exhibit(RUNS, compute, text, needs_probe=True)}
+BUDGET = {"budget": Exhibit(RUNS, compute, text, needs="probe")}

@@ -224,7 +224,7 @@ def choice_text(choice: dict) -> str:
 
 
 def exhibit_of(table: Table) -> Exhibit:
-    return Exhibit(table.runs, partial(compute_table, table), table_text, table.needs_probe)
+    return Exhibit(table.runs, partial(compute_table, table), table_text, table.needs)
 
 
 COMPUTED_TABLES = {number: exhibit_of(table) for number, table in ROW_TABLES.items()}

@@ -15,7 +15,7 @@ from tables.runs import MODELS, Plan, RunName
 from training.calibration import BLOCK, affine_ridge, length_slope, mapped
 from training.inputs import Samples, evaluation_batches, prepare
 from training.loop import Process
-from training.metrics import binned, calibration_error, cosines, student_interval
+from training.metrics import binned, calibration_error, cosines, pearson, student_interval
 
 BACKBONES = ("swin", "unet")
 OURS = "length after ridge regression x slope"
@@ -73,10 +73,9 @@ def estimates(predicted: dict[str, np.ndarray], member: Member) -> tuple[np.ndar
 
 def measures(expected: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
     """Calibration error, Pearson's correlation (None for a constant) and the explained share of variance."""
-    constant = not np.ptp(expected)
     return {
         "calibration error": calibration_error(expected, true),
-        "correlation": None if constant else float(np.corrcoef(expected, true)[0, 1]),
+        "correlation": pearson(expected, true),
         "explained": float(1 - np.square(true - expected).sum() / np.square(true - true.mean()).sum()),
     }
 

@@ -100,5 +100,5 @@ def text(result: dict) -> str:
 
 
 CROSSED = {
-    "crossed": Exhibit(tuple(CELLS.values()), compute, text, needs_second=True, before=require_same_pairs)
+    "crossed": Exhibit(tuple(CELLS.values()), compute, text, needs="second", before=require_same_pairs)
 }

@@ -99,4 +99,4 @@ def text(result: dict) -> str:
     )
 
 
-DENOISED = {"denoised": Exhibit(tuple(TRAINED.values()), compute, text, needs_probe=True, before=write_texts)}
+DENOISED = {"denoised": Exhibit(tuple(TRAINED.values()), compute, text, needs="probe", before=write_texts)}

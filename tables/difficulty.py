@@ -9,31 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 import generate
 import reverse_sd
 from mini import naming, scenes
 from mini.scenes import Scene, View
-from tables.exhibit import Exhibit, bullets, interval, markdown, page, provenance_text, short
-from tables.figures import PHASE_1_RUNS
-from tables.generation import BATCH, drawn, open_pipeline
-from tables.judges import (
-    TITLES,
-    bootstrap_weights,
-    drawings,
-    limits,
-    load_probes,
+from tables.exhibit import (
+    Exhibit,
+    bullets,
+    interval,
+    markdown,
+    one_by_one,
+    page,
     percent,
-    pixels_of_pairs,
-    truth_of,
-    verdicts,
+    provenance_text,
+    short,
 )
-from tables.probe import ALPHAS, default_views, ridge_regression
+from tables.figures import PHASE_1_RUNS
+from tables.generation import drawn, open_pipeline, predicted
+from tables.judges import RESAMPLES, TITLES, drawings, load_probes, truth_of
+from tables.probe import ALPHAS, default_views, pixels_of, ridge_regression, verdicts
 from tables.runs import Plan, RunName
 from training.folder import read_cosines
 from training.inputs import Prepared, prepare
-from training.metrics import cosines, spearman, student_interval
+from training.metrics import bootstrap_weights, cosines, pearson, percentiles, spearman, student_interval
 
 PROMPTS, DRAWS = 150, 8  # test prompts of each seed, and pictures of each
 LOST = 0.25  # probability that a drawing leaves out a word
@@ -44,11 +43,6 @@ NUMBERS = ("spearman", "pearson", "explained by noise")
 # ------------------------------------------------------------------------------------------------------------
 # statistics
 # ------------------------------------------------------------------------------------------------------------
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Pearson's correlation of (n,) and (n,); None if one of them is constant."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else None
 
 
 def within(a: np.ndarray, b: np.ndarray) -> dict:
@@ -72,10 +66,10 @@ def within(a: np.ndarray, b: np.ndarray) -> dict:
     return {
         "within": None if np.isnan(value) else value,
         "slope": float(xy / yy) if yy else None,
-        "within_95": limits(pooled(bootstrap_weights(len(a)) @ sums)),
+        "within_95": percentiles(pooled(bootstrap_weights(len(a), RESAMPLES) @ sums)),
         "spearman": float(np.mean(vary)) if vary else None,
         "prompts_that_vary": len(vary),
-        "between": correlation(a.mean(axis=1), b.mean(axis=1)),
+        "between": pearson(a.mean(axis=1), b.mean(axis=1)),
     }
 
 
@@ -107,9 +101,9 @@ def beyond_content(y: np.ndarray, predicted: np.ndarray) -> dict:
     of both without their predictions; the others: shares of the variance of difficulty.
     """
     by_content = explained(y[:, 0], predicted[:, 0])
-    residual = correlation(*(y - predicted).T)
+    residual = pearson(*(y - predicted).T)
     return {
-        "from content": correlation(y[:, 0], predicted[:, 1]),
+        "from content": pearson(y[:, 0], predicted[:, 1]),
         "residual": residual,
         "explained by content": by_content,
         "added by noise": None if residual is None else residual**2 * (1 - by_content),
@@ -157,14 +151,6 @@ def redrawn(view: View, prompt: str, rng: np.random.Generator) -> Scene:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_by(plan: Plan, run: RunName, seed: int, pictures: np.ndarray) -> np.ndarray:
-    """The embeddings (n, E) that a run predicts from pictures uint8 (n, H, W, 3), unit rows."""
-    loaded = reverse_sd.load_run(plan.run_folder(run, seed), plan.device)
-    predict_images = reverse_sd.image_predictor(loaded, plan.device)
-    parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
-    return np.concatenate([predict_images([Image.fromarray(x) for x in part])[0] for part in parts])
-
-
 def within_prompts(
     plan: Plan, pipeline: generate.Pipeline, probes: dict[str, naming.Namer], prepared: Prepared, seed: int
 ) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
@@ -186,7 +172,8 @@ def within_prompts(
     for kind, (pictures, truth) in by_kind.items():
         planes = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
         noise = instruments({name: noise_by(p, planes, views) for name, p in probes.items()}, truth)
-        scores = {run.name: 1 - cosines(read_by(plan, run, seed, pictures), targets) for run in PHASE_1_RUNS}
+        embeddings = {run.name: predicted(plan, seed, pictures, run) for run in PHASE_1_RUNS}
+        scores = {name: 1 - cosines(of, targets) for name, of in embeddings.items()}
         for names, values in compared(scores, noise).items():
             result[kind, *names] = tuple(array.reshape(len(rows), DRAWS) for array in values)
     return result
@@ -212,7 +199,7 @@ def over_training_pairs(
     """By reader and instrument: correlations of recorded difficulty with noise over the training pairs."""
     rows = prepared.splits["train"]
     pairs = prepared.pairs.subset(rows)
-    views, pictures = [default_views()[prompt] for prompt in pairs.prompts], pixels_of_pairs(pairs)
+    views, pictures = [default_views()[prompt] for prompt in pairs.prompts], pixels_of(prepared.pairs, rows)
     truth = None
     if "sa" not in pairs.meta[0]:  # drawn, not sampled: "undrawn" lists the words that were left out
         metas = zip(pairs.meta, views, strict=True)
@@ -228,7 +215,7 @@ def over_training_pairs(
     result = {}
     for names, (score, share) in compared(scores, noise).items():
         pair = [at[name] for name in names]
-        r = correlation(score, share)
+        r = pearson(score, share)
         entry = {"pairs": len(rows), "spearman": spearman(score, share), "pearson": r}
         entry["explained by noise"] = None if r is None else r * r
         for name, of in predicted.items():
@@ -291,7 +278,7 @@ def text(result: dict) -> str:
     """The table as Markdown."""
     inside = [
         (row["pictures"], title(row["reader"]), title(row["instrument"]), short(row["mean"], True))
-        + (interval(row["seeds_95"], True), ", ".join(short(value, True) for value in row["per_seed"]))
+        + (interval(row["seeds_95"], True), one_by_one(row["per_seed"]))
         + (interval(row["pooled"]["within_95"], True),)
         + tuple(short(row["pooled"][name], True) for name in ("slope", "spearman", "between"))
         for row in result["within"]
@@ -352,4 +339,4 @@ def text(result: dict) -> str:
     )
 
 
-DIFFICULTY = {"difficulty": Exhibit(PHASE_1_RUNS, compute, text, needs_probe=True)}
+DIFFICULTY = {"difficulty": Exhibit(PHASE_1_RUNS, compute, text, needs="probe")}

@@ -24,15 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 class Exhibit:
     """A table or figure. `runs`: its trainings. `compute`: its numbers for JSON, and under "files" the bytes
     of further files by name. `text`: the numbers and their provenance as Markdown.
-    `needs_probe`: only the embedded default data allow it. `needs_second`: only with eval.py --second;
-    `needs_drawn`: only --data drawn. `before`: makes the checks and files that the trainings need."""
+    `needs`: the data that allow it, a key of eval.NEEDS. `before`: makes the checks and files that the
+    trainings need."""
 
     runs: tuple[RunName, ...]
     compute: Callable[[Plan], dict]
     text: Callable[[dict], str]
-    needs_probe: bool = False
-    needs_second: bool = False
-    needs_drawn: bool = False
+    needs: str = ""
     before: Callable[[Plan], None] | None = None
 
     def write(self, plan: Plan, folder: Path, kind: str, number: int | str) -> None:
@@ -125,6 +123,18 @@ def interval(limits: Sequence[float] | None, sign: bool = False) -> str:
     return f"{short(limits[0], sign)} to {short(limits[1], sign)}" if limits else ""
 
 
+def one_by_one(differences: Iterable[float | None]) -> str:
+    return ", ".join(short(difference, True) for difference in differences)
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def percents(limits: Sequence[float] | None) -> str:
+    return " to ".join(map(percent, limits or ()))
+
+
 COMPARED = "difference | 95 % interval over seeds | p over seeds | seed by seed | 95 % interval over pairs"
 
 
@@ -135,7 +145,7 @@ def comparison(test: dict) -> tuple[str, ...]:
         short(test["difference"], True),
         interval(student_interval(by_seed), True),
         p_text(seeds_p(by_seed)),
-        ", ".join(short(difference, True) for difference in by_seed),
+        one_by_one(by_seed),
         interval(test["difference_95"], True),
     )
 

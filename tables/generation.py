@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,12 +32,13 @@ from tables.exhibit import (
     comparison,
     interval,
     markdown,
+    one_by_one,
     p_text,
     page,
     provenance_text,
     short,
 )
-from tables.probe import default_views
+from tables.probe import default_views, verdicts
 from tables.runs import Plan, RunName
 from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test, seeds_p, student_interval
 
@@ -114,28 +116,44 @@ def kept_pictures(
 ) -> np.ndarray:
     """Pictures uint8 (n, H, W, 3), cached in the runs' folder, by the U-Nets `unet_at()` of each step, or by
     the original one alone. `swap` identifies these U-Nets."""
+    path, side = picture_file(plan, "drawn", [list(prompts), list(seeds), STEPS, GUIDANCE], swap)
+    if not path.exists():
+        options = {"steps": STEPS, "guidance": GUIDANCE, "unet_at": unet_at() if unet_at else None}
+        draw_into(path, pipeline, prompts, seeds, side, batch_size(plan), **options)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def picture_file(plan: Plan, name: str, settings: list, swap: Sequence[object] = ()) -> tuple[Path, int]:
+    """The file of pictures with these settings in the runs' folder, and the side of a picture in pixels."""
     source = plan.sources["unet"]
     side, _ = generate.trained_as(source)
     key = [weights.fingerprint(kind, source) for kind in ("unet", "vae", "clip-text")]
-    key += [list(prompts), list(seeds), STEPS, GUIDANCE, side, *swap]
-    path = plan.folder / "kept" / f"drawn-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
-    if path.exists():
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    options = {"steps": STEPS, "guidance": GUIDANCE, "unet_at": unet_at() if unet_at else None}
+    digest = hashlib.sha256(json.dumps([*key, *settings, side, *swap]).encode()).hexdigest()
+    return plan.folder / "kept" / f"{name}-{digest[:16]}.npy", side
+
+
+def draw_into(
+    path: Path,
+    pipeline: generate.Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    side: int,
+    batch: int,
+    **options: Any,
+) -> None:
+    """Write the pictures uint8 (n, side, side, 3) of the prompts to a .npy file, atomically. `options`: of
+    `Pipeline.draw`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, batch = path.with_name(f".{path.name}.{os.getpid()}.tmp"), batch_size(plan)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        shape = (len(prompts), side, side, 3)
-        pictures = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        pictures = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(prompts), side, side, 3))
         for start in range(0, len(prompts), 10 * batch):  # only these are in memory
             some = slice(start, start + 10 * batch)
-            drawn = pipeline.draw(prompts[some], seeds[some], (side, side), batch, **options)
-            pictures[some] = drawn.numpy()
+            pictures[some] = pipeline.draw(prompts[some], seeds[some], (side, side), batch, **options).numpy()
         pictures.flush()
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return pictures
 
 
 def drawn(
@@ -163,10 +181,10 @@ def drawn_by_both(
     return {unet: drawn(plan, pipeline, prompts, noise, run) for unet, run in by_run.items()}
 
 
-def predicted(plan: Plan, seed: int, pictures: np.ndarray) -> np.ndarray:
-    """The embeddings (n, E) that the run of a seed predicts from pictures, unit rows."""
-    run = reverse_sd.load_run(plan.run_folder(RUN, seed), plan.device)
-    predict_images = reverse_sd.image_predictor(run, plan.device)
+def predicted(plan: Plan, seed: int, pictures: np.ndarray, run: RunName = RUN) -> np.ndarray:
+    """The embeddings (n, E) that a run of a seed predicts from pictures uint8 (n, H, W, 3), unit rows."""
+    loaded = reverse_sd.load_run(plan.run_folder(run, seed), plan.device)
+    predict_images = reverse_sd.image_predictor(loaded, plan.device)
     size = batch_size(plan)
     parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
     return np.concatenate([predict_images([Image.fromarray(x) for x in part])[0] for part in parts])
@@ -177,13 +195,19 @@ def labels_shown(
 ) -> list[dict[tuple[str, str], bool]]:
     """For each picture: whether the probe finds each thing in its prompt, by slot and key."""
     probe = naming.load_probe(naming.FOLDER).to(device)
-    rows = naming.name_pictures(probe, np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
-    return [naming.shown_labels(row, request.view) for row, request in zip(rows, requests, strict=True)]
+    planes = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
+    return verdicts(probe, planes, [request.view for request in requests])
 
 
 def words_shown(pictures: np.ndarray, requests: Sequence[Request], device: str = "cpu") -> np.ndarray:
     """The share of the things in each prompt that the probe finds in its picture, (n,)."""
     return np.array([np.mean(list(of.values())) for of in labels_shown(pictures, requests, device)])
+
+
+def judges_of(plan: Plan) -> dict[int, int | None]:
+    """By seed, the other seed whose run judges its pictures: the next one; None if there is no other."""
+    others = zip(plan.seeds, (*plan.seeds[1:], plan.seeds[0]), strict=True)
+    return {seed: other if other != seed else None for seed, other in others}
 
 
 def open_pipeline(plan: Plan) -> generate.Pipeline:
@@ -199,8 +223,8 @@ def compute_table_6(plan: Plan) -> dict:
     pipeline = open_pipeline(plan)
     minilm = weights.load("minilm", device=plan.device)
     values: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
-    for seed, other in zip(plan.seeds, (*plan.seeds[1:], plan.seeds[0]), strict=True):
-        judges = {"itself": seed} | ({"a run of another seed": other} if other != seed else {})
+    for seed, other in judges_of(plan).items():
+        judges = {"itself": seed} | ({} if other is None else {"a run of another seed": other})
         for name, requests in prompt_sets(plan, seed).items():
             targets = minilm.encode([request.prompt for request in requests]).cpu().numpy()
             for unet, pictures in drawn_by_both(plan, pipeline, requests, seed).items():
@@ -310,7 +334,7 @@ def slot_table(rows: Sequence[dict]) -> str:
     cells = [
         (row["slot"], row["n"], row["original"], row["trained"], short(row["difference"], True))
         + (interval(row["seeds_95"], True), p_text(row["p"]))
-        + (", ".join(short(difference, True) for difference in row["per_seed"]),)
+        + (one_by_one(row["per_seed"]),)
         for row in rows
     ]
     columns = "things | number | original | trained | difference | 95 % interval | p | by seed"
@@ -387,7 +411,7 @@ def noise_text(result: dict) -> str:
 
 
 GENERATION_TABLES = {
-    5: Exhibit((RUN,), compute_table_5, table_5_text, needs_probe=True),
+    5: Exhibit((RUN,), compute_table_5, table_5_text, needs="probe"),
     6: Exhibit((RUN,), compute_table_6, table_6_text),
     "noise": Exhibit((RUN,), compute_noise, noise_text),
 }

@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-import data
 from mini import naming, scenes
 from mini.judge import new_scenes
 from mini.scenes import Scene, View
 from mini.subjects import SHAPES
-from tables.exhibit import Exhibit, bullets, markdown, page, provenance_text
-from tables.probe import default_views
+from tables.exhibit import Exhibit, bullets, markdown, page, percent, percents, provenance_text
+from tables.probe import Verdicts, default_views, pixels_of, verdicts
 from tables.runs import Plan, RunName
 from training.inputs import prepare
+from training.metrics import bootstrap_weights, percentiles
 
 log = logging.getLogger("tables")
 
@@ -34,7 +34,6 @@ RESAMPLES = 1000
 NOISE, BLEND = 25, 0.3  # deviation of the noise added to pixels, and another picture's share in a blend
 LIKE_GENERATED = "autoencoder"  # the drawings on which the corrections' rates are measured
 TITLES = {"probe": "probe", "probe-vit": "second probe"}
-Verdicts = dict[tuple, bool]  # by label: whether it is found in a picture
 Counts = dict[str, np.ndarray]  # by kind of label: labels found and labels asked for in n pictures, (n, 2)
 
 
@@ -94,20 +93,14 @@ def exchanged_scenes(chosen: Sequence[Scene], rng: np.random.Generator) -> list[
     return made
 
 
-def pixels_of_pairs(pairs: data.Pairs) -> np.ndarray:
-    """uint8 (n, 3, 64, 64)."""
-    pictures = (pairs.image(i).convert("RGB") for i in range(len(pairs)))
-    return np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
-
-
-def pixels_of(scene: Scene) -> np.ndarray:
+def rendered(scene: Scene) -> np.ndarray:
     return np.asarray(scenes.render(scene)).transpose(2, 0, 1)
 
 
 def drawings(chosen: Sequence[Scene]) -> np.ndarray:
     """The scenes' pictures, uint8 (n, 3, 64, 64), drawn by several processes."""
     with scenes.workers(len(chosen)) as pool:
-        return np.stack(pool.map(pixels_of, chosen, 25) if pool else [pixels_of(scene) for scene in chosen])
+        return np.stack(pool.map(rendered, chosen, 25) if pool else [rendered(scene) for scene in chosen])
 
 
 def forms_of(pictures: np.ndarray, device: str) -> dict[str, np.ndarray]:
@@ -120,12 +113,6 @@ def forms_of(pictures: np.ndarray, device: str) -> dict[str, np.ndarray]:
         "noise": (pictures + NOISE * noise).round().clip(0, 255).astype(np.uint8),
         "blend": ((1 - weight) * pictures + weight * other).round().astype(np.uint8),
     }
-
-
-def verdicts(probe: naming.Namer, pictures: np.ndarray, views: Iterable[View]) -> list[Verdicts]:
-    """For each picture: whether it shows each label that a prompt of this view names."""
-    rows = naming.name_pictures(probe, pictures)
-    return [naming.shown_labels(row, view) for row, view in zip(rows, views, strict=True)]
 
 
 def counted(verdicts: Iterable[Verdicts]) -> Counts:
@@ -142,18 +129,6 @@ def share(counts: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     found, of = (counts.sum(axis=0) if weights is None else weights @ counts).T
     with np.errstate(invalid="ignore"):
         return np.asarray(found / of)
-
-
-def bootstrap_weights(n: int, seed: int = 0) -> np.ndarray:
-    """Bootstrap weights (RESAMPLES, n): the number of times that a sample has each of n pictures."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
-
-
-def limits(draws: np.ndarray) -> list[float] | None:
-    """The 95 % percentile interval; None if it is undefined in more than 1 draw of 40."""
-    if np.isnan(draws).mean() > 0.025:
-        return None
-    return np.nanquantile(draws, [0.025, 0.975]).tolist()
 
 
 def rogan_gladen(found: np.ndarray, sensitivity: np.ndarray, specificity: np.ndarray) -> np.ndarray:
@@ -194,9 +169,10 @@ class Calibration:
             return None, None
         right, wrong = self.shown[form][slot], self.exchanged[form][slot]
         value = float(rogan_gladen(share(counts), share(right), 1 - share(wrong)))
-        drawn, others = bootstrap_weights(len(right)), bootstrap_weights(len(counts), seed=1)
+        drawn = bootstrap_weights(len(right), RESAMPLES)
+        others = bootstrap_weights(len(counts), RESAMPLES, seed=1)
         draws = rogan_gladen(share(counts, others), share(right, drawn), 1 - share(wrong, drawn))
-        return None if np.isnan(value) else value, limits(draws)
+        return None if np.isnan(value) else value, percentiles(draws)
 
 
 def calibrate(probes: dict[str, naming.Namer], things: int, device: str) -> dict[str, Calibration]:
@@ -279,7 +255,7 @@ def found_rows(
 def undrawn_rows(found: list[Verdicts], chosen: Sequence[Scene]) -> dict[str, dict]:
     """By kind of label, and for all: how the verdicts "undrawn" relate to the truth of drawings."""
     truth = [truth_of(scene) for scene in chosen]
-    again, rows = bootstrap_weights(len(chosen)), {}
+    again, rows = bootstrap_weights(len(chosen), RESAMPLES), {}
     for slot in (*naming.TABLES, "all"):
         right, detected = np.zeros((len(chosen), 2)), np.zeros((len(chosen), 2))
         for i, of in enumerate(found):
@@ -292,7 +268,7 @@ def undrawn_rows(found: list[Verdicts], chosen: Sequence[Scene]) -> dict[str, di
             "verdicts": int(right[:, 1].sum()),
             "undrawn": int(detected[:, 1].sum()),
             "right": None if not right[:, 1].any() else float(share(right)),
-            "right_95": limits(share(right, again)),
+            "right_95": percentiles(share(right, again)),
             "detected": None if not detected[:, 1].any() else float(share(detected)),
         }
     return rows
@@ -320,13 +296,14 @@ def compute(plan: Plan) -> dict:
         for name, found in on_drawings.items():
             left_out[things, name] = counted(undrawn_only(found[i], natural[i].drawn) for i in chosen)
     views = [default_views()[prompt] for prompt in pairs.prompts]
+    pictures = pixels_of(pairs, range(len(pairs)))
     return {
         "probes": {name: card_of(name) for name in probes},
         "drawings": list(DRAWINGS.values()),
         "natural": NATURAL,
         "pairs": len(pairs),
         "rates": rate_rows(calibrated, left_out),
-        "found": found_rows(judged(pixels_of_pairs(pairs), views), views, calibrated, LIKE_GENERATED),
+        "found": found_rows(judged(pictures, views), views, calibrated, LIKE_GENERATED),
         "check": check,
         "undrawn": {name: undrawn_rows(of, natural) for name, of in on_drawings.items()},
     }
@@ -346,14 +323,6 @@ RATES = {
         "left out",
     ),
 }
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def percents(limits_95: Sequence[float] | None) -> str:
-    return "" if limits_95 is None else " to ".join(map(percent, limits_95))
 
 
 def found_table(rows: list[dict], probes: Sequence[str], truth: str = "") -> str:
@@ -425,4 +394,4 @@ def text(result: dict) -> str:
     )
 
 
-JUDGES = {"probe": Exhibit((), compute, text, needs_probe=True)}
+JUDGES = {"probe": Exhibit((), compute, text, needs="probe")}

@@ -8,7 +8,7 @@ it lacks the wording, and what a linear map misses of the content.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from training.metrics import cosines
 
 WORDINGS = 24  # prompts for each view; infinitely many would have a little more (table budget)
 ALPHAS = [10.0**power for power in range(-6, 4)]
+Verdicts = dict[tuple, bool]  # by label (kind, key): whether it is found in a picture
 
 
 @cache
@@ -117,6 +118,15 @@ class ProbeMethod(Method):
 
 def readings(pairs: data.Pairs, rows: Sequence[int]) -> Tensor:
     """The probe's probabilities (n, labels) for these pictures."""
-    probe = naming.load_probe(naming.FOLDER)
-    images = np.stack([np.asarray(pairs.image(i).convert("RGB")).transpose(2, 0, 1) for i in rows])
-    return naming.name_pictures(probe, images)
+    return naming.name_pictures(naming.load_probe(naming.FOLDER), pixels_of(pairs, rows))
+
+
+def pixels_of(pairs: data.Pairs, rows: Sequence[int]) -> np.ndarray:
+    """These pictures, uint8 (n, 3, H, W)."""
+    return np.stack([np.asarray(pairs.image(i).convert("RGB")).transpose(2, 0, 1) for i in rows])
+
+
+def verdicts(probe: naming.Namer, pictures: np.ndarray, views: Iterable[scenes.View]) -> list[Verdicts]:
+    """For each picture uint8 (n, 3, H, W): whether it shows each label that a prompt of its view names."""
+    rows = naming.name_pictures(probe, pictures)
+    return [naming.shown_labels(row, view) for row, view in zip(rows, views, strict=True)]

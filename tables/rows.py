@@ -50,7 +50,7 @@ class Table:
     caption: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    needs_probe: bool = False
+    needs: str = ""
     baselines: tuple[Row, ...] = ()
 
     @property
@@ -379,7 +379,7 @@ def ceiling_table() -> Table:
             "linear map misses of the content.",
             "No row is an upper bound: the probe misreads pictures, and a reader may exceed it.",
         ),
-        needs_probe=True,
+        needs="probe",
     )
 
 

@@ -9,23 +9,17 @@ target's, which have labels that a domain adaptation does not have.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterable
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import data
-import generate
 import reverse_sd
-import weights
-from files import write_array
 from tables.compute import mean_embedding_cosines, summary_of
 from tables.exhibit import (
     COMPARED,
@@ -37,6 +31,7 @@ from tables.exhibit import (
     page,
     provenance_text,
 )
+from tables.generation import batch_size, draw_into, open_pipeline, picture_file, predicted
 from tables.methods import DaklMethod, Member, Predicted, RidgeMethod, members_of, tensor
 from tables.runs import RECIPES, Plan, RunName
 from training.evaluate import shared_predictions
@@ -135,43 +130,25 @@ def predicted_for_run(plan: Plan, source: Path, target: Path) -> dict[str, np.nd
     prepared, run = prepare(config, plan.device), reverse_sd.load_run(source, plan.device)
     process, workers = Process(device=plan.device), sample_readers(config.workers, prepared, plan.device)
 
-    def predicted(split: str) -> np.ndarray:
-        samples = Samples(prepared, prepared.splits[split], run.vocabulary)
-        return shared_predictions(run, samples, process, workers, False)[0]
-
-    return {split: predicted(split) for split in ("val", "test")}
+    samples = {split: Samples(prepared, prepared.splits[split], run.vocabulary) for split in ("val", "test")}
+    return {split: shared_predictions(run, of, process, workers, False)[0] for split, of in samples.items()}
 
 
-def predicted_for_guidance(plan: Plan, source: Path, guidance: float) -> dict[str, np.ndarray]:
-    """The predictions of the run `source` for pictures of its first validation and test prompts."""
-    rows = json.loads((source / "predictions" / "rows.json").read_text())
-    predict_images = reverse_sd.image_predictor(reverse_sd.load_run(source, plan.device), plan.device)
-    predicted = {}
-    for split in ("val", "test"):
-        pictures = drawn(plan, [row["prompt"] for row in rows[split][:PICTURES]], guidance)
-        parts = np.array_split(pictures, math.ceil(len(pictures) / batch_size(plan)))
-        embeddings = (predict_images(list(map(Image.fromarray, part)))[0] for part in parts)
-        predicted[split] = np.concatenate(list(embeddings))
-    return predicted
-
-
-def batch_size(plan: Plan) -> int:
-    return 256 if plan.device.startswith("cuda") else 40
+def predicted_for_guidance(plan: Plan, run: RunName, seed: int, guidance: float) -> dict[str, np.ndarray]:
+    """The predictions of a run for pictures of its first validation and test prompts."""
+    rows = json.loads((plan.run_folder(run, seed) / "predictions" / "rows.json").read_text())
+    prompts = {split: [row["prompt"] for row in rows[split][:PICTURES]] for split in ("val", "test")}
+    return {split: predicted(plan, seed, drawn(plan, of, guidance), run) for split, of in prompts.items()}
 
 
 def drawn(plan: Plan, prompts: list[str], guidance: float) -> np.ndarray:
     """Pictures uint8 (n, H, W, 3) of the prompts, cached in the runs' folder."""
-    source = plan.sources["unet"]
-    side, _ = generate.trained_as(source)
-    key = [weights.fingerprint(kind, source) for kind in ("unet", "vae", "clip-text")]
-    key = json.dumps([*key, prompts, STEPS, guidance, side])
-    path = plan.folder / "kept" / f"guidance-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    path, side = picture_file(plan, "guidance", [prompts, STEPS, guidance])
     if not path.exists():
         log.info("drawing %d pictures with guidance %g", len(prompts), guidance)
-        pipeline, noise = generate.load_pipeline(source, plan.device), list(range(len(prompts)))
-        options = {"steps": STEPS, "guidance": guidance}
-        write_array(path, pipeline.draw(prompts, noise, (side, side), batch_size(plan), **options).numpy())
-    return np.load(path, allow_pickle=False)
+        pipeline, noise = open_pipeline(plan), range(len(prompts))
+        draw_into(path, pipeline, prompts, noise, side, batch_size(plan), steps=STEPS, guidance=guidance)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 # ============================================================================================================
@@ -186,7 +163,7 @@ def cosines_of(plan: Plan, reader: str, shift: Shift, seed: int) -> dict[tuple[s
     runs = [RunName(backbone, recipe + end) for end in ends]
     source, *target = members_of(plan, runs, seed)
     if not target:
-        seen = predicted_for_guidance(plan, source.folder, shift.target)
+        seen = predicted_for_guidance(plan, runs[0], seed, shift.target)
     elif source.folder == target[0].folder:
         seen = {split: source.predicted(split) for split in ("val", "test")}
     else:
@@ -211,7 +188,6 @@ def cosines_of(plan: Plan, reader: str, shift: Shift, seed: int) -> dict[tuple[s
 
 
 def compute(plan: Plan) -> dict:
-    require_unseen_prompts(plan)
     rows, tests, shifts = [], [], shifts_of(plan)
     for reader in READERS:
         for shift in shifts:
@@ -270,4 +246,4 @@ def text(result: dict) -> str:
 
 
 RUNS = tuple(RunName(backbone, recipe + end) for backbone, recipe in READERS.values() for end in ("", OTHER))
-SHIFT = {"shift": Exhibit(RUNS, compute, text, needs_probe=True)}
+SHIFT = {"shift": Exhibit(RUNS, compute, text, needs="probe", before=require_unseen_prompts)}

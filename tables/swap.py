@@ -40,13 +40,24 @@ from mini.diffusion import EMPTY_PROMPTS
 from mini.loop import batch_of
 from models.unet import UNet
 from reverse_sd import Regressor, Vocabulary, cosine_loss, joint_loss, vocabulary_loss
-from tables.exhibit import Exhibit, bullets, interval, markdown, p_text, page, provenance_text, short
+from tables.exhibit import (
+    Exhibit,
+    bullets,
+    interval,
+    markdown,
+    one_by_one,
+    p_text,
+    page,
+    provenance_text,
+    short,
+)
 from tables.generation import (
     ALL_HEARD,
     RUN,
     SWAP_AFTER,
     Request,
     drawing_settings,
+    judges_of,
     kept_pictures,
     labels_shown,
     open_pipeline,
@@ -445,13 +456,13 @@ def measured(plan: Plan, tasks: Sequence[tuple]) -> list[dict]:
 
 def compute(plan: Plan) -> dict:
     """Reading, noise and the judges' means of each condition, and its differences to the original."""
-    others = dict(zip(plan.seeds, (*plan.seeds[1:], plan.seeds[0]), strict=True))
+    readers = judges_of(plan)
     sets = {seed: prompt_sets(plan, seed) for seed in plan.seeds}
     for seed in plan.seeds:
         material(plan.config(RUN, seed), plan.device)  # fills the caches once
     longest_first = sorted(CONDITIONS, key=lambda c: bool(c.arm and c.arm.noise), reverse=True)
     tasks = [
-        (condition, seed, others[seed] if others[seed] != seed else None, sets[seed])
+        (condition, seed, readers[seed], sets[seed])
         for condition in longest_first
         for seed in plan.seeds
     ]
@@ -522,7 +533,7 @@ def text(result: dict) -> str:
         cells = [
             (label(row), row["mean"], short(row["difference"], True), interval(row["seeds_95"], True))
             + (p_text(row["p"]), p_text(row.get("holm")))
-            + (", ".join(short(difference, True) for difference in row["per_seed"]),)
+            + (one_by_one(row["per_seed"]),)
             for row in rows
         ]
         parts += [heading, markdown(columns, cells)]
@@ -558,4 +569,4 @@ def label(row: dict) -> str:
     return f"{row['condition']} − {row['against']}"
 
 
-SWAP = {"swap": Exhibit((RUN,), compute, text, needs_probe=True)}
+SWAP = {"swap": Exhibit((RUN,), compute, text, needs="probe")}

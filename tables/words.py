@@ -34,7 +34,7 @@ from training.calibration import fit_words, log_odds, logit, own_and_other, read
 from training.evaluate import shared_predictions
 from training.inputs import Prepared, Samples, cache_folder, prepare, prompt_targets, sample_readers
 from training.loop import Process
-from training.metrics import auroc, calibration_error, student_interval
+from training.metrics import auroc, bootstrap_weights, calibration_error, percentiles, student_interval
 from words import is_content_word, words
 
 SEED = 2_000_003  # of the new scenes; not that of the data or of the miniatures' pretraining
@@ -170,8 +170,7 @@ def measured(items: Items, scores: dict[str, np.ndarray], names: Sequence[str], 
     scene, shown = items.scene[chosen], items.shown[chosen]
     _, word = np.unique(np.array(items.words)[chosen], return_inverse=True)
     n = items.scene.max() + 1
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    weights = np.concatenate([np.ones((1, n)), drawn])[:, scene]
+    weights = np.concatenate([np.ones((1, n)), bootstrap_weights(n, RESAMPLES)])[:, scene]
     # A pair within a scene that is drawn k times counts k times, not k^2 times.
     groups = {"all words": (np.zeros_like(scene), weights), "same word": (word, weights)}
     groups["same prompt"] = (scene, np.sqrt(weights))
@@ -223,7 +222,7 @@ def summary(values: Sequence[np.ndarray]) -> dict:
         return {"mean": None, "scenes_95": None, "per_seed": None}
     return {
         "mean": float(means[0]),
-        "scenes_95": np.nanquantile(means[1:], [0.025, 0.975]).tolist(),
+        "scenes_95": percentiles(means[1:]),
         "per_seed": [float(of[0]) for of in values],
     }
 
@@ -286,4 +285,4 @@ def flat(numbers: dict) -> dict[str, float]:
     return errors | {name: value for name, value in numbers.items() if name != "calibration error"}
 
 
-WORDS = {"words": Exhibit(RUNS, compute, text, needs_drawn=True)}
+WORDS = {"words": Exhibit(RUNS, compute, text, needs="drawn")}

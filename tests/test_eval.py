@@ -13,7 +13,7 @@ from tables import generation, methods, probe
 from tables.generation import Request, prompt_sets
 from tables.runs import RECORDING, SOURCES, Plan, RunName
 
-ALWAYS = {"runs": (), "needs_probe": False, "needs_second": False, "needs_drawn": False, "before": None}
+ALWAYS = {"runs": (), "needs": "", "before": None}
 CPU = ["--table", "2", "--device", "cpu"]
 
 

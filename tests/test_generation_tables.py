@@ -247,7 +247,7 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path: Path, capsys
     monkeypatch.setattr(eval, "train_missing", lambda plan, runs: set())
     monkeypatch.setattr(Exhibit, "write", lambda self, plan, folder, kind, number: written.append(number))
     assert eval.main(["--table", "all", "--data", "own"]) == 0
-    possible = [e for e in EXHIBITS["table"].values() if not (e.needs_probe or e.needs_second)]
+    possible = [e for e in EXHIBITS["table"].values() if not e.needs]
     assert written == [n for n, exhibit in EXHIBITS["table"].items() if exhibit in possible]
 
 

@@ -122,7 +122,7 @@ def test_beyond_content_there_is_a_correlation_only_where_the_noise_matters(weig
     assert of["residual"] == pytest.approx(np.sqrt(alone), abs=0.04)
     assert of["added by noise"] == pytest.approx(alone * (1 - of["explained by content"]), abs=0.02)
     assert of["explained by content"] == pytest.approx(1 - (weight**2 + 1) / y[:, 0].var(), abs=0.02)
-    assert difficulty.correlation(*y.T) > 0.7  # with weight 0, by content alone
+    assert difficulty.pearson(*y.T) > 0.7  # with weight 0, by content alone
 
 
 def test_cross_fitting_does_not_explain_chance():

@@ -416,7 +416,7 @@ def test_the_papers_figures():
     weighted = [(m.k, m.form) for m in linear if m.centroids == "weighted mean"]
     assert weighted == [(1_000, "linear"), (5_000, "linear")] * 2
     assert [(m.k, m.form) for m in linear if m.centroids == "nearest"] == [(None, "linear")] * 3
-    assert [name for name, table in ROW_TABLES.items() if table.needs_probe] == ["ceiling"]
+    assert [name for name, table in ROW_TABLES.items() if table.needs] == ["ceiling"]
     knn = [r.method.pretrained for r in ROW_TABLES[11].rows if "k-NN" in r.name]
     assert knn == [False, True]
     for table in ROW_TABLES.values():

@@ -215,7 +215,7 @@ def test_both_tables_from_trainings(few_scenes: Path, cache: Path, tmp_path: Pat
     monkeypatch.setattr(words, "PARTS", 1)
     monkeypatch.setattr(words, "PER_PART", 150)
     monkeypatch.setattr(words, "RESAMPLES", 30)
-    monkeypatch.setattr(eval, "unfit_data", lambda exhibit, plan: None)
+    monkeypatch.setitem(eval.NEEDS, "drawn", (lambda plan: True, ""))
     flags = ["--data", str(few_scenes), "--seeds", "0,1", "--jobs", "1", "--device", "cpu", "--epochs", "1"]
     flags += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
     assert eval.main(["--table", "words,confidence", *flags]) == 0

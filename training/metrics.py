@@ -30,6 +30,16 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_00
     return float(low), float(high)
 
 
+def bootstrap_weights(n: int, resamples: int, seed: int = 0) -> np.ndarray:
+    """Bootstrap weights (resamples, n): the number of times that a sample has each of n items."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).astype(np.float64)
+
+
+def percentiles(draws: np.ndarray) -> list[float] | None:
+    """The 95 % percentile interval of bootstrap draws; None if more than 1 of 40 is undefined."""
+    return None if np.isnan(draws).mean() > 0.025 else np.nanquantile(draws, [0.025, 0.975]).tolist()
+
+
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
     """Mean average precision over the words that occur in `truth` (n, V), pairs ranked by `scores`."""
     precisions = []
@@ -143,6 +153,11 @@ def paired_test(ours: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> dict
     }
 
 
+def pearson(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's correlation of (n,) and (n,); None if one of them is constant."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else None
+
+
 def ranks(values: np.ndarray) -> np.ndarray:
     """Rank of each of `values` (n,) from 1; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -151,10 +166,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation of (n,) and (n,); NaN where one of them is constant."""
-    a, b = ranks(a), ranks(b)
-    if not (np.ptp(a) and np.ptp(b)):
-        return math.nan
-    return float(np.corrcoef(a, b)[0, 1])
+    correlation = pearson(ranks(a), ranks(b))
+    return math.nan if correlation is None else correlation
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray, resamples: int = 1000) -> dict:
