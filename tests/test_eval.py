@@ -93,6 +93,7 @@ def test_a_phase_1_records_and_a_phase_2_reads_it(tmp_path: Path):
 
 def test_the_prompts_that_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     """DrawBench from its file or the miniature's own, and the first test prompts of the seed's run."""
+    monkeypatch.setattr(drawbench, "TRAINING_CANDIDATES", 10)  # 50,000 take seconds
     here = plan(tmp_path)
     views = probe.default_views()
     prompts = [*list(views)[:40], *(f"no scene {i}" for i in range(400))]

@@ -158,7 +158,7 @@ def two_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawbench, "TRAINING_CANDIDATES", 10)
     few = {
         judges: {"DRAWINGS": {1: 4, 2: 4}, "NATURAL": 8, "RESAMPLES": 50},
-        difficulty: {"PROMPTS": 4, "DRAWS": 3, "PHASE_1_RUNS": (RunName("vit", "mlc"),)},
+        difficulty: {"PROMPTS": 4, "DRAWS": 3, "FOLDS": 2, "PHASE_1_RUNS": (RunName("vit", "mlc"),)},
         generation: {"STEPS": 2},
     }
     for module, values in few.items():

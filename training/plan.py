@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,7 +49,7 @@ GIB, GB = 2**30, 10**9
 fingerprint = functools.cache(weights.fingerprint)
 # Of a card's memory: CUDA's context, the workspaces of cuBLAS and cuDNN, gaps between the allocator's blocks.
 RESERVED = 1.0  # GiB, an estimate
-PRECISIONS = ("float32", "bf16")
+WAYS = tuple(product(("float32", "bf16"), (False, True)))  # precision, activation checkpointing
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 # ============================================================================================================
@@ -140,7 +140,8 @@ def sizes_of(config: TrainConfig) -> Sizes:
     backbone = BACKBONES[config.backbone]
     model = model_sizes(backbone.kind, config.weights)
     if config.train_blocks == 0:
-        return Sizes(model, ((on_meta(config, model, frozen=False).backbone.width,),))
+        whole = on_meta(dataclasses.replace(config, train_blocks=None), model)
+        return Sizes(model, ((whole.backbone.width,),))
     if not backbone.white_box:
         size = getattr(model, "img_size", None) or model.image_size
         return Sizes(model, ((3, *((size, size) if isinstance(size, int) else size)),))
@@ -149,15 +150,14 @@ def sizes_of(config: TrainConfig) -> Sizes:
     return Sizes(model, ((channels, side, side), (77, width)))
 
 
-def on_meta(config: TrainConfig, model: Any, frozen: bool | None = None) -> Regressor:
+def on_meta(config: TrainConfig, model: Any) -> Regressor:
     """The run's regressor without values; with a frozen backbone only its heads."""
-    frozen = config.train_blocks == 0 if frozen is None else frozen
     with torch.device("meta"):
         network = weights.build(BACKBONES[config.backbone].kind, model)
         network.checkpointing = config.activation_checkpointing
         backbone = as_backbone(config.backbone, network, config.unet_features)
         return Regressor(
-            nn.Identity() if frozen else backbone,
+            nn.Identity() if config.train_blocks == 0 else backbone,
             backbone.width,
             config.words,
             config.heads,
@@ -230,13 +230,10 @@ class Variant:
 
     def flags(self) -> str:
         """The flags that make the step fit."""
-        parts = self.fitting[0] if self.fitting else 1
-        texts = (
-            f"--precision {self.precision}",
-            f"--accumulate {parts}" if parts > 1 else "",
-            "--activation-checkpointing" if self.checkpointing else "",
-        )
-        return " ".join(text for text in texts if text) if self.fitting else "none"
+        if self.fitting is None:
+            return "none"
+        parts = f" --accumulate {self.fitting[0]}" * (self.fitting[0] > 1)
+        return f"--precision {self.precision}{parts}{' --activation-checkpointing' * self.checkpointing}"
 
 
 def variants(
@@ -245,16 +242,13 @@ def variants(
     """The step of a resolved configuration in each precision, without and with activation checkpointing,
     beside `memory` GiB."""
     sizes, room = sizes_of(config), (memory - RESERVED * cuda) * GIB
+    measure = functools.partial(step_bytes, sizes=sizes, cuda=cuda, groups=groups)
     result = []
-    for precision in PRECISIONS:
-        for checkpointing in (False, True):
-            variant = dataclasses.replace(
-                config, precision=precision, activation_checkpointing=checkpointing
-            )
-            measure = functools.partial(step_bytes, sizes=sizes, cuda=cuda, groups=groups)
-            nbytes = measure(variant)
-            fitting = least_parts(variant, nbytes, room, measure)
-            result.append(Variant(precision, checkpointing, nbytes, fitting))
+    for precision, checkpointing in WAYS:
+        variant = dataclasses.replace(config, precision=precision, activation_checkpointing=checkpointing)
+        nbytes = measure(variant)
+        fitting = least_parts(variant, nbytes, room, measure)
+        result.append(Variant(precision, checkpointing, nbytes, fitting))
     return result
 
 
@@ -302,7 +296,6 @@ def cache_plans(config: TrainConfig, pairs: data.Pairs) -> list[CachePlan]:
     add("targets", distinct, (EMBEDDING_WIDTH,), np.float32, "minilm", "minilm")
     if config.target_texts:
         add("target-texts", distinct, (EMBEDDING_WIDTH,), np.float32, "minilm", "minilm")
-    features = dataclasses.replace(config, train_blocks=0)
     if backbone.white_box:
         latents, states = sizes_of(dataclasses.replace(config, train_blocks=None)).inputs
         if captioner := captioner_of(config.captions):
@@ -313,7 +306,7 @@ def cache_plans(config: TrainConfig, pairs: data.Pairs) -> list[CachePlan]:
     elif config.train_blocks != 0:
         add("readable", n, (1,), np.uint8, "", "")
     if config.train_blocks == 0:
-        add(f"{config.backbone}-features", n, sizes_of(features).inputs[0], np.float32, backbone.kind, source)
+        add(f"{config.backbone}-features", n, sizes_of(config).inputs[0], np.float32, backbone.kind, source)
     return plans
 
 
@@ -375,9 +368,10 @@ def plan_lines(
     yield f"memory   of a step of {config.batch_size} samples, {config.weights}; {limit:.1f} GiB{left}"
     for variant in variants(config, limit, cuda, groups):
         name = variant.precision + ", checkpointing" * variant.checkpointing
-        fits = "fits" if variant.fitting and variant.fitting[0] == config.accumulate else "does not fit"
-        if fits == "does not fit" and variant.fitting:
-            fits += f"; {variant.fitting[1] / GIB:.1f} GiB with"
+        parts, nbytes = variant.fitting or (None, 0)
+        fits = "fits" if parts == config.accumulate else "does not fit"
+        if parts not in (None, config.accumulate):
+            fits += f"; {nbytes / GIB:.1f} GiB with"
         yield f"  {name:24}{variant.nbytes / GIB:6.1f} GiB  {fits}  {variant.flags()}"
 
 
@@ -393,16 +387,14 @@ def disk_lines(config: TrainConfig, pairs: data.Pairs) -> Iterator[str]:
         yield (f"  {plan.name:16}{plan.nbytes / GB:9,.2f} GB  {plan.rows:,} rows of {plan.row_bytes:,} "
                f"bytes, {plan.done:,} done")  # fmt: skip
     yield f"  {'run folder':16}{phases * run_bytes(config) / GB:9,.2f} GB  under runs/ or --out, at most"
-    kinds = {kind: config.weights for kind in kinds_of(config)}
-    if BACKBONES[config.backbone].white_box and (captioner := captioner_of(config.captions)):
-        kinds["blip"] = captioner
+    backbone = BACKBONES[config.backbone]
+    kinds = {backbone.kind: config.weights}
+    if backbone.white_box:
+        kinds |= {"vae": config.weights, "clip-text": config.weights}
+        if captioner := captioner_of(config.captions):
+            kinds["blip"] = captioner
     if names := sorted({f"{source} ({kind})" for kind, source in kinds.items() if absent(kind, source)}):
         yield f"weights  to be fetched: {', '.join(names)}"
-
-
-def kinds_of(config: TrainConfig) -> tuple[str, ...]:
-    backbone = BACKBONES[config.backbone]
-    return (backbone.kind, *(("vae", "clip-text") if backbone.white_box else ()))
 
 
 # ============================================================================================================
@@ -435,7 +427,7 @@ def paper_rows(memory: float) -> dict:
 
 def text_of(result: dict) -> str:
     """The Markdown of `paper_rows`."""
-    columns = [p + ", checkpointing" * c for p in PRECISIONS for c in (False, True)]
+    columns = [precision + ", checkpointing" * checkpointing for precision, checkpointing in WAYS]
     lines = [
         f"# Memory of the paper's rows on a card of {result['memory']:g} GiB",
         "",
@@ -465,10 +457,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default results)")
     args = parser.parse_args(argv)
     result = paper_rows(args.memory)
+    text = text_of(result)
     write_json(args.results / "plan.json", result)
-    result = json.loads((args.results / "plan.json").read_text())
-    atomic_write(args.results / "plan.md", text_of(result))
-    print(text_of(result))
+    atomic_write(args.results / "plan.md", text)
+    print(text)
     return 0
 
 
