@@ -1,8 +1,8 @@
 """CLIPScore and RefCLIPScore (Hessel et al. 2021): captions against images, and against reference captions.
 
 The published scores need OpenAI's ViT-B/32, the default here. Each text is embedded after "A photo depicts ".
-torchmetrics' CLIPScore is "100 cos" of `Scorer.scores`, without this prefix. Paper: section 4.4 states neither
-the scale of its RefCLIPScore nor the CLIP, so each scale in use is given.
+torchmetrics' CLIPScore is "100 cos" of `Scorer.scores`, without this prefix. Paper: section 4.4 states
+neither the scale of its RefCLIPScore nor the CLIP, so each scale in use is given.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def ref_clip_score(
     may be 0 or below.
     """
     image = clip_score(images, captions, weight)
-    text = np.array([cosines(caption, each).max() for caption, each in zip(captions, references, strict=True)])
+    pairs = zip(captions, references, strict=True)
+    text = np.array([cosines(caption, each).max() for caption, each in pairs])
     defined = (image > 0) & (text > 0)
     return np.divide(2 * image * text, image + text, out=np.zeros_like(image), where=defined)
 
@@ -61,8 +62,8 @@ class Scorer:
         self.device, self.prefix = device, prefix
 
     def texts(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeddings (n, P) float32, not of unit length. A text of more than 75 tokens is cut, and pooled at the
-        end mark that follows."""
+        """Embeddings (n, P) float32, not of unit length. A text of more than 75 tokens is cut, and pooled at
+        the end mark that follows."""
         return self._embedded(captions, lambda part: self.text.pooled(self._ids(part)))
 
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:

@@ -197,8 +197,8 @@ class CLIPText(nn.Module):
                              "none; load that of a whole CLIP, such as clip-b-32")
         is_end = ids == self.config.vocab_size - 1
         if not is_end.any(dim=1).all():
-            raise ValueError(f"a text has no end mark (id {self.config.vocab_size - 1}); cut long texts before "
-                             f"their last id and end them with it, as weights.ClipTokenizer does")
+            raise ValueError(f"a text has no end mark (id {self.config.vocab_size - 1}); end long texts with "
+                             f"it where they are cut, as weights.ClipTokenizer does")
         ends = is_end.int().argmax(dim=1)  # the first one                                  (B,)
         return self.text_projection(self(ids)[torch.arange(len(ids), device=ids.device), ends])  # (B, P)
 

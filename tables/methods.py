@@ -23,7 +23,14 @@ import reverse_sd
 from tables import readouts
 from tables.runs import Plan, RunName
 from training import captioner
-from training.inputs import Prepared, Samples, clip_texts, evaluation_batches, prepare, sample_readers
+from training.inputs import (
+    Prepared,
+    Samples,
+    clip_texts,
+    evaluation_batches,
+    prepare,
+    sample_readers,
+)
 from training.loop import Process
 
 CLIP, CAPTIONED = RunName("clip", "plain"), RunName("unet", "plain")
@@ -267,11 +274,12 @@ class KnnMethod(Method):
 
 @dataclass(frozen=True)
 class PromptKnnMethod(Method):
-    """k-NN regression as in section 4.10: CLIP's embedding of the image is compared with its embeddings of the
-    training prompts.
+    """k-NN regression as in section 4.10: CLIP's embedding of the image is compared with its embeddings of
+    the training prompts.
 
-    Paper: CLIP is fine-tuned, and how is not stated. With `fine_tuned` the image half is that of the run, which
-    learnt to predict sentence embeddings, and the text half is the pretrained one; else both are pretrained.
+    Paper: CLIP is fine-tuned, and how is not stated. With `fine_tuned` the image half is that of the run,
+    which learnt to predict sentence embeddings, and the text half is the pretrained one; else both are
+    pretrained.
     """
 
     version: ClassVar = 1
@@ -304,8 +312,8 @@ def run_features(member: Member, prepared: Prepared, split: str, device: str) ->
 def knn(
     query: dict[str, np.ndarray], reference: np.ndarray, member: Member, device: str
 ) -> tuple[np.ndarray, dict]:
-    """(predictions (n, E) of query["test"], {"k", "temperature"} chosen on query["val"]); `reference` (m, P) of
-    the training pairs of `member`."""
+    """(predictions (n, E) of query["test"], {"k", "temperature"} chosen on query["val"]); `reference` (m, P)
+    of the training pairs of `member`."""
     targets = np.array(member.targets("train"))
     chosen = baselines.choose_neighbours(query["val"], member.targets("val"), reference, targets, device)
     k, temperature = chosen["k"], chosen["temperature"]

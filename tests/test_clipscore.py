@@ -1,5 +1,6 @@
 """CLIPScore and RefCLIPScore by hand, and by the miniature CLIP."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 import data
 import weights
 from clipscore import PREFIX, Scorer, clip_score, ref_clip_score
-from training.inputs import clip_texts
+from training.inputs import MINI_PAIRS, clip_texts
 
 IMAGE = np.array([[2.0, 0], [2.0, 0], [2.0, 0]])
 CAPTION = np.array([[3.0, 4], [-3.0, 4], [0.0, 1]])  # cosines .6, -.6, 0
@@ -33,7 +34,7 @@ def mini() -> Scorer:
 
 
 def shown(n: int) -> tuple[list[Image.Image], list[str]]:
-    pairs = data.read_pairs("mini/generated")
+    pairs = data.read_pairs(MINI_PAIRS)
     return [pairs.image(i) for i in range(n)], pairs.prompts[:n]
 
 
@@ -69,7 +70,7 @@ def test_long_captions_differ_by_their_words(mini: Scorer):
 
 
 def test_a_clip_without_text_projection_is_refused():
-    with pytest.raises(weights.WeightsError, match="sd-mini: its text half has no projection; give a whole CLIP"):
+    with pytest.raises(weights.WeightsError, match="sd-mini: its text half has no projection; give a whole"):
         Scorer("sd-mini")
 
 
@@ -88,17 +89,22 @@ def test_the_published_example():
     """The official repository's first example picture and captions need its files and ViT-B/32."""
     folder = weights.cache_dir() / "clipscore-example"
     if not folder.is_dir() or weights.fetch.missing(weights.registry.ENTRIES["clip-b-32"]):
-        pytest.skip(f"needs clip-b-32, and images/, good_captions.json, bad_captions.json and refs.json of "
-                    f"the official example in {folder}")
-    import json
-
-    read = {name: json.loads((folder / f"{name}.json").read_text())
-            for name in ("good_captions", "bad_captions", "refs")}
+        pytest.skip(
+            f"needs clip-b-32, and images/, good_captions.json, bad_captions.json and refs.json of "
+            f"the official example in {folder}"
+        )
+    read = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in ("good_captions", "bad_captions", "refs")
+    }
     scorer = Scorer("clip-b-32")
     for name, plain, referenced in (("good_captions", 0.8585, 0.8450), ("bad_captions", 0.7153, 0.7253)):
         paths = {path.stem: path for path in (folder / "images").iterdir()}
         keys = list(read[name])
-        scores = scorer.scores([Image.open(paths[k]) for k in keys], [read[name][k] for k in keys],
-                               [read["refs"][k] for k in keys])
+        scores = scorer.scores(
+            [Image.open(paths[k]) for k in keys],
+            [read[name][k] for k in keys],
+            [read["refs"][k] for k in keys],
+        )
         assert scores["CLIPScore"].mean() == pytest.approx(plain, abs=2e-3)
         assert scores["RefCLIPScore"].mean() == pytest.approx(referenced, abs=2e-3)

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
-OURS |= {"archives", "backbones", "baselines", "clipscore", "columns", "command", "data", "embedded", "files", "generate"}
-OURS |= {"reverse_sd", "schema", "words"}
+OURS |= {"archives", "backbones", "baselines", "clipscore", "columns", "command", "data", "embedded", "files"}
+OURS |= {"generate", "reverse_sd", "schema", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}

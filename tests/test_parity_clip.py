@@ -143,8 +143,8 @@ def test_pooled_texts_are_open_clips(hidden_act: str, pad: int) -> None:
 def test_a_folder_with_a_whole_clip(dialect: str, tmp_path: Path) -> None:
     if dialect == "hf":
         sizes = {name: size for name, size in asdict(PROJECTED).items() if name != "projection_dim"}
-        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                  "image_size": 8, "patch_size": 8}
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                  "num_attention_heads": 2, "image_size": 8, "patch_size": 8}
         config = transformers.CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=24)
         theirs = transformers.CLIPModel(config).double().eval()
         theirs.save_pretrained(tmp_path)
@@ -175,7 +175,7 @@ def test_without_projection_or_end_mark_there_is_no_embedding() -> None:
         CLIPText(TINY).pooled(texts(0))
     cut = texts(0)
     cut[0, -1] = 3
-    with pytest.raises(ValueError, match=r"a text has no end mark \(id 49\); cut long texts"):
+    with pytest.raises(ValueError, match=r"a text has no end mark \(id 49\); end long texts"):
         CLIPText(PROJECTED).pooled(cut)
 
 

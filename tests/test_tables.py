@@ -31,7 +31,7 @@ from tables import exhibit, probe, runs
 from tables.compute import exhibit_of
 from tables.exhibit import interval, markdown, short
 from tables.figures import undrawn_share
-from tables.methods import Member, members_of
+from tables.methods import KnnMethod, Member, PromptKnnMethod, members_of
 from tables.registry import EXHIBITS, text_of
 from tables.rows import ROW_TABLES, Row, Table
 from tables.runs import MODELS, RECORDING, SOURCES, Plan, RunName, flags_of, with_phase_1

@@ -104,7 +104,8 @@ def _text_numbers(names: Iterable[str]) -> list[Numbers]:
 ACTIVATIONS = {"hidden_act": ("quick_gelu", "gelu")}
 HF_TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
 }
 TEXT_IN_HF = Options({option: option for option in HF_TEXT_DEFAULTS}, ACTIVATIONS, HF_TEXT_DEFAULTS)
 TEXT_IN_OPEN_CLIP = Options(   # text_cfg
