@@ -97,7 +97,8 @@ def init_embeddings(model: CLIP) -> None:
 
 def write_clip(model: CLIP, folder: Path) -> None:
     text, vision = (model.towers[name].config for name in ("text", "vision"))
-    both = {"text_config": asdict(text), "vision_config": asdict(vision)}
+    text_sizes = {name: size for name, size in asdict(text).items() if size is not None}
+    both = {"text_config": text_sizes, "vision_config": asdict(vision)}
     config = {"model_type": "clip", "projection_dim": vision.projection_dim, **both}
     write_json(folder / "clip-mini" / "config.json", config)
     preprocessing = {
@@ -112,8 +113,6 @@ def write_clip(model: CLIP, folder: Path) -> None:
         "size": 64,
     }
     write_json(folder / "clip-mini" / "preprocessor_config.json", preprocessing)
-    # Only sd-mini holds the text tower.
-    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("text_model.")}
-    write_tensors(kept, folder / "clip-mini" / "model.safetensors")
-    config = {"model_type": "clip_text_model", **asdict(text)}
+    write_tensors(model.state_dict(), folder / "clip-mini" / "model.safetensors")
+    config = {"model_type": "clip_text_model", **text_sizes}
     write_part("clip-text", model.towers["text"], folder / "sd-mini" / "text_encoder", config)

@@ -6,7 +6,7 @@ Radford et al., Learning Transferable Visual Models From Natural Language Superv
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class CLIPTextConfig:
     max_position_embeddings: int
     hidden_act: str
     layer_norm_eps: float
+    projection_dim: int | None = None  # None: the file holds no projection, as those of Stable Diffusion
 
 
 CONFIGS: dict[str, CLIPTextConfig] = {
@@ -46,6 +47,18 @@ CONFIGS: dict[str, CLIPTextConfig] = {
         vocab_size=1024, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
     ),
+    # openai/clip-vit-base-patch32, the text half
+    "clip-b-32": CLIPTextConfig(
+        vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+        num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+        projection_dim=512,
+    ),
+}
+# The text halves of whole CLIPs: openai/clip-vit-large-patch14, laion/CLIP-ViT-H-14-laion2B-s32B-b79K, ours
+CONFIGS |= {
+    "clip-l-14": replace(CONFIGS["sd-1"], projection_dim=768),
+    "clip-h-14": replace(CONFIGS["sd-2"], num_hidden_layers=24, projection_dim=1024),
+    "clip-mini": replace(CONFIGS["sd-mini"], projection_dim=128),
 }
 
 
@@ -139,7 +152,7 @@ class EncoderLayer(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """Token ids to the states that Stable Diffusion's U-Net attends to."""
+    """Token ids to the states that Stable Diffusion's U-Net attends to, and to CLIP's text embeddings."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -156,6 +169,8 @@ class CLIPText(nn.Module):
             encoder=Namespace(layers=nn.ModuleList(layers)),
             final_layer_norm=nn.LayerNorm(width, eps=eps),
         )
+        if config.projection_dim is not None:
+            self.text_projection = nn.Linear(width, config.projection_dim, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, N), N at most 77 -> the last layer's states after the final norm, (B, N, D).
@@ -168,6 +183,24 @@ class CLIPText(nn.Module):
         for layer in text.encoder.layers:
             x = layer(x, causal=True)
         return text.final_layer_norm(x)
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        """Ids (B, N), N at most 77 -> embeddings (B, P), not of unit length: the state at each text's first
+        end mark, projected.
+
+        The end mark is the last token of the vocabulary. Tokens after it, end marks (OpenAI) or zeros
+        (open_clip), have no effect. Raises ValueError for a text without end mark and a tower without
+        projection.
+        """
+        if self.config.projection_dim is None:
+            raise ValueError("this text tower has no text_projection, as the files of Stable Diffusion hold "
+                             "none; load that of a whole CLIP, such as clip-b-32")
+        is_end = ids == self.config.vocab_size - 1
+        if not is_end.any(dim=1).all():
+            raise ValueError(f"a text has no end mark (id {self.config.vocab_size - 1}); cut long texts before "
+                             f"their last id and end them with it, as weights.ClipTokenizer does")
+        ends = is_end.int().argmax(dim=1)  # the first one                                  (B,)
+        return self.text_projection(self(ids)[torch.arange(len(ids), device=ids.device), ends])  # (B, P)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

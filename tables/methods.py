@@ -23,7 +23,8 @@ import reverse_sd
 from tables import readouts
 from tables.runs import Plan, RunName
 from training import captioner
-from training.inputs import prepare
+from training.inputs import Prepared, Samples, clip_texts, evaluation_batches, prepare, sample_readers
+from training.loop import Process
 
 CLIP, CAPTIONED = RunName("clip", "plain"), RunName("unet", "plain")
 
@@ -244,7 +245,7 @@ class KnnMethod(Method):
 
     Paper: a fine-tuned CLIP compares the image with the training prompts. Here the run's prediction is
     compared with their sentence embeddings. `pretrained`: the features of the pretrained CLIP are compared
-    with those of the training images, without any training.
+    with those of the training images, without any training. PromptKnnMethod compares images with prompts.
     """
 
     version: ClassVar = 1
@@ -261,12 +262,55 @@ class KnnMethod(Method):
         else:
             query = {split: np.array(member.predicted(split)) for split in ("val", "test")}
             reference = targets
-        chosen = baselines.choose_neighbours(
-            query["val"], member.targets("val"), reference, targets, plan.device
-        )
-        k, temperature = chosen["k"], chosen["temperature"]
-        predicted = baselines.knn_regression(query["test"], reference, targets, k, temperature, plan.device)
-        return predicted, {"k": k, "temperature": temperature}
+        return knn(query, reference, member, plan.device)
+
+
+@dataclass(frozen=True)
+class PromptKnnMethod(Method):
+    """k-NN regression as in section 4.10: CLIP's embedding of the image is compared with its embeddings of the
+    training prompts.
+
+    Paper: CLIP is fine-tuned, and how is not stated. With `fine_tuned` the image half is that of the run, which
+    learnt to predict sentence embeddings, and the text half is the pretrained one; else both are pretrained.
+    """
+
+    version: ClassVar = 1
+    fine_tuned: bool = False
+
+    def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
+        member, config = members[0], plan.config(CLIP, seed)
+        if self.fine_tuned:
+            prepared = prepare(config, plan.device)
+            query = {split: run_features(member, prepared, split, plan.device) for split in ("val", "test")}
+        else:
+            prepared = prepare(dataclasses.replace(config, train_blocks=0), plan.device)
+            query = {split: prepared.inputs[0][prepared.splits[split]] for split in ("val", "test")}
+        prompts = [prepared.pairs.prompts[i] for i in prepared.splits["train"]]
+        texts = clip_texts(config.weights, prompts, plan.device)
+        return knn(query, texts[np.arange(len(prompts))], member, plan.device)
+
+
+@torch.no_grad()
+def run_features(member: Member, prepared: Prepared, split: str, device: str) -> np.ndarray:
+    """The features (n, width) of a split's images by the backbone of a run."""
+    run = reverse_sd.load_run(member.folder, device)
+    samples = Samples(prepared, prepared.splits[split], run.vocabulary)
+    workers = sample_readers(run.config.get("workers"), prepared, device)
+    batches, _ = evaluation_batches(samples, Process(device=device), workers)
+    parts = [run.regressor.backbone(images.to(device)).float().cpu().numpy() for images, *_ in batches]
+    return np.concatenate(parts)
+
+
+def knn(
+    query: dict[str, np.ndarray], reference: np.ndarray, member: Member, device: str
+) -> tuple[np.ndarray, dict]:
+    """(predictions (n, E) of query["test"], {"k", "temperature"} chosen on query["val"]); `reference` (m, P) of
+    the training pairs of `member`."""
+    targets = np.array(member.targets("train"))
+    chosen = baselines.choose_neighbours(query["val"], member.targets("val"), reference, targets, device)
+    k, temperature = chosen["k"], chosen["temperature"]
+    predicted = baselines.knn_regression(query["test"], reference, targets, k, temperature, device)
+    return predicted, {"k": k, "temperature": temperature}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tables.methods import (
     FrozenMethod,
     KnnMethod,
     Method,
+    PromptKnnMethod,
     RidgeMethod,
     SingleRun,
 )
@@ -294,10 +295,19 @@ def table_11() -> Table:
             Row(f"{clip} + k-NN", one_run("clip", "plain"), 0.6189, (clip,), KnnMethod()),
             Row("BLIP", (), 0.5129, (clip, CAPTION), CaptionerMethod()),
             Row(f"{clip} pretrained + k-NN", one_run("clip", "plain"), None, (clip,), KnnMethod(True)),
+            *(
+                Row(name, one_run("clip", "plain"), None, (clip,), PromptKnnMethod(fine_tuned))
+                for name, fine_tuned in (
+                    (f"{clip} pretrained + k-NN, prompts", False),
+                    (f"{clip} + k-NN, prompts", True),
+                )
+            ),
         ),
         (
             "k-NN compares the prediction of the fine-tuned CLIP with the sentence embeddings of the "
             "training prompts, and the features of the pretrained CLIP with those of the training images.",
+            "k-NN, prompts: CLIP's embedding of the image, by the pretrained or the fine-tuned image half, is "
+            "compared with the pretrained text half's embeddings of the training prompts.",
             "BLIP is fine-tuned to write the prompt; its caption is embedded.",
         ),
         baselines=ridge_rows(*((run,) for run in each_model("plain"))),

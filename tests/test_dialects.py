@@ -130,6 +130,16 @@ def test_clip_round_trip(dialect: str):
     assert_equal(weights.to_home("clip-text", theirs), ours)
 
 
+@pytest.mark.parametrize("dialect", ["diffusers", "transformers-5", "open_clip"])
+def test_a_whole_clip_keeps_all_its_layers_and_its_projection(dialect: str):
+    ours = small_clip() | {"text_projection.weight": torch.arange(32.0).view(4, 8)}
+    theirs = weights.from_home("clip-text", ours, dialect)
+    name = "text_projection" if dialect == "open_clip" else "text_projection.weight"
+    assert theirs[name].shape == ((8, 4) if dialect == "open_clip" else (4, 8))
+    other = {"visual.class_embedding": torch.zeros(1)} if dialect == "open_clip" else {}
+    assert_equal(weights.to_home("clip-text", theirs | other), ours)
+
+
 def test_open_clip_that_was_cut_before_keeps_its_last_layer():
     ours = small_clip(layers=OPEN_CLIP_CUT)
     assert_equal(weights.to_home("clip-text", weights.from_home("clip-text", ours, "open_clip")), ours)
@@ -148,7 +158,7 @@ def test_open_clip_stacks_q_k_and_v_in_that_order():
 def test_dropped_on_purpose():
     ours = small_clip()
     extras = {name: torch.zeros(1) for name in (
-        "text_model.embeddings.position_ids", "text_projection.weight", "logit_scale", "vision_model.a.b")}
+        "text_model.embeddings.position_ids", "logit_scale", "vision_model.a.b", "visual_projection.weight")}
     assert_equal(weights.to_home("clip-text", ours | extras), ours)
     bert = {"encoder.layer.0.attention.self.x": torch.zeros(1), "embeddings.y": torch.zeros(2)}
     extras = {"pooler.dense.weight": torch.zeros(1), "embeddings.position_ids": torch.zeros(1)}
@@ -192,7 +202,8 @@ def test_a_stranger_is_refused():
 @pytest.mark.parametrize("kind", ["unet", "vae", "clip-text"])
 def test_every_row_of_every_table_is_used_by_some_model(kind: str):
     """A misspelt row would never be missed otherwise."""
-    ours = meta(weights.build, kind, KINDS[kind].configs["sd-1"])
+    name = "clip-l-14" if kind == "clip-text" else "sd-1"
+    ours = meta(weights.build, kind, KINDS[kind].configs[name])
     beginnings = {".".join(name.split(".")[:n]) for name in ours for n in range(1, name.count(".") + 2)}
     for dialect in KINDS[kind].dialects:
         for theirs, row in dialect.table.items():
@@ -206,7 +217,8 @@ def test_every_row_of_every_table_is_used_by_some_model(kind: str):
 
 
 @pytest.mark.parametrize("kind, name", [("unet", "sd-1"), ("unet", "sd-2"), ("unet-encoder", "sd-2"),
-                                        ("vae", "sd-1"), ("clip-text", "sd-1"), ("clip-text", "sd-2")])
+                                        ("vae", "sd-1"), ("clip-text", "sd-1"), ("clip-text", "sd-2"),
+                                        ("clip-text", "clip-l-14")])
 def test_sizes_of_the_published_models_are_read_from_shapes_alone(kind: str, name: str):
     config = KINDS[kind].configs[name]
     assert sizes_of(KINDS[kind], None, meta(weights.build, kind, config), "file", single=True) == config

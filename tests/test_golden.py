@@ -25,7 +25,8 @@ from weights.golden import Subject, golden, load_or_draw, record
 from weights.kinds import KINDS as ENTRIES
 
 KINDS = [("vit", "vit-mini"), ("swin", "swin-mini"), ("swin", "swinv2-mini"), ("clip-vision", "clip-mini"),
-         ("clip-text", "sd-mini"), ("vae", "sd-mini"), ("unet", "sd-mini"), ("unet-encoder", "sd-mini"),
+         ("clip-text", "sd-mini"), ("clip-text", "clip-mini"), ("vae", "sd-mini"), ("unet", "sd-mini"),
+         ("unet-encoder", "sd-mini"),
          ("clip-text", "sd-2-tiny"), ("unet", "sd-2-tiny"), ("unet-encoder", "sd-2-tiny"),
          ("blip2", "blip2-tiny")]
 CONSTANTS = {"unet": {"sinusoids"}, "unet-encoder": {"sinusoids"},

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
-OURS |= {"archives", "backbones", "baselines", "columns", "command", "data", "embedded", "files", "generate"}
-OURS |= {"reverse_sd", "schema", "words", "inversion"}
+OURS |= {"archives", "backbones", "baselines", "clipscore", "columns", "command", "data", "embedded"}
+OURS |= {"files", "generate", "inversion", "reverse_sd", "schema", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
@@ -62,6 +62,7 @@ ALLOWED = {
     "generate.py": COMPOSITION,
     "inversion.py": COMPOSITION,
     "baselines.py": {"torch", "numpy", "models"},
+    "clipscore.py": {"torch", "numpy", "PIL", "data", "weights"},
     "words.py": set(),  # after tables/*.py, since the pattern also matches tables/words.py
 }
 FILES = [

@@ -1,12 +1,17 @@
-"""models/clip.py's text tower against transformers' CLIPTextModel."""
+"""models/clip.py's text tower against transformers' CLIPTextModel and open_clip."""
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import weights
 from models.clip import CONFIGS, CLIPText, CLIPTextConfig
 from tests.parity import (
     assert_parity,
@@ -25,14 +30,21 @@ TINY = CLIPTextConfig(
 )
 
 
+PROJECTED = replace(TINY, projection_dim=24)
+
+
 def reference(config: CLIPTextConfig) -> nn.Module:
-    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**asdict(config)))
+    sizes = {name: size for name, size in asdict(config).items() if size is not None}
+    if config.projection_dim is None:
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes, eos_token_id=2))
 
 
 def home(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers 5 leaves `text_model.` out of its own names; every published file has it."""
-    prefix = "text_model."
-    return to_home("clip-text", {prefix + name.removeprefix(prefix): t for name, t in tensors.items()})
+    prefixes = ("text_model.", "text_projection.")
+    named = {name if name.startswith(prefixes) else f"text_model.{name}": t for name, t in tensors.items()}
+    return to_home("clip-text", named)
 
 
 def pair(config: CLIPTextConfig) -> tuple[CLIPText, nn.Module]:
@@ -80,6 +92,91 @@ def test_a_token_reads_nothing_behind_it() -> None:
     a, b = ours(given), ours(other)
     assert torch.allclose(a[:, :40], b[:, :40], rtol=0, atol=1e-12)
     assert (a[:, 40:] - b[:, 40:]).abs().amin(dim=2).min() > 0
+
+
+def texts(pad: int) -> Tensor:
+    """Ids of texts whose first end mark is at places 76, 5 and 1, followed by `pad`."""
+    given = ids(batch=3).clamp(max=TINY.vocab_size - 2)
+    for row, place in zip(given, (76, 5, 1), strict=True):
+        row[place:] = pad
+        row[place] = TINY.vocab_size - 1
+    return given
+
+
+@pytest.mark.parametrize("pad", [TINY.vocab_size - 1, 0], ids=["padded as OpenAI", "padded as open_clip"])
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+def test_pooled_texts_and_gradients(hidden_act: str, pad: int) -> None:
+    ours, theirs = pair(replace(PROJECTED, hidden_act=hidden_act))
+    given = texts(pad)
+    assert_parity(ours, theirs, home, lambda: ours.pooled(given), lambda: theirs(given).text_embeds)
+
+
+def of_open_clip(config: CLIPTextConfig) -> nn.Module:
+    text = {
+        "context_length": 77, "vocab_size": config.vocab_size, "width": config.hidden_size,
+        "heads": config.num_attention_heads, "layers": config.num_hidden_layers,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+        "norm_kwargs": {"eps": config.layer_norm_eps},
+    }
+    vision = {"image_size": 8, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    quick = config.hidden_act == "quick_gelu"
+    return open_clip.model.CLIP(config.projection_dim, vision, text, quick_gelu=quick)
+
+
+@pytest.mark.parametrize("pad", [TINY.vocab_size - 1, 0], ids=["padded as OpenAI", "padded as open_clip"])
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+def test_pooled_texts_are_open_clips(hidden_act: str, pad: int) -> None:
+    config = replace(PROJECTED, hidden_act=hidden_act)
+    theirs = of_open_clip(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    theirs = theirs.double().eval()
+    ours = CLIPText(config).double().eval()
+    ours.load_state_dict(to_home("clip-text", theirs.state_dict()), strict=True)
+    found, expected = ours.pooled(texts(pad)), theirs.encode_text(texts(pad))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10) and expected.std() > 0.1
+
+
+@pytest.mark.parametrize("dialect", ["hf", "open_clip"])
+def test_a_folder_with_a_whole_clip(dialect: str, tmp_path: Path) -> None:
+    if dialect == "hf":
+        sizes = {name: size for name, size in asdict(PROJECTED).items() if name != "projection_dim"}
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "image_size": 8, "patch_size": 8}
+        config = transformers.CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=24)
+        theirs = transformers.CLIPModel(config).double().eval()
+        theirs.save_pretrained(tmp_path)
+        expected = theirs.text_projection(theirs.text_model(texts(0)).pooler_output)
+    else:
+        theirs = of_open_clip(PROJECTED).double().eval()
+        save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+        config = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": {}, "text_cfg": {
+            "context_length": 77, "vocab_size": 50, "width": 32, "heads": 4, "layers": 3, "mlp_ratio": 2.5}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch32_clip_224"}))
+        expected = theirs.encode_text(texts(0))
+    ours = weights.load("clip-text", tmp_path, dtype=torch.float64)
+    assert ours.config == PROJECTED
+    assert torch.allclose(ours.pooled(texts(0)), expected, rtol=0, atol=1e-10)
+
+
+def test_a_text_cfg_of_other_pooling_is_refused(tmp_path: Path) -> None:
+    save_file(of_open_clip(PROJECTED).state_dict(), tmp_path / "open_clip_model.safetensors")
+    config = {"embed_dim": 24, "text_cfg": {"pool_type": "last", "width": 32}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(weights.WeightsError, match="not implemented here: pool_type = 'last'"):
+        weights.load("clip-text", tmp_path)
+
+
+def test_without_projection_or_end_mark_there_is_no_embedding() -> None:
+    with pytest.raises(ValueError, match="no text_projection, as the files of Stable Diffusion hold none"):
+        CLIPText(TINY).pooled(texts(0))
+    cut = texts(0)
+    cut[0, -1] = 3
+    with pytest.raises(ValueError, match=r"a text has no end mark \(id 49\); cut long texts"):
+        CLIPText(PROJECTED).pooled(cut)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

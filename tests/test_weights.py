@@ -300,6 +300,7 @@ FINGERPRINTS = {
     ("unet", "sd-mini"): "f024961fce5a2f6e6e90cbd7a913773da37db6926fd0bf07fbcb3c0d8b85c8da",
     ("unet-encoder", "sd-mini"): "c66060dc00c793a38aae0856fb24f4cc934fbd5f44448bc0ebd90287e2cf1664",
     ("clip-text", "sd-mini"): "4754df2a966c75c25fda99268d18e4f3f00eb4550fa4f4b7dbaaab4625b2649f",
+    ("clip-text", "clip-mini"): "663af94f8e9b048d05687dc70352e7960b59f10d663ca4ada6d1474f47b454ac",
     ("vit", "vit-mini"): "45042e4d83c7f11dda7472935cecfe6f8c8b0851bff7c7edbee4356ef2f6f984",
     ("swin", "swin-mini"): "9323dbbac08c28a602885af2cdd14222275511b77cfb28994ba30c5cb5930797",
     ("clip-vision", "clip-mini"): "82c94989463cb896baac8bd86470a9877c6411be7c689c7b27ca4ea5948cec6d",

@@ -192,6 +192,24 @@ def prompt_targets(prompts: list[str], device: str) -> Distinct:
     return Distinct(*cached_texts(weights.cache_dir(), prompts, encoder))
 
 
+def clip_texts(source: str, prompts: list[str], device: str) -> Distinct:
+    """CLIP's embedding of each prompt, (n, P) float32, not of unit length, by the whole CLIP in `source`.
+    Raises weights.WeightsError if it holds no text half with projection."""
+    width = weights.config("clip-text", source).projection_dim
+    if width is None:
+        raise weights.WeightsError(f"{source}: its text half has no projection; give a whole CLIP")
+    tower = functools.cache(lambda: weights.load("clip-text", source, device=device))
+    tokenizer = weights.load_tokenizer(source)
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        return tower().pooled(tokenizer(texts).to(device))
+
+    key = {"model": weights.fingerprint("clip-text", source)}
+    encoder = Encoder("clip-texts", key, (width,), np.float32, 64, encode)
+    return Distinct(*cached_texts(weights.cache_dir(), prompts, encoder))
+
+
 def read_target_texts(path: Path, prompts: list[str]) -> list[str]:
     """The texts of each prompt in the file of --target-texts, as a JSON list; the prompt itself, and one
     warning with the count, where the file has none. Raises DataError for a line that does not fit, and if no

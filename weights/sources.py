@@ -401,7 +401,9 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
     tokenizer_config.json or special_tokens_map.json states. A single file holds no vocabulary: CLIP's own is
     fetched once. Raises WeightsError if none is found or it is damaged.
     """
-    path = resolve("sd-1" if source is None else source, "tokenizer")
+    source = "sd-1" if source is None else source
+    entry = ENTRIES.get(str(source))
+    path = resolve(entry.tokenizer if entry and entry.tokenizer else source, "tokenizer")
     if path.is_dir():
         return read_folder(path)
     second = any(name.startswith(KINDS["clip-text"].single_file[1]) for name in stored_in(path))
@@ -412,7 +414,10 @@ def fingerprint(kind: str, source: str | os.PathLike | None = None) -> str:
     """SHA-256 of the sizes and all tensors of the `kind` in `source`, and of its tokenizer."""
     source = _source(kind, source)
     entry = KINDS[kind]
-    digest = hashlib.sha256(f"{kind} {sorted(asdict(config(kind, source)).items())}".encode())
+    sizes = config(kind, source)
+    # An optional size that is absent is left out, so that adding one to a kind changes no key.
+    stated = [(f.name, value) for f in fields(sizes) if (value := getattr(sizes, f.name)) != f.default]
+    digest = hashlib.sha256(f"{kind} {sorted(stated)}".encode())
     if entry.clip_tokenizer:
         digest.update(load_tokenizer(source).tokenizer.to_str().encode())
     if missing_miniature(kind, source):

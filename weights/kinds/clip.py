@@ -8,7 +8,7 @@ from torch import Tensor
 from models.clip import CONFIGS, VISION_CONFIGS, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from schema import number
 from weights.dialects import Dialect, Numbers, Row, StackedQkv, Transposed, indices_in, numbers
-from weights.options import CLIP, RGB, Kind, Options, Pictures, causal, pair, same_names
+from weights.options import CLIP, RGB, Kind, Options, Pictures, causal, pair
 from weights.strict import WeightsError
 from weights.tokenizer import LENGTH
 
@@ -16,7 +16,6 @@ from weights.tokenizer import LENGTH
 # Diffusion 1 holds the same beneath `cond_stage_model.transformer.`.
 HF_TEXT: dict[str, Row] = {
     "text_model.embeddings.position_ids":    None,  # 0, 1, 2, ...
-    "text_projection":                       None,  # the U-Net reads the states before it
     "vision_model":                          None,  # the other tower of a whole CLIP
     "visual_projection":                     None,  # likewise
     "logit_scale":                           None,  # CLIP's temperature, used by its loss alone
@@ -33,6 +32,7 @@ HF_VISION: dict[str, Row] = {
 # latter has no projection: such a file is recognised here, so that the error can name what it lacks.
 TRANSFORMERS_5_TEXT: dict[str, Row] = {
     "embeddings.position_ids":               None,  # 0, 1, 2, ...
+    "text_projection":                       "text_projection",
     "":                                      "text_model",
 }
 TRANSFORMERS_5_VISION: dict[str, Row] = {
@@ -55,8 +55,8 @@ def _blocks(theirs: str, ours: str) -> dict[str, Row]:
     }
 
 
-# A single file of Stable Diffusion 2, beneath `cond_stage_model.model.`. SD 2 reads the last but one of
-# OpenCLIP-H's 24 layers through the final norm: the `beyond` after it are never used.
+# A whole CLIP, or a single file of Stable Diffusion 2, beneath `cond_stage_model.model.`. SD 2 reads the last
+# but one of OpenCLIP-H's 24 layers through the final norm: `beyond` and `unread` after it are never used.
 OPEN_CLIP_TEXT: dict[str, Row] = _blocks(
     "transformer.resblocks.{n}", "text_model.encoder.layers.{n}"
 ) | {
@@ -64,11 +64,12 @@ OPEN_CLIP_TEXT: dict[str, Row] = _blocks(
     "positional_embedding":                  "text_model.embeddings.position_embedding.weight",
     "transformer.resblocks.{beyond}":        None,  # after the penultimate layer
     "ln_final":                              "text_model.final_layer_norm",
-    "text_projection":                       None,  # the U-Net reads the states before it
+    "{projection}":                          Transposed("text_projection.weight"),
+    "{unread}":                              None,  # SD 2's projection of the last layer
     "logit_scale":                           None,  # CLIP's temperature, used by its loss alone
     "attn_mask":                             None,  # the causal mask, a constant
     "visual":                                None,  # the other tower of a whole CLIP
-}
+} | dict.fromkeys(("input_resolution", "context_length", "vocab_size"))  # OpenAI's files: sizes, as numbers
 OPEN_CLIP_VISION: dict[str, Row] = _blocks(
     "visual.transformer.resblocks.{n}", "vision_model.encoder.layers.{n}"
 ) | {
@@ -93,15 +94,40 @@ def _text_numbers(names: Iterable[str]) -> list[Numbers]:
     names = list(names)
     theirs = max(indices_in(names, r"transformer\.resblocks\.(\d+)\."), default=-1) + 1
     ours = len(indices_in(names, r"text_model\.encoder\.layers\.(\d+)\."))
-    read = ours or (theirs if theirs == OPEN_CLIP_CUT else theirs - 1)
-    return [*({"n": n} for n in range(read)), *({"beyond": n} for n in range(read, theirs))]
+    whole = any(name.startswith(("visual.", "text_projection.")) for name in names)  # theirs, ours
+    read = ours or (theirs if whole or theirs == OPEN_CLIP_CUT else theirs - 1)
+    projection: Numbers = {"projection" if whole else "unread": "text_projection"}
+    return [*({"n": n} for n in range(read)), *({"beyond": n} for n in range(read, theirs)), projection]
 
 
 # Each upstream's own defaults: published config.json files leave out what equals them.
 ACTIVATIONS = {"hidden_act": ("quick_gelu", "gelu")}
-TEXT_IN_HF = Options(
-    same_names(CLIPTextConfig), ACTIVATIONS,
-    {"max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+HF_TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+}
+TEXT_IN_HF = Options({option: option for option in HF_TEXT_DEFAULTS}, ACTIVATIONS, HF_TEXT_DEFAULTS)
+TEXT_IN_OPEN_CLIP = Options(   # text_cfg
+    told={
+        "layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads",
+        "mlp_ratio": "mlp_ratio", "vocab_size": "vocab_size", "context_length": "max_position_embeddings",
+        "norm_kwargs.eps": "layer_norm_eps",
+    },
+    only={
+        "block_type": (None, "default", "custom"),
+        "pool_type": ("argmax",),
+        "proj_type": ("linear",),
+    },
+    defaults={
+        "num_hidden_layers": 12, "hidden_size": 512, "num_attention_heads": 8, "mlp_ratio": 4.0,
+        "vocab_size": 49408, "max_position_embeddings": 77, "layer_norm_eps": 1e-5,
+    },
+    # Padding has no effect on the states before it; the final norm is the same before and after pooling;
+    # the others concern what is refused above.
+    harmless={
+        "eos_id", "final_ln_after_pool", "hf_model_pretrained", "hf_pooler_type", "hf_proj_type",
+        "output_tokens", "pad_id",
+    },
 )
 HF_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -135,8 +161,25 @@ VISION_IN_OPEN_CLIP = Options(   # vision_cfg
 
 
 def _read_text(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    whole = config.get("text_config")  # a whole CLIP holds both towers' sizes
-    return TEXT_IN_HF.read(whole or config, where)
+    """From Hugging Face's config.json, of the tower alone or of a whole CLIP, or open_clip_config.json."""
+    if "model_cfg" in config:
+        sizes = TEXT_IN_OPEN_CLIP.read(config["model_cfg"]["text_cfg"], where)
+        sizes |= {
+            "intermediate_size": int(sizes["hidden_size"] * sizes["mlp_ratio"]),
+            "hidden_act": _open_clip_activation(config["model_cfg"]),
+        }
+    else:
+        sizes = TEXT_IN_HF.read(_part(config, "text_config", HF_TEXT_DEFAULTS), where)
+    projection = tensors.get("text_projection.weight")
+    return sizes | {"projection_dim": None if projection is None else len(projection)}
+
+
+def _part(config: Mapping[str, Any], part: str, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of one tower in Hugging Face's config.json, of the tower alone or of a whole CLIP."""
+    options = config.get(part) or ({} if {"text_config", "vision_config"} & config.keys() else config)
+    # Written by early versions beside `vision_config`; transformers lets it win, defaults included.
+    earlier = config.get(f"{part}_dict")
+    return {**options, **defaults, **earlier} if earlier else options
 
 
 def _read_vision(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
@@ -146,11 +189,7 @@ def _read_vision(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where
                            f"projection; give a whole CLIP, or a CLIPVisionModelWithProjection")
     if "model_cfg" in config:
         return _open_clip(config["model_cfg"], where)
-    options = config.get("vision_config") or ({} if "text_config" in config else config)
-    # Written by early versions beside `vision_config`; transformers lets it win, defaults included.
-    if config.get("vision_config_dict"):
-        options = {**options, **HF_DEFAULTS, **config["vision_config_dict"]}
-    return VISION_IN_HF.read(options, where)
+    return VISION_IN_HF.read(_part(config, "vision_config", HF_DEFAULTS), where)
 
 
 def _open_clip(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -162,14 +201,25 @@ def _open_clip(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "intermediate_size": int(sizes["hidden_size"] * sizes["mlp_ratio"]),
         "num_attention_heads": sizes["hidden_size"] // sizes["head_width"],
         "projection_dim": config["embed_dim"],
-        "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        "hidden_act": _open_clip_activation(config),
     }
+
+
+def _open_clip_activation(config: Mapping[str, Any]) -> str:
+    return "quick_gelu" if config.get("quick_gelu") else "gelu"
 
 
 def _side(size: int | list[int] | tuple[int, ...]) -> int | tuple[int, int]:
     """One number for a square, else (height, width)."""
     height, width = pair(size)
     return height if height == width else (height, width)
+
+
+def _text_inputs(config: CLIPTextConfig, draw: Any) -> dict[str, Tensor]:
+    ids = draw.below(config.vocab_size, config.max_position_embeddings)
+    if config.projection_dim is not None:
+        ids[:, -1] = config.vocab_size - 1  # the end mark, which is read
+    return {"ids": ids}
 
 
 # Sizes do not show it: LAION trained OpenAI's own sizes with gelu, and others LAION's with quick_gelu.
@@ -182,6 +232,7 @@ TEXT = Kind(
         Dialect("open_clip", r"transformer\.resblocks\.", OPEN_CLIP_TEXT, _text_numbers),
     ),
     classes={"clip_text_model", "clip"},
+    second_config="open_clip_config.json",  # of a whole CLIP
     read=_read_text,
     heads={"num_attention_heads": "hidden_size"},
     not_in_weights={"text_model.final_layer_norm.weight": _ACTIVATION},
@@ -189,8 +240,9 @@ TEXT = Kind(
                  "cond_stage_model.model."),       # Stable Diffusion 2
     clip_tokenizer=True,
     fed={"max_position_embeddings": number(int, LENGTH)},
-    example_inputs=lambda config, draw: {
-        "ids": draw.below(config.vocab_size, config.max_position_embeddings),
+    example_inputs=_text_inputs,
+    outputs=lambda model, inputs: {
+        "output": model(**inputs) if model.config.projection_dim is None else model.pooled(**inputs)
     },
     constants=lambda config, inputs: causal(inputs["ids"]),
 )
