@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layers import Namespace, attention
-from models.search import KeysValues, Step, beam_search
+from models.search import KeysValues, Step, beam_search, sampled
 
 
 @dataclass(frozen=True)
@@ -232,16 +232,17 @@ class BLIP(nn.Module):
     @torch.no_grad()
     def generate_ids(
         self, images: Tensor, prompt_ids: Tensor, num_beams: int = 3, min_length: int = 5,
-        max_length: int = 20, length_penalty: float = 1.0,
+        max_length: int = 20, length_penalty: float = 1.0, generator: torch.Generator | None = None,
+        top_p: float = 1.0,
     ) -> Tensor:
         """Images and prompts (B or 1, n), [CLS] ... [SEP], from BERT's tokenizer -> captions
         [DEC] ... [SEP], (B, N), padded; equal to transformers' output token by token.
 
         [CLS] becomes [DEC] and the prompt's [SEP] is cut. Lengths count prompt, [DEC] and [SEP]. One beam
         takes the most probable token each time. With more, a caption's score is the sum of its new tokens'
-        log-probabilities over their number to the power of length_penalty (early_stopping=False). The
-        defaults are BLIP's. Raises ValueError for padded prompts, and for those that leave no room below
-        max_length.
+        log-probabilities over their number to the power of length_penalty (early_stopping=False). With a
+        `generator` and one beam, tokens are sampled (see `sampled`). The defaults are BLIP's. Raises
+        ValueError for padded prompts, and for those that leave no room below max_length.
         """
         prompt = prompt_ids[:, :-1].to(images.device).expand(len(images), -1).clone()
         prompt[:, :1] = self.config.text_bos_token_id
@@ -253,6 +254,8 @@ class BLIP(nn.Module):
         if (prompt == self.config.text_pad_token_id).any():
             raise ValueError("a prompt holds padding: give prompts of one length at a time")
         step = self._step(self.encode_image(images))
+        if generator is not None:
+            step = sampled(step, generator, top_p)
         return beam_search(
             step, prompt, num_beams, end=self.config.text_sep_token_id, pad=self.config.text_pad_token_id,
             min_new=min_length - start, max_new=max_length - start, length_penalty=length_penalty,

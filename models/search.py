@@ -81,6 +81,26 @@ def beam_search(
     return sequences[:, : start + longest]
 
 
+def sampled(step: Step, generator: torch.Generator, top_p: float = 1.0) -> Step:
+    """A step whose most probable token is a random draw, so that a search with one beam samples.
+
+    A draw adds Gumbel noise to the logits, those of the most probable tokens of total probability `top_p`
+    (Holtzman et al. 2020). The noise comes from the CPU.
+    """
+
+    def noisy(new: Tensor, past: list[KeysValues] | None) -> tuple[Tensor, list[KeysValues]]:
+        logits, past = step(new, past)
+        ordered, tokens = logits.float().sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        uniform = torch.rand(logits.shape, generator=generator).clamp_min(1e-30).to(logits.device)
+        noise = -torch.log(-torch.log(uniform)).gather(-1, tokens)
+        drawn = torch.where(beyond, -torch.inf, ordered + noise)
+        return torch.empty_like(drawn).scatter(-1, tokens, drawn), past
+
+    return noisy
+
+
 def _penalised(scores: Tensor, written: Tensor, penalty: float) -> Tensor:
     """Scores (B, V) after the repetition penalty of the tokens in `written` (B, N)."""
     seen = scores.gather(1, written)

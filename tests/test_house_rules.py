@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
-OURS |= {"archives", "backbones", "baselines", "clipscore", "columns", "command", "data", "embedded", "files"}
-OURS |= {"generate", "reverse_sd", "schema", "words"}
+OURS |= {"archives", "backbones", "baselines", "clipscore", "columns", "command", "data", "embedded"}
+OURS |= {"files", "generate", "inversion", "reverse_sd", "schema", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
@@ -60,6 +60,7 @@ ALLOWED = {
     "eval.py": COMPOSITION,
     "tables/*.py": COMPOSITION,
     "generate.py": COMPOSITION,
+    "inversion.py": COMPOSITION,
     "baselines.py": {"torch", "numpy", "models"},
     "clipscore.py": {"torch", "numpy", "PIL", "data", "weights"},
     "words.py": set(),  # after tables/*.py, since the pattern also matches tables/words.py
@@ -190,7 +191,7 @@ def test_ruff():
 
 
 def test_importing_anything_prints_and_writes_nothing(tmp_path: Path):
-    code = "import reverse_sd, data, weights, train, eval, mini.scenes, mini.pretrain, models.unet, generate"
+    code = "import reverse_sd, data, weights, train, eval, mini.scenes, mini.pretrain, models.unet, inversion"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -417,8 +417,8 @@ def test_the_papers_figures():
     assert weighted == [(1_000, "linear"), (5_000, "linear")] * 2
     assert [(m.k, m.form) for m in linear if m.centroids == "nearest"] == [(None, "linear")] * 3
     assert [name for name, table in ROW_TABLES.items() if table.needs] == ["ceiling"]
-    knn = [r.method.pretrained for r in ROW_TABLES[11].rows if "k-NN" in r.name]
-    assert knn == [False, True]
+    knn = [r.method for r in ROW_TABLES[11].rows if "k-NN" in r.name]
+    assert knn == [KnnMethod(), KnnMethod(True), PromptKnnMethod(), PromptKnnMethod(True)]
     for table in ROW_TABLES.values():
         names = [row.name for row in (*table.baselines, *table.rows)]
         assert len(set(names)) == len(names)
