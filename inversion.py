@@ -48,8 +48,6 @@ import weights
 from command import Parser, number, one_line, run_command
 from files import atomic_write, read_text, records
 from models.clip import CLIPText, CLIPVision
-from weights.options import CLIP
-from weights.registry import ENTRIES
 
 METHODS = ("pez", "ph2p", "swaps", "best-of", "nearest")
 COUNT, PART = number(int, 1, 10**6), number(float, 0.01, 1)
@@ -202,10 +200,8 @@ def load_clip(source: str, device: str = "cpu") -> Clip:
     weights.require_fed(source, "clip-text", "clip-vision")
     kinds = ("clip-text", "clip-vision")
     towers = (weights.load(kind, source, device=device).requires_grad_(False) for kind in kinds)
-    fields = weights.preprocessing("clip-vision", source)
-    if (entry := ENTRIES.get(source)) and entry.folder:
-        fields |= CLIP  # the backbone clip-mini reads [-1, 1]; its two towers were trained on these colours
-    return Clip(*towers, weights.load_tokenizer(source), data.Preprocessing(**fields))
+    preprocessing = data.Preprocessing(**weights.preprocessing("clip-vision", source))
+    return Clip(*towers, weights.load_tokenizer(source), preprocessing)
 
 
 # ============================================================================================================

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import timm.data
 import torch
-from conftest import environment
+from conftest import ROOT, environment
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg, save_for_hf
@@ -458,3 +458,10 @@ def test_a_turned_camera_gives_an_upright_picture(turn, orientation, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert torch.equal(levels(stored, form, 16, exif=exif), levels(upright, form, 16))
+
+
+@pytest.mark.parametrize("kind, source", [("clip-vision", "clip-mini"), ("blip", "blip-mini")])
+def test_a_miniature_gets_the_colours_that_its_file_states(kind: str, source: str):
+    stated = json.loads((ROOT / "mini" / source / "preprocessor_config.json").read_text())
+    ours = preprocessing(kind, source)
+    assert (list(ours["mean"]), list(ours["std"])) == (stated["image_mean"], stated["image_std"])
