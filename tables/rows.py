@@ -306,8 +306,8 @@ def table_11() -> Table:
         (
             "k-NN compares the prediction of the fine-tuned CLIP with the sentence embeddings of the "
             "training prompts, and the features of the pretrained CLIP with those of the training images.",
-            "k-NN, prompts: the image's embedding, by the pretrained or the fine-tuned CLIP, is compared with "
-            "the pretrained text half's embeddings of the training prompts.",
+            "k-NN, prompts: the image's embedding, by the pretrained or the fine-tuned CLIP, is compared "
+            "with the pretrained text half's embeddings of the training prompts.",
             "BLIP is fine-tuned to write the prompt; its caption is embedded.",
         ),
         baselines=ridge_rows(*((run,) for run in each_model("plain"))),
