@@ -243,7 +243,8 @@ TEXT = Kind(
     fed={"max_position_embeddings": number(int, LENGTH)},
     example_inputs=_text_inputs,
     outputs=lambda model, inputs: (
-        {"output": model(**inputs)} if model.config.projection_dim is None else {"pooled": model.pooled(**inputs)}
+        {"output": model(**inputs)} if model.config.projection_dim is None
+        else {"pooled": model.pooled(**inputs)}
     ),
     constants=lambda config, inputs: causal(inputs["ids"]),
 )
