@@ -143,6 +143,7 @@ def test_pooled_texts_are_open_clips(hidden_act: str, pad: int) -> None:
 def test_a_folder_with_a_whole_clip(dialect: str, tmp_path: Path) -> None:
     if dialect == "hf":
         sizes = {name: size for name, size in asdict(PROJECTED).items() if name != "projection_dim"}
+        sizes["eos_token_id"] = PROJECTED.vocab_size - 1
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
                   "num_attention_heads": 2, "image_size": 8, "patch_size": 8}
         config = transformers.CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=24)

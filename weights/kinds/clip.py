@@ -242,9 +242,10 @@ TEXT = Kind(
     clip_tokenizer=True,
     fed={"max_position_embeddings": number(int, LENGTH)},
     example_inputs=_text_inputs,
-    outputs=lambda model, inputs: {
-        "output": model(**inputs) if model.config.projection_dim is None else model.pooled(**inputs)
-    },
+    outputs=lambda model, inputs: (
+        {"output": model(**inputs)} if model.config.projection_dim is None
+        else {"pooled": model.pooled(**inputs)}
+    ),
     constants=lambda config, inputs: causal(inputs["ids"]),
 )
 VISION = Kind(
