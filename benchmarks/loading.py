@@ -74,6 +74,8 @@ def cases(entry: str) -> list[Case]:
 def _dialects(entry: str, kind: str) -> list[tuple[str, ...]]:
     if entry == "sd-mini":  # a single file does not contain its sizes
         return [("diffusers",)]
+    if kind == "clip-text" and entry.startswith("clip"):
+        return [("diffusers",)]
     if kind == "clip-text":
         one, two = KINDS[kind].single_file
         return [("diffusers",), ("open_clip", two) if entry == "sd-2" else ("diffusers", one)]

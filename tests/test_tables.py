@@ -363,7 +363,8 @@ def test_phase_1_comes_first_and_once():
     ordered = [run.name for run in with_phase_1(named)]
     assert ordered == ["vit-mlc", "vit-mlc-cl", "vit-plain", "vit-cl"]
     every = {run for table in ROW_TABLES.values() for run in table.runs}
-    assert {run for run in every if run.phase_1} == {run for run in every if run.recipe.endswith("cl")}
+    curricula = ("cl", "cl-tuned")
+    assert {run for run in every if run.phase_1} == {run for run in every if run.recipe.endswith(curricula)}
     assert {run.phase_1 for run in every} - {None} <= RECORDING
 
 
