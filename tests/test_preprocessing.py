@@ -300,8 +300,9 @@ def test_folders_and_lone_files_as_they_are_saved(tmp_path, monkeypatch):
 
 
 def test_the_miniatures_read_what_the_autoencoder_does():
-    for kind, name in (("vit", "vit-mini"), ("swin", "swinv2-mini"), ("clip-vision", "clip-mini")):
+    for kind, name in (("vit", "vit-mini"), ("swin", "swinv2-mini"), ("blip", "blip-mini")):
         assert preparing(preprocessing(kind, name)) == Preprocessing.square(64)
+    assert preparing(preprocessing("clip-vision", "clip-mini")) == replace(Preprocessing.square(64), **CLIP)
 
 
 def test_a_kind_without_pictures():

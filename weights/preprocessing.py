@@ -53,7 +53,10 @@ def preprocessing(kind: str, source: str | os.PathLike | None = None) -> dict[st
     registered = ENTRIES.get(str(source))
     if registered and registered.folder:  # this repository's miniatures
         size = _pair(getattr(config(kind, source), entry.pictures.size), "the model's image_size")
-        return _shorter_side(size, 1.0, "bicubic", CLIP if kind == "clip-vision" else HALVES)
+        file = registered.folder / "preprocessor_config.json"
+        stated = read_config(file) if file.is_file() else {}
+        colours = {key: tuple(stated.get(f"image_{key}", value)) for key, value in HALVES.items()}
+        return _shorter_side(size, 1.0, "bicubic", colours)
     parsed = read(kind, source)
     size, beside = getattr(parsed.config, entry.pictures.size), parsed.folder / "config.json"
     if Path(parsed.where).is_file() and beside.is_file() and not entry.owns(read_config(beside)):
