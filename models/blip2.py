@@ -3,6 +3,9 @@
 Home dialect: Hugging Face's Blip2ForConditionalGeneration as published, without `language_model.lm_head`,
 which is tied to the word embeddings. Li et al., BLIP-2: Bootstrapping Language-Image Pre-training with Frozen
 Image Encoders and Large Language Models, 2023; Zhang et al., OPT, 2022; Fang et al., EVA, 2023. No dropout.
+
+EVA's layers are BLIP's. Its keys have no bias: the published files hold zeros for it among `qkv`'s, and other
+values would cancel in the softmax.
 """
 
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.blip import VisionLayer
 from models.layers import Namespace, attention
 from models.search import KeysValues, beam_search
 
@@ -65,28 +69,6 @@ CONFIGS: dict[str, BLIP2Config] = {
         text_max_position_embeddings=2048, text_bos_token_id=2, text_pad_token_id=1, text_eos_token_id=50118,
     ),
 }
-
-
-class VisionLayer(nn.Module):
-    """Pre-norm transformer layer, (B, N, D) -> (B, N, D).
-
-    EVA's keys have no bias. The published files hold zeros for it among `qkv`'s; other values would cancel in
-    the softmax.
-    """
-
-    def __init__(self, config: BLIP2Config):
-        super().__init__()
-        width, inner = config.vision_hidden_size, config.vision_intermediate_size
-        self.heads, eps = config.vision_num_attention_heads, config.vision_layer_norm_eps
-        self.self_attn = Namespace(qkv=nn.Linear(width, 3 * width), projection=nn.Linear(width, width))
-        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Namespace(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
-        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.self_attn.qkv(self.layer_norm1(x)).chunk(3, dim=-1)
-        x = x + self.self_attn.projection(attention(q, k, v, self.heads))
-        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="none"))
 
 
 class QFormerLayer(nn.Module):

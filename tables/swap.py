@@ -27,17 +27,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import clipscore
 import data
 import generate
 import weights
 from backbones import SDReader, UNetFeatures
 from files import exclusive
-from mini.contrastive import CLIP_MEAN, CLIP_STD
 from mini.diffusion import EMPTY_PROMPTS
-from mini.loop import batch_of
 from models.unet import UNet
 from reverse_sd import Regressor, Vocabulary, cosine_loss, joint_loss, vocabulary_loss
 from tables.exhibit import (
@@ -361,22 +361,10 @@ def noise_error(unet: UNet, prepared: Prepared, prompts: Distinct, device: str) 
     return total / len(test)
 
 
-@torch.no_grad()
 def clip_cosines(pictures: np.ndarray, texts: Sequence[str], device: str) -> np.ndarray:
     """The cosines (n,) of pictures uint8 (n, 64, 64, 3) and their prompts by clip-mini."""
-    vision = weights.load("clip-vision", "clip-mini", device=device)
-    tower, tokenizer = weights.load("clip-text", "sd-mini", device=device), weights.load_tokenizer("sd-mini")
-    projection = weights.read_tensors(weights.resolve("clip-mini") / "model.safetensors")
-    projection = projection["text_projection.weight"].float().to(device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-    images, parts = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)), []
-    for rows in torch.arange(len(images), device=device).split(CHUNK):
-        ids = tokenizer([texts[i] for i in rows.tolist()])
-        last = (ids != tokenizer.end).cumprod(dim=1).sum(dim=1)
-        states = tower(ids.to(device))[torch.arange(len(ids)), last]  # at the end mark
-        embedded = vision(((batch_of(images, rows) + 1) / 2 - mean) / std)
-        parts.append(F.cosine_similarity(embedded, states @ projection.T).cpu().numpy())
-    return np.concatenate(parts)
+    clip = clipscore.Scorer("clip-mini", device, prefix="")
+    return clipscore.cosines(clip.images([Image.fromarray(pixels) for pixels in pictures]), clip.texts(texts))
 
 
 def measure(
