@@ -36,8 +36,8 @@ from weights.kinds import blip as blip_files
 from weights.kinds import blip2 as blip2_files
 
 PLAIN, BLIP_2 = "blip-plain-mini", "blip2-mini"
-PLAIN_RECIPE = Recipe(steps=3000, batch_size=32, lr=1e-3, warmup=200, weight_decay=0.05)
-OPT_RECIPE = Recipe(steps=3000, batch_size=32, lr=2e-3, warmup=200, weight_decay=0.05)
+PLAIN_RECIPE = Recipe(steps=2500, batch_size=16, lr=1e-3, warmup=100, weight_decay=0.05)
+OPT_RECIPE = Recipe(steps=2000, batch_size=16, lr=2e-3, warmup=100, weight_decay=0.05)
 QFORMER_RECIPE = Recipe(steps=3000, batch_size=32, lr=1e-3, warmup=200, weight_decay=0.05)
 PROMPT = "a picture of "  # of BLIP; BLIP-2 is trained and used without one
 SMOOTHING = 0.1  # of labels, BLIP's
@@ -120,6 +120,27 @@ def write_words(folder: Path, texts: Iterable[str], config: blip.BLIPConfig) -> 
     write_preprocessor(folder, config.vision_image_size)
 
 
+# Names of vit-mini, timm's, and those of BLIP's image half
+VIT_NAMES = {
+    "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding", "blocks": "encoder.layers", "norm1": "layer_norm1",
+    "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection",
+}  # fmt: skip
+
+
+def start_from_vit(vision: nn.Module) -> None:
+    """Give BLIP's image half the values of vit-mini's first layers; its last norm stays new. BLIP's
+    starts from a ViT that classifies ImageNet; vit-mini classifies the things in a picture."""
+    wanted = vision.state_dict()
+    for theirs, tensor in weights.load("vit", "vit-mini").state_dict().items():
+        name = theirs
+        for old, new in VIT_NAMES.items():
+            name = name.replace(old, new)
+        if name in wanted:
+            wanted[name] = tensor
+    vision.load_state_dict(wanted)
+
+
 def train_plain(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     """The card's fields; trains blip-plain-mini on plain descriptions and writes it to folder/."""
     folder, n, config = folder / PLAIN, len(world) - HELD_OUT, blip.CONFIGS[PLAIN]
@@ -127,6 +148,7 @@ def train_plain(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     write_words(folder, texts[:n], config)
     torch.manual_seed(seed)
     model = blip.BLIP(config, blip_files.load_tokenizer(folder))
+    start_from_vit(model.vision_model)
     begin, end, pad = config.text_bos_token_id, config.text_sep_token_id, config.text_pad_token_id
     lines = model.tokenizer.encode_batch([PROMPT + text for text in texts], add_special_tokens=False)
     lines = [[begin, *line.ids, end] for line in lines]
