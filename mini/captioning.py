@@ -38,7 +38,7 @@ from weights.kinds import blip2 as blip2_files
 PLAIN, BLIP_2 = "blip-plain-mini", "blip2-mini"
 PLAIN_RECIPE = Recipe(steps=2500, batch_size=16, lr=1e-3, warmup=100, weight_decay=0.05)
 OPT_RECIPE = Recipe(steps=2000, batch_size=16, lr=2e-3, warmup=100, weight_decay=0.05)
-QFORMER_RECIPE = Recipe(steps=3000, batch_size=32, lr=1e-3, warmup=200, weight_decay=0.05)
+QFORMER_RECIPE = Recipe(steps=3000, batch_size=16, lr=2e-3, warmup=200, weight_decay=0.05)
 PROMPT = "a picture of "  # of BLIP; BLIP-2 is trained and used without one
 SMOOTHING = 0.1  # of labels, BLIP's
 AT_ONCE = 50  # pictures captioned for the card
