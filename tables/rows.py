@@ -82,7 +82,7 @@ def each_model(recipe: str, backbones: Iterable[str] = MODELS) -> tuple[RunName,
 
 # The texts that the U-Net reads instead of its captioner's
 TEXTS = {"empty": ", empty text", "prompt": ", the true prompt", "blip-plain-mini": ", plain captions"}
-CAPTION, PLAIN_CAPTION = "caption", "plain caption"  # of the recipes mlc and captions-plain
+CAPTION, PLAIN_CAPTION = "ridge: caption", "ridge: plain caption"  # of the recipes mlc and captions-plain
 
 
 def ridge_name(runs: Iterable[RunName]) -> str:
@@ -99,8 +99,9 @@ def ridge_rows(
     swin = one_run("swin", "plain")
     for name, recipe in captions.items():
         run = RunName("unet", recipe)
-        rows.append(Row(f"ridge: {name}", (), method=FrozenMethod((), run)))
-        rows.append(Row(f"{ridge_name(swin)} + {name}", (), method=FrozenMethod(swin, run)))
+        beside = f"{ridge_name(swin)} + {name.removeprefix('ridge: ')}"
+        rows.append(Row(name, (), method=FrozenMethod((), run)))
+        rows.append(Row(beside, (), method=FrozenMethod(swin, run)))
     return tuple(rows)
 
 
@@ -313,7 +314,7 @@ def table_11() -> Table:
             Row(clip, one_run("clip", "plain"), 0.6725, (f"ridge: {clip}",)),
             *(Row(MODELS[b], one_run(b, "plain"), number, (clip,)) for b, number in others.items()),
             Row(f"{clip} + k-NN", one_run("clip", "plain"), 0.6189, (clip,), KnnMethod()),
-            Row("BLIP", (), 0.5129, (clip, f"ridge: {CAPTION}"), CaptionerMethod()),
+            Row("BLIP", (), 0.5129, (clip, CAPTION), CaptionerMethod()),
             Row(f"{clip} pretrained + k-NN", one_run("clip", "plain"), None, (clip,), KnnMethod(True)),
             *(
                 Row(name, one_run("clip", "plain"), None, (clip,), PromptKnnMethod(fine_tuned))
