@@ -100,6 +100,24 @@ def test_the_image_half_starts_as_the_first_layers_of_the_vit():
     torch.testing.assert_close(*states, atol=5e-3, rtol=0)  # the epsilons differ: 1e-6 and 1e-5
 
 
+def test_the_loss_leaves_out_prompt_and_padding():
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    logs, ids = logits.log_softmax(dim=-1), torch.tensor([[2, 4, 3, 0], [2, 4, 3, 4]])
+    by_hand = -(logs[0, 1, 3] + logs[1, 1, 3] + logs[1, 2, 4]) / 3
+    torch.testing.assert_close(captioning.following_loss(logits, ids, pad=0, n_prompt=2), by_hand)
+
+
+def test_a_document_is_about_one_scene(world: World):
+    texts = captioning.documents(world, seed=4)
+    assert texts == captioning.documents(world, seed=4) != captioning.documents(world, seed=5)
+    for (own, other, description), prompt, view in zip(texts, world.prompts, world.views, strict=True):
+        assert (own, description) == (prompt, plain.describe(view))
+        words = scenes.words_of(scenes.SUBJECTS, view.things[0].subject)
+        plural = [scenes.PLURALS.get(word, word + "s") for _, word in words]
+        assert any(word in other for _, word in words) or any(word in other for word in plural)
+    assert sum(other != own for own, other, _ in texts) > len(texts) / 2
+
+
 def test_blip_plain_mini_is_written_for_transformers(stages: tuple, world: World):
     folder = stages[0] / PLAIN
     theirs = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).eval()
@@ -120,6 +138,7 @@ def both_blip2(folder: Path, images: Tensor) -> tuple[blip2.BLIP2, Blip2ForCondi
     ours = weights.load("blip2", folder, dtype=torch.float64)
     ids = torch.tensor([ours.tokenizer.encode("a red cat between trees\n").ids] * len(images))
     n = ours.config.num_query_tokens
+    assert theirs.config.image_token_index == ours.tokenizer.get_vocab_size()  # behind all tokens
     behind = torch.cat([torch.full((len(ids), n), theirs.config.image_token_index), ids], dim=1)
     with torch.no_grad():
         close(ours(images, ids), theirs(pixel_values=images, input_ids=behind).logits[:, n:])
