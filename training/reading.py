@@ -182,6 +182,9 @@ class Judge:
             )
         self.known, self.prompt = known, prompt
         self.calibration = read_calibration(folder, len(known))
+        if prompt and not self.calibration:
+            again = f"evaluate this run again: python eval.py {folder}"
+            print(f"for a score of each word, {again}", file=sys.stderr)
         self.embedding = embedded(prompt) if prompt else None
 
     def expected(self, embedding: np.ndarray) -> float | None:
