@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from browser import Browser
+from conftest import ROOT
 from PIL import Image
 
+import data
+import weights
 from backbones import BACKBONES
 from command import run_command
 from files import DataError
 from training import reading
+from training.reading import Captioner as Captions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PROMPTS = ["a cat", "a dog", "a <script>alert(1)</script> & \"b\"", "a star", "a moon"]
@@ -289,7 +295,32 @@ def test_two_commands_do_not_write_one_file(read, images: Path, tmp_path: Path, 
         holder.communicate()
 
 
-def test_a_missing_run_is_named(tmp_path: Path, monkeypatch):
+def test_the_newest_run_is_that_of_a_regressor(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="python train.py"):
         reading.newest_run()
+    for k, backbone in enumerate(("vit", "unet", "blip")):
+        (folder := tmp_path / "runs" / backbone).mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"backbone": backbone}))
+        (folder / "result.json").touch()
+        os.utime(folder / "result.json", (k, k))
+    assert reading.newest_run() == Path("runs/unet")
+
+
+def test_the_run_of_a_blip_writes_texts_of_its_length(tmp_path: Path):
+    shutil.copytree(ROOT / "mini" / "blip-mini", tmp_path / "run" / "blip")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    model, images = weights.load("blip", "blip-mini"), [picture(k, (64, 64)) for k in range(3)]
+    preprocessing = data.Preprocessing(**weights.preprocessing("blip", "blip-mini"))
+    tensors = torch.stack([data.image_tensor(image, preprocessing) for image in images])
+    for source, length in ((str(tmp_path / "run"), 77), ("blip-mini", 20)):
+        captions = Captions(source, "cpu").captions(images)
+        places = model.config.text_max_position_embeddings
+        assert captions == model.generate(tensors, max_length=min(length, places))
+
+
+@pytest.mark.parametrize("source", ["nowhere", "clip-mini"])
+def test_what_is_no_captioner_is_refused(source: str):
+    with pytest.raises(DataError, match=source) as error:
+        Captions(source, "cpu")
+    assert "\n" not in str(error.value)

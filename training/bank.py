@@ -41,7 +41,7 @@ class Bank:
         """
         query, n = torch.from_numpy(np.ascontiguousarray(queries, np.float32)), min(n, len(self.texts))
         best, found = torch.full((len(query), n), -torch.inf), []
-        for start, block in zip(self.starts.tolist(), self.blocks, strict=False):
+        for start, block in zip(self.starts[:-1].tolist(), self.blocks, strict=True):
             cosines = (torch.from_numpy(block) @ query.T).T  # (B, k)
             of_block = cosines.topk(min(n, len(block))).values
             best = torch.cat([best, of_block], dim=1).topk(n).values

@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 import data
 import weights
-from backbones import captioner_of
+from backbones import BACKBONES, captioner_of
 from clipscore import PREFIX, Scorer, clip_score
 from command import Parser, decodable, one_line, positive, text
 from data import DataError
 from files import files_below, sha256, stamp
 from models.bert import MAX_TOKENS
-from schema import TEXT, many, read_value, record
+from schema import TEXT, many, read_json, read_value, record
 from training.bank import Bank, bank_of, open_bank
 from training.calibration import read_calibration
 from training.report import Outputs, lines, stamp_of
@@ -47,6 +47,7 @@ from words import is_content_word, words
 
 BATCH, BATCH_PIXELS = 8, 1 << 26  # images that are read together, at most, and their pixels
 LIKELY = 10  # words of a record
+PROMPT_TOKENS = 77  # Stable Diffusion's limit, of texts by a trained captioner
 PRESENT = 0.5  # probability from which on --add-words adds a word
 QUIET = 10  # images without a progress bar
 
@@ -70,7 +71,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
     add("--run", type=Path, help="a run's folder (default: the newest under runs/)")
     add("--prompt", type=text, help="a prompt to judge, word by word")
-    captioner = "a BLIP or BLIP-2 that writes the text, or none (default: the run's, or blip-mini for a mini)"
+    captioner = "a BLIP, BLIP-2 or evaluated run of a BLIP that writes the text, or none (default: the run's "
+    captioner += "captioner, or blip-mini for a miniature)"
     add("--captioner", metavar="SOURCE", help=captioner)
     add("--add-words", type=positive, default=0, metavar="N", help="add up to N likely words to the text")
     add("--clip", metavar="SOURCE", help="the CLIP of CLIPScore, or none (default: clip-mini or clip-b-32)")
@@ -86,11 +88,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def newest_run() -> Path:
-    """The folder under runs/ with the newest result. Raises DataError if there is none."""
-    finished = sorted(Path("runs").glob("*/result.json"), key=lambda path: path.stat().st_mtime)
-    if not finished:
-        raise DataError("no finished run under runs/; train one: python train.py --backbone unet")
-    return finished[-1].parent
+    """The folder under runs/ with the newest result of a regressor. Raises DataError if there is none."""
+    finished = sorted(Path("runs").glob("*/result.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in finished:
+        if read_json(path.with_name("config.json"), {"backbone": TEXT})["backbone"] in BACKBONES:
+            return path.parent
+    raise DataError("no finished run under runs/; train one: python train.py --backbone unet")
 
 
 @dataclass
@@ -149,22 +152,33 @@ def read_training_prompts(folder: Path) -> tuple[list[str], np.ndarray]:
 
 
 class Captioner:
-    """A BLIP or BLIP-2 that writes the text of images. Raises weights.WeightsError as `weights.load`."""
+    """A BLIP or BLIP-2 that writes the text of images. `source`: one of `weights.load`, or the evaluated run
+    of a BLIP, whose texts are as long as in its evaluation. Raises weights.WeightsError as `weights.load`."""
 
     def __init__(self, source: str, device: str):
-        try:
-            weights.config("blip2", source)
-            kind = "blip2"
-        except DataError:
-            kind = "blip"
+        kind, self.settings = captioner_kind(source), {}
+        trained = Path(source) / "blip"  # eval.py writes it
+        if trained.is_dir():
+            kind, source = "blip", str(trained)
         weights.require_fed(source, kind)
         self.preprocessing = data.Preprocessing(**weights.preprocessing(kind, source))
         self.model, self.device = weights.load(kind, source, device=device), device
+        if trained.is_dir():
+            places = self.model.config.text_max_position_embeddings
+            self.settings = {"max_length": min(PROMPT_TOKENS, places)}
 
     @torch.no_grad()
     def captions(self, images: Sequence[Image.Image]) -> list[str]:
         tensors = torch.stack([data.image_tensor(image, self.preprocessing) for image in images])
-        return self.model.generate(tensors.to(self.device))
+        return self.model.generate(tensors.to(self.device), **self.settings)
+
+
+def captioner_kind(source: str) -> str:
+    try:
+        weights.config("blip2", source)
+        return "blip2"
+    except DataError:  # also of a source that is neither; loading a BLIP then names the reason
+        return "blip"
 
 
 class Judge:
