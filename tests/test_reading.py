@@ -324,3 +324,32 @@ def test_what_is_no_captioner_is_refused(source: str):
     with pytest.raises(DataError, match=source) as error:
         Captions(source, "cpu")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, captions, weights_of, expected", [
+    ([], "blip-mini", "sd-mini", ("blip-mini", True)),
+    ([], "folder/blip", "sd-1", ("folder/blip", True)),
+    ([], "empty", "sd-mini", ("blip-mini", False)),
+    ([], "empty", "sd-1", (None, False)),
+    (["--captioner", "blip-large"], "blip-mini", "sd-mini", ("blip-large", False)),
+    (["--captioner", "none"], "blip-mini", "sd-mini", (None, False)),
+])  # fmt: skip
+def test_the_captioner_of_the_text(flags, captions, weights_of, expected):
+    """And whether the U-Net reads the same text."""
+    run = SimpleNamespace(config={"captions": captions, "weights": weights_of}, backbone=BACKBONES["unet"])
+    assert reading.captioner_source(reading.parse(["x.png", *flags]), run) == expected
+
+
+def test_the_clip_of_the_score(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    args = reading.parse(["x.png"])
+    paper = SimpleNamespace(config={"weights": "swin-l"}, backbone=BACKBONES["swin"])
+    mini = SimpleNamespace(config={"weights": "swin-mini"}, backbone=BACKBONES["swin"])
+    assert reading.clip_source(args, mini) == "clip-mini" and reading.clip_source(args, paper) is None
+    for entry in ("clip-b-32", "clip-tokenizer"):
+        for file in reading.ENTRIES[entry].files:
+            path = tmp_path / "weights" / entry / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    assert reading.clip_source(args, paper) == "clip-b-32"
+    assert reading.clip_source(reading.parse(["x.png", "--clip", "none"]), mini) is None

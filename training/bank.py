@@ -121,7 +121,8 @@ def embedded_chunks(
     blocks = [_mapped(folder / f"{name}.npy", size) for name, size in chunks]
     if lacking := [k for k, block in enumerate(blocks) if block is None]:
         minilm, left = weights.load("minilm", device=device), sum(chunks[k][1] for k in lacking)
-        with tqdm(total=len(texts), initial=len(texts) - left, desc="embedding prompts", unit="") as bar:
+        n = len(texts)
+        with tqdm(total=n, initial=n - left, desc="embedding prompts", unit="prompt") as bar:
             for k in lacking:
                 name, size = chunks[k]
                 rows = minilm.encode(texts[starts[k] : starts[k + 1]], progress=partial(_counted, bar))
