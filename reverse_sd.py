@@ -92,7 +92,7 @@ class Vocabulary:
 
 def vocabulary_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Equation (3) for each sample: the binary cross-entropy of sigmoid(logits), mean over the words. (B,
-    V) -> (B,)."""
+    V) -> (B,). Paper: mean or sum over the words is not clear; the authors' code takes the mean."""
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=-1)
 
 
@@ -122,6 +122,9 @@ class Heads(nn.Module):
               1: both heads read the features.
               2: the embedding head reads the features and the vocabulary logits.
               3: the vocabulary head reads the predicted embedding (the paper's choice).
+
+    Paper: whether an embedding is read before or after normalisation, and words as logits or probabilities,
+    is not stated; here before, and logits.
     """
 
     def __init__(self, width: int, n_words: int, placement: int = 3, embedding_width: int = EMBEDDING_WIDTH):

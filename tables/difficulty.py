@@ -26,7 +26,7 @@ from tables.exhibit import (
     short,
 )
 from tables.figures import PHASE_1_RUNS
-from tables.generation import drawn, open_pipeline, predicted
+from tables.generation import drawn, open_pipeline, predicted, spread
 from tables.judges import RESAMPLES, TITLES, drawings, load_probes, truth_of
 from tables.probe import ALPHAS, default_views, pixels_of, ridge_regression, verdicts
 from tables.runs import Plan, RunName
@@ -155,7 +155,7 @@ def within_prompts(
     plan: Plan, pipeline: generate.Pipeline, probes: dict[str, naming.Namer], prepared: Prepared, seed: int
 ) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
     """By kind of picture, reader and instrument: difficulty and noise of test prompts, (n, draws) each."""
-    rows = prepared.splits["test"][:PROMPTS]
+    rows = np.array(spread(prepared.splits["test"], PROMPTS))
     prompts = [prepared.pairs.prompts[i] for i in rows for _ in range(DRAWS)]
     views = [default_views()[prompt] for prompt in prompts]
     targets = np.repeat(prepared.targets[rows], DRAWS, axis=0)

@@ -72,8 +72,15 @@ class Request:
     view: scenes.View | None = None
 
 
+def spread(items: Sequence[Any], n: int) -> list[Any]:
+    """n of the items, or all if they are fewer, evenly spaced. Paper: "a subset of test examples". Test rows
+    are in the order of the data, so the first ones would be those of DiffusionDB's first parts."""
+    places = np.linspace(0, len(items), min(n, len(items)), endpoint=False).astype(int)
+    return [items[place] for place in places]
+
+
 def prompt_sets(plan: Plan, seed: int) -> dict[str, list[Request]]:
-    """DrawBench, from its file or the miniature's own, and the first test prompts of the run of a seed."""
+    """DrawBench, from its file or the miniature's own, and test prompts of the run of a seed."""
     mini = plan.sources["unet"] == "sd-mini"
     rows = json.loads((plan.run_folder(RUN, seed) / "predictions" / "rows.json").read_text())
     seen = {row["prompt"] for split in rows.values() for row in split}
@@ -85,7 +92,7 @@ def prompt_sets(plan: Plan, seed: int) -> dict[str, list[Request]]:
     else:
         log.warning("DrawBench is skipped; give its file with --drawbench")
     views = default_views() if mini else {}
-    test = [row["prompt"] for row in rows["test"][: MINI_PROMPTS if mini else PROMPTS]]
+    test = [row["prompt"] for row in spread(rows["test"], MINI_PROMPTS if mini else PROMPTS)]
     return sets | {"test prompts": [Request(prompt, views.get(prompt)) for prompt in test]}
 
 
@@ -274,7 +281,8 @@ def compute_table_5(plan: Plan) -> dict:
     shares: dict[str, list[np.ndarray]] = {"original": [], "trained": []}
     by_slot: dict[str, list[dict[str, list[float]]]] = {"original": [], "trained": []}
     for seed in plan.seeds:
-        requests = [request for request in prompt_sets(plan, seed)["test prompts"] if request.view][:VOTES]
+        requests = [request for request in prompt_sets(plan, seed)["test prompts"] if request.view]
+        requests = spread(requests, VOTES)
         if not requests:
             raise data.DataError("--table 5: the probe can judge only mini scenes")
         for unet, pictures in drawn_by_both(plan, pipeline, requests, seed).items():
@@ -377,10 +385,13 @@ def table_5_text(result: dict) -> str:
 
 def compute_noise(plan: Plan) -> dict:
     """The cosines between the predictions from pictures of one prompt, each from other noise, and their mean;
-    and the standard deviation of these cosines, averaged over prompts."""
+    and the standard deviation of these cosines, averaged over prompts.
+
+    Paper: the standard deviation's definition is not stated; here that of the pictures drawn (ddof 0)."""
     pipeline, seeds = open_pipeline(plan), []
     for seed in plan.seeds:
-        prompts = [request.prompt for request in prompt_sets(plan, seed)["test prompts"][:NOISE_PROMPTS]]
+        requests = spread(prompt_sets(plan, seed)["test prompts"], NOISE_PROMPTS)
+        prompts = [request.prompt for request in requests]
         repeated = [prompt for prompt in prompts for _ in range(NOISE_SEEDS)]
         pictures = drawn(plan, pipeline, repeated, list(range(NOISE_SEEDS)) * len(prompts), None)
         embedding = predicted(plan, seed, pictures).reshape(len(prompts), NOISE_SEEDS, -1)

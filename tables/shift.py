@@ -31,7 +31,7 @@ from tables.exhibit import (
     page,
     provenance_text,
 )
-from tables.generation import batch_size, draw_into, open_pipeline, picture_file, predicted
+from tables.generation import batch_size, draw_into, open_pipeline, picture_file, predicted, spread
 from tables.methods import DaklMethod, Member, Predicted, RidgeMethod, members_of, tensor
 from tables.runs import RECIPES, Plan, RunName
 from training.evaluate import shared_predictions
@@ -135,9 +135,9 @@ def predicted_for_run(plan: Plan, source: Path, target: Path) -> dict[str, np.nd
 
 
 def predicted_for_guidance(plan: Plan, run: RunName, seed: int, guidance: float) -> dict[str, np.ndarray]:
-    """The predictions of a run for pictures of its first validation and test prompts."""
+    """The predictions of a run for pictures of validation and test prompts."""
     rows = json.loads((plan.run_folder(run, seed) / "predictions" / "rows.json").read_text())
-    prompts = {split: [row["prompt"] for row in rows[split][:PICTURES]] for split in ("val", "test")}
+    prompts = {split: [row["prompt"] for row in spread(rows[split], PICTURES)] for split in ("val", "test")}
     return {split: predicted(plan, seed, drawn(plan, of, guidance), run) for split, of in prompts.items()}
 
 

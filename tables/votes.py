@@ -84,12 +84,12 @@ def probe_choices(requests: Sequence[generation.Request], drawn: dict[str, np.nd
 
 
 def write_page(plan: Plan, folder: Path) -> None:
-    """Write the page and its key, for the first test prompts of the run of the plan's one seed.
+    """Write the page and its key, for test prompts of the run of the plan's one seed.
 
     Raises DataError if the folder holds the key of another page.
     """
     (seed,) = plan.seeds
-    requests = generation.prompt_sets(plan, seed)["test prompts"][: generation.VOTES]
+    requests = generation.spread(generation.prompt_sets(plan, seed)["test prompts"], generation.VOTES)
     prompts = [request.prompt for request in requests]
     drawn = generation.drawn_by_both(plan, generation.open_pipeline(plan), requests, seed)
     page_id, left, html = ballot(prompts, drawn["original"], drawn["trained"])

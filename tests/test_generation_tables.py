@@ -196,7 +196,7 @@ def test_the_noise_study_by_hand(make: Callable[..., Path]):  # noqa: F811
     folder = make("--table", "noise", "--seeds", "0", *QUICK)
     (entry,) = read(folder, "table-noise")["per_seed"]
     plan = plan_of(folder)
-    prompts = [request.prompt for request in generation.prompt_sets(plan, 0)["test prompts"][:3]]
+    prompts = [request.prompt for request in generation.prompt_sets(plan, 0)["test prompts"][::2]]
     pictures = generation.drawn(plan, None, [p for p in prompts for _ in range(4)], [0, 1, 2, 3] * 3, None)
     deviations = []
     for i in range(3):
@@ -204,6 +204,11 @@ def test_the_noise_study_by_hand(make: Callable[..., Path]):  # noqa: F811
         mean = rows.sum(axis=0) / np.linalg.norm(rows.sum(axis=0))
         deviations.append(np.std(rows @ mean))
     assert entry["deviation"] == pytest.approx(np.mean(deviations), rel=1e-4)
+
+
+def test_a_subset_of_the_test_prompts_is_spread_over_the_data():
+    assert generation.spread(range(1000), 4) == [0, 250, 500, 750]
+    assert generation.spread("abcde", 3) == ["a", "b", "d"] and generation.spread("ab", 3) == ["a", "b"]
 
 
 def test_drawbench_is_read_from_its_file(tmp_path: Path):
