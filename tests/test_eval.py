@@ -14,6 +14,7 @@ from tables.generation import Request, prompt_sets
 from tables.runs import RECORDING, SOURCES, Plan, RunName
 
 ALWAYS = {"runs": (), "needs": "", "before": None}
+VIT = str(Path(__file__).parent.parent / "mini" / "vit-mini")
 CPU = ["--table", "2", "--device", "cpu"]
 
 
@@ -23,8 +24,9 @@ CPU = ["--table", "2", "--device", "cpu"]
         ([], 8, "results", {}),
         ([], 1, "results", {"jobs": 1}),
         (["--data", "drawn"], 8, "results/drawn", {"data": "drawn", "folder": Path("runs/tables-drawn")}),
-        (["--weights", "vit=a/b"], 8, "results",
-         {"folder": Path("runs/tables-mini-vit=a_b"), "sources": SOURCES["mini"] | {"vit": "a/b"}}),
+        (["--weights", f"vit={VIT}"], 8, "results",
+         {"folder": Path(f"runs/tables-mini-vit={VIT.replace('/', '_')}"),
+          "sources": SOURCES["mini"] | {"vit": VIT}}),
         (["--weights", "paper"], 8, "results",
          {"folder": Path("runs/tables-mini-paper"), "sources": SOURCES["paper"]}),
         ("--runs x --results y --seeds 4,7 --jobs 3 --epochs 5 --lr 1".split(), 8, "y",

@@ -512,6 +512,8 @@ def test_results_are_the_text_of_their_numbers(path: Path):
 def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     made = exhibit.provenance(dataclasses.replace(plan(tmp_path), command="python eval.py --table 2"))
     assert made["numpy"] == np.__version__ and made["processor"]
+    if (cpus := Path("/proc/cpuinfo")).exists() and "model name" in cpus.read_text():
+        assert f": {made['processor']}\n" in cpus.read_text()
     text = exhibit.provenance_text(made | {"date": "2026-01-31", "commit": "0123456789abcdef"})
     assert text == (
         f"`python eval.py --table 2`, 2026-01-31, commit 0123456789, torch {torch.__version__}, numpy "
@@ -542,6 +544,8 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (["--table", "2", "--seed", "1"], "--seed: is set by each row"),
         (["--table", "2", "--out", "x"], "--out: is set by each row"),
         (["--table", "2", "--weights", "large"], "--weights large"),
+        (["--table", "1", "--weights", "mini,clip=nothing"], "nothing: no such file or folder, and no name"),
+        (["--table", "2", "--weights", "vit=sd-1"], "sd-1 has no vit"),
         (["--table", "2", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--table", "2", "--epochs", "many"], "invalid int value: 'many'"),
         (["--table", "2", "--data", "nowhere"], "nowhere"),
