@@ -74,6 +74,19 @@ def test_the_weights_of_each_backbone():
     assert SOURCES["paper"].keys() == SOURCES["mini"].keys() == {*BACKBONES, "blip"}
 
 
+@pytest.mark.parametrize("flag, message", [
+    ("mini,clip=nothing", "nothing: no such file or folder, and no name of the registry"),
+    ("blip=nothing", "nothing: no such file or folder"), ("vit=sd-1", "sd-1 has no vit; it has "),
+])  # fmt: skip
+def test_all_sources_are_checked_before_any_work(flag: str, message: str, monkeypatch, capsys):
+    monkeypatch.setattr(eval, "train_missing", lambda plan, runs: pytest.fail("trained"))
+    assert eval.main(["--table", "1", "--weights", flag]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    monkeypatch.setattr(eval.weights, "config", lambda *_: pytest.fail("a published source was fetched"))
+    assert eval.sources_of("paper,clip=clip-l-14")["clip"] == "clip-l-14"
+
+
 def plan(folder: Path, **fields: object) -> Plan:
     default = {"data": "mini", "sources": SOURCES["mini"], "seeds": (0,), "jobs": 1, "device": "cpu"}
     return Plan(**default | {"folder": folder, "options": {}} | fields)

@@ -13,6 +13,7 @@ import data
 import train
 from inversion import Denoising
 from models.search import beam_search
+from tables import cells
 from tables.runs import RECIPES
 from training import calibration
 from training.config import TrainConfig
@@ -116,3 +117,21 @@ def test_processes_that_torchrun_started_again_need_a_folder():
     process = SimpleNamespace(restarted=lambda: True, first=True)
     with contextlib.ExitStack() as stack, pytest.raises(data.DataError, match="--out: is needed for"):
         train.own_folder(TrainConfig(), None, None, process, stack)
+
+
+def test_the_cosines_of_cells_are_those_of_their_runs(monkeypatch: pytest.MonkeyPatch):
+    rows = {name: np.random.default_rng(i).normal(size=(5, 4)) for i, name in enumerate(("a", "b", "true"))}
+    rows["true"] /= np.linalg.norm(rows["true"], axis=1, keepdims=True)  # as sentence embeddings are
+    members = [
+        SimpleNamespace(targets=lambda split: rows["true"][3:] if split == "test" else rows["true"][:3],
+                        predicted=lambda split, name=name: rows[name][3:] if split == "test" else None)
+        for name in ("a", "b")
+    ]  # fmt: skip
+    monkeypatch.setattr(cells, "members_of", lambda plan, runs, seed: members if runs == (1, 2) else None)
+    found = cells.trained_cosines(None, {"first": 1, "second": 2}, 0)
+    expected = {"first": rows["a"][3:], "second": rows["b"][3:], cells.MEAN: rows["true"][:3].mean(axis=0)}
+    for cell, x in expected.items():
+        x, y = np.broadcast_to(x, (2, 4)), rows["true"][3:]
+        by_hand = (x * y).sum(axis=1) / np.linalg.norm(x, axis=1)
+        assert found.pop(cell) == pytest.approx(by_hand)
+    assert not found

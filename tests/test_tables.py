@@ -544,8 +544,6 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (["--table", "2", "--seed", "1"], "--seed: is set by each row"),
         (["--table", "2", "--out", "x"], "--out: is set by each row"),
         (["--table", "2", "--weights", "large"], "--weights large"),
-        (["--table", "1", "--weights", "mini,clip=nothing"], "nothing: no such file or folder, and no name"),
-        (["--table", "2", "--weights", "vit=sd-1"], "sd-1 has no vit"),
         (["--table", "2", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--table", "2", "--epochs", "many"], "invalid int value: 'many'"),
         (["--table", "2", "--data", "nowhere"], "nowhere"),
