@@ -44,6 +44,7 @@ from typing import Any
 
 import data
 import weights
+from backbones import BACKBONES
 from command import Parser, positive, run_command, text
 from tables.exhibit import Exhibit
 from tables.generation import RUN, read_drawbench
@@ -56,6 +57,7 @@ from training.evaluate import evaluate
 from training.folder import saved_config
 from training.inputs import prepare
 from training.loop import process_group
+from weights.registry import ENTRIES
 
 log = logging.getLogger("eval")
 
@@ -103,6 +105,7 @@ def sources_of(flag: str) -> dict[str, str]:
         if part in SOURCES:
             sources |= SOURCES[part]
         elif backbone in sources and source:
+            require_source(BACKBONES[backbone].kind if backbone in BACKBONES else backbone, source)
             sources[backbone] = source
         else:
             raise data.DataError(
@@ -110,6 +113,13 @@ def sources_of(flag: str) -> dict[str, str]:
                 f"{', '.join(sources)}, with commas between"
             )
     return sources
+
+
+def require_source(kind: str, source: str) -> None:
+    """Raise WeightsError unless the source holds that kind of weights; published ones are not fetched."""
+    entry = ENTRIES.get(source)
+    if not entry or kind not in entry.kinds:
+        weights.config(kind, source)
 
 
 def train_fields(flags: list[str]) -> dict[str, Any]:

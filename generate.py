@@ -462,7 +462,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     target = "the U-Net predicts v (default: from the model)"
     add("--predicts-v", action="store_true", default=None, help=target)
     add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default float32)")
     add("--out", type=Path, default=Path("pictures"), metavar="FOLDER", help="(default pictures)")
     args = parser.parse_args(argv)
     args.grid_steps = []

@@ -534,7 +534,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE")
-    add("--method", choices=METHODS, required=True)
+    add("--method", choices=METHODS, required=True, help="pez or ph2p, or a control: swaps, best-of, nearest")
     add("--clip", default="clip-mini", help="a whole CLIP: clip-mini (default), clip-l-14, a file, a folder")
     add("--out", type=Path, metavar="FILE", help="lines of JSON (default prompts-METHOD.jsonl)")
     add("--batch-size", type=COUNT, default=16, help="images at a time (default 16)")

@@ -13,6 +13,8 @@ h w latent height and width.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 from collections import Counter
@@ -69,6 +71,11 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.words)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the words in their order."""
+        return hashlib.sha256(json.dumps(self.words).encode()).hexdigest()
 
     def targets(self, prompts: Sequence[str]) -> Tensor:
         """Equation (2): t_ij = 1 if word j is in prompt i, else 0, as float32 (B, V)."""
@@ -630,6 +637,10 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     folder = Path(folder)
     config = read_run(folder)
     vocabulary = Vocabulary(read_value(folder / "vocabulary.json", many(TEXT)))
+    if config["vocabulary"] not in (None, vocabulary.fingerprint):
+        raise weights.WeightsError(
+            f"{folder / 'vocabulary.json'}: not the words that this run was trained with; restore the file"
+        )
     run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):
         model = weights.build(run.backbone.kind, config["model"])

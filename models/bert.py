@@ -130,7 +130,7 @@ class SentenceEncoder(Bert):
             padded = ids[torch.where(real, starts[rows, None] + places, starts[rows, None])]
             mask = None if real.all() else real.to(device)
             states = self(padded.to(device), mask)                                      # (B, N, D)
-            out[rows] = F.normalize(_mean(states, mask), p=2, dim=1, eps=1e-12).to("cpu", torch.float32)
+            out[rows] = sentence_embeddings(states, mask).to("cpu", torch.float32)
         return out
 
     def _tokenise(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
@@ -149,10 +149,12 @@ class SentenceEncoder(Bert):
         return torch.cat(ids), torch.tensor(counts, dtype=torch.int64)
 
 
-def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the unmasked tokens, (B, N, D) -> (B, D), in float32 at least."""
+def sentence_embeddings(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Unit rows (B, D), in float32 at least: the mean of the states (B, N, D) over the unmasked tokens."""
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if mask is None:
-        return states.mean(dim=1)
-    mask = mask[:, :, None].to(states.dtype)
-    return (states * mask).sum(dim=1) / mask.sum(dim=1)
+        means = states.mean(dim=1)
+    else:
+        mask = mask[:, :, None].to(states.dtype)
+        means = (states * mask).sum(dim=1) / mask.sum(dim=1)
+    return F.normalize(means, p=2, dim=1, eps=1e-12)

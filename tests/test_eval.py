@@ -14,6 +14,7 @@ from tables.generation import Request, prompt_sets
 from tables.runs import RECORDING, SOURCES, Plan, RunName
 
 ALWAYS = {"runs": (), "needs": "", "before": None}
+VIT = str(Path(__file__).parent.parent / "mini" / "vit-mini")
 CPU = ["--table", "2", "--device", "cpu"]
 
 
@@ -23,8 +24,9 @@ CPU = ["--table", "2", "--device", "cpu"]
         ([], 8, "results", {}),
         ([], 1, "results", {"jobs": 1}),
         (["--data", "drawn"], 8, "results/drawn", {"data": "drawn", "folder": Path("runs/tables-drawn")}),
-        (["--weights", "vit=a/b"], 8, "results",
-         {"folder": Path("runs/tables-mini-vit=a_b"), "sources": SOURCES["mini"] | {"vit": "a/b"}}),
+        (["--weights", f"vit={VIT}"], 8, "results",
+         {"folder": Path(f"runs/tables-mini-vit={VIT.replace('/', '_')}"),
+          "sources": SOURCES["mini"] | {"vit": VIT}}),
         (["--weights", "paper"], 8, "results",
          {"folder": Path("runs/tables-mini-paper"), "sources": SOURCES["paper"]}),
         ("--runs x --results y --seeds 4,7 --jobs 3 --epochs 5 --lr 1".split(), 8, "y",
@@ -70,6 +72,19 @@ def test_the_weights_of_each_backbone():
         "unet": "sd-mini", "vit": "vit-mini", "swin": "swin-mini", "clip": "clip-mini", "blip": "blip-mini"
     }  # fmt: skip
     assert SOURCES["paper"].keys() == SOURCES["mini"].keys() == {*BACKBONES, "blip"}
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("mini,clip=nothing", "nothing: no such file or folder, and no name of the registry"),
+    ("blip=nothing", "nothing: no such file or folder"), ("vit=sd-1", "sd-1 has no vit; it has "),
+])  # fmt: skip
+def test_all_sources_are_checked_before_any_work(flag: str, message: str, monkeypatch, capsys):
+    monkeypatch.setattr(eval, "train_missing", lambda plan, runs: pytest.fail("trained"))
+    assert eval.main(["--table", "1", "--weights", flag]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    monkeypatch.setattr(eval.weights, "config", lambda *_: pytest.fail("a published source was fetched"))
+    assert eval.sources_of("paper,clip=clip-l-14")["clip"] == "clip-l-14"
 
 
 def plan(folder: Path, **fields: object) -> Plan:

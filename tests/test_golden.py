@@ -104,10 +104,18 @@ def test_blip_and_minilm(tmp_path: Path, minilm_folder: Path):
         names = golden(kind, tmp_path / f"golden-{kind}", source)
         assert len(names) > 20
         inputs = load_file(tmp_path / f"golden-{kind}" / "inputs.safetensors")
+        model = weights.load(kind, source)
         with torch.no_grad():
-            again = weights.load(kind, source)(**inputs)
-        output = load_file(tmp_path / f"golden-{kind}" / "outputs.safetensors")["output"]
-        assert torch.allclose(again, output.float(), atol=1e-5)
+            again = model(**inputs)
+        outputs = load_file(tmp_path / f"golden-{kind}" / "outputs.safetensors")
+        assert torch.allclose(again, outputs["output"].float(), atol=1e-5)
+    sentences = ["a cat", "a red house in the snow"]  # the regression targets are `embedding`
+    ids, counts = model._tokenise(sentences)
+    rows = torch.nn.utils.rnn.pad_sequence(ids.long().split(counts.tolist()), batch_first=True)
+    with torch.no_grad():
+        output = ENTRIES["minilm"].outputs(model, {"input_ids": rows, "attention_mask": (rows > 0).long()})
+    assert torch.allclose(output["embedding"], model.encode(sentences), atol=1e-6)
+    assert torch.allclose(outputs["embedding"].norm(dim=1), torch.ones(2, dtype=torch.float64))
 
 
 def test_the_numpy_port_passes(vit: Path, tmp_path: Path, capsys):

@@ -1,6 +1,7 @@
 """Ridge regression as a baseline and as the start of the embedding head."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,9 @@ def test_levels_are_the_mean_and_the_maximum_of_every_block():
     torch.testing.assert_close(features[:, -unet.width :], middle)
 
 
-def test_a_run_starts_at_ridge_regression(few_scenes: Path, cache: Path, tmp_path: Path):
+def test_a_run_starts_at_ridge_regression(few_scenes: Path, cache: Path, tmp_path: Path, caplog):
     """After steps too small to change anything the run predicts as ridge regression on the features."""
+    caplog.set_level("INFO")
     run = train_here(few_scenes, tmp_path / "run", "--lr", "1e-12", "--head-lr", "1e-13")
     prepared = prepare(saved_config(run))
     backbone = UNetFeatures(weights.load("unet-encoder", "sd-mini").eval(), "levels")
@@ -130,6 +132,8 @@ def test_a_run_starts_at_ridge_regression(few_scenes: Path, cache: Path, tmp_pat
     np.testing.assert_allclose(predicted, expected.numpy(), atol=1e-4)
     logged = [entry["val_cosine"] for entry in entries(run) if "val_cosine" in entry]
     assert logged[0] == pytest.approx(max(c for _, c in ridge(sums, *of("val")).tried), abs=1e-4)
+    stated = re.search(r"heads: ridge regression on .* validation cosine ([.\d]+)", caplog.text)
+    assert float(stated[1]) == pytest.approx(logged[0], abs=2e-4)
 
 
 def test_the_paper_starts_at_random_and_the_miniature_at_ridge():

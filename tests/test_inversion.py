@@ -16,6 +16,7 @@ import inversion
 import weights
 from data import DataError
 from models.clip import CONFIGS, VISION_CONFIGS, CLIPText, CLIPVision
+from models.search import sampled
 
 TOKENIZER = weights.load_tokenizer("sd-mini")
 
@@ -218,3 +219,76 @@ def test_pez_beats_a_hundred_random_prompts(pictures: list[Path]):
     found = inversion.inverter(options)(images(pictures))
     won = [row["slots_cosine"] > float(best) for row, best in zip(found, random.amax(dim=1), strict=True)]
     assert sum(won) >= 19
+
+
+# -- whole methods with few steps ----------------------------------------
+
+
+DEFAULTS = {  # of PEZ's and PH2P's code, and ours for the controls
+    "pez": dict(tokens=16, steps=3000, optimiser="adamw", lr=0.1, weight_decay=0.1, nearest_by="cosine",
+                candidates="all", start="", restarts=1, keep="slots", keep_every=1),
+    "ph2p": dict(tokens=15, steps=10_000, optimiser="sgd", lr=80.0, weight_decay=0.0, nearest_by="l2",
+                 candidates="keys", start="A photo of bus of color .", keep="text", keep_every=20,
+                 timesteps=[500, 899], crop=0.5, posterior="sample", draws=16, weights="sd-mini"),
+    "swaps": dict(tokens=16, steps=600, candidates="surviving", restarts=1, tries=16),
+    "best-of": dict(captions=16, top_p=0.9, max_length=77, captioner="blip-mini"),
+    "nearest": dict(prompts="x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method, expected", DEFAULTS.items())
+def test_the_defaults_of_each_method(method: str, expected: dict):
+    changes = {"prompts": "x"} if method == "nearest" else {}
+    always = {"method": method, "seed": 0, "clip": "clip-mini"}
+    assert vars(inversion.settings(method, **changes)) == always | expected
+
+
+@pytest.mark.parametrize("keep", ["text", "drawing"])
+def test_ph2p_states_the_error_of_the_prompt_that_it_keeps(
+    keep: str, clip: inversion.Clip, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inversion, "load_clip", lambda *_: clip)
+    sample = generate.Pipeline.sample
+    quick = lambda self, texts, noise: sample(self, texts, noise, steps=1, guidance=1.0)  # noqa: E731
+    monkeypatch.setattr(generate.Pipeline, "sample", quick)
+    options = inversion.settings("ph2p", steps=2, draws=2, keep=keep, keep_every=1, start="a red fox")
+    rows = inversion.inverter(options)(images(pictures[:2]))
+    (alone,) = inversion.inverter(options)(images(pictures[1:2]))
+    assert alone["prompt"] == rows[1]["prompt"] and alone["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5)
+    assert all(0 < row["loss"] < 2 and row["prompt"] for row in rows)
+
+
+def test_the_first_slots_are_a_text_and_end_marks(clip: inversion.Clip):
+    allowed = inversion.Candidates(clip.text, TOKENIZER, "all")
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    options = inversion.settings("ph2p", tokens=6, start="a red fox")
+    slots = inversion.start(clip.text, TOKENIZER, allowed, draws, options)
+    ids = TOKENIZER(["a red fox", "a red fox"])[:, 1:7]
+    assert TOKENIZER.end in ids[0, :-1]
+    assert torch.equal(slots, clip.text.text_model.embeddings.token_embedding.weight[ids])
+
+
+def test_the_best_of_some_captions_has_the_highest_cosine(
+    clip: inversion.Clip, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inversion, "load_clip", lambda *_: clip)
+    texts, real = [], clip.texts
+    monkeypatch.setattr(clip, "texts", lambda some: texts.append(some) or real(some), raising=False)
+    rows = inversion.inverter(inversion.settings("best-of", captions=4, max_length=8))(images(pictures[:1]))
+    targets = clip.images(images(pictures[:1]))
+    for row, some, target in zip(rows, texts, targets, strict=False):
+        cosines = real(some) @ target
+        assert len(some) == 4 and len(set(some)) > 1
+        assert row["prompt"] == some[cosines.argmax()]
+        assert row["cosine"] == pytest.approx(float(cosines.max()), abs=2e-6)
+
+
+@pytest.mark.parametrize("top_p, allowed", [(1.0, {0, 1, 2}), (0.6, {0, 1}), (0.1, {0})])
+def test_sampled_tokens_are_drawn_by_their_probability(top_p: float, allowed: set):
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().repeat(4000, 1)
+    step = sampled(lambda new, past: (logits, [7]), torch.Generator().manual_seed(0), top_p)
+    scores, past = step(None, None)
+    shares = scores.argmax(dim=1).bincount(minlength=3) / 4000
+    kept = torch.tensor([p if i in allowed else 0.0 for i, p in enumerate((0.5, 0.3, 0.2))])
+    assert past == [7]
+    torch.testing.assert_close(shares, kept / kept.sum(), atol=0.03, rtol=0)

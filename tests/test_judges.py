@@ -116,7 +116,7 @@ def test_beyond_content_there_is_a_correlation_only_where_the_noise_matters(weig
     rng = np.random.default_rng(2)
     content = rng.integers(2, size=(3000, 20)).astype(float)
     shared, own, chance = content @ rng.normal(size=20), rng.normal(size=3000), rng.normal(size=3000)
-    y = np.stack([shared + weight * own + chance, shared + own], axis=1)  # difficulty and noise
+    y = np.stack([shared + weight * own + chance, shared + own], axis=1) + 7  # difficulty and noise
     of = difficulty.beyond_content(y, difficulty.cross_fitted(content, y))
     alone = weight**2 / (weight**2 + 1)  # of what content does not explain
     assert of["residual"] == pytest.approx(np.sqrt(alone), abs=0.04)

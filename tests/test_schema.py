@@ -245,6 +245,8 @@ def test_the_betas_of_a_folder_are_diffusers(schedule: str, sd: Path):
     assert torch.equal(generate.load_pipeline(str(sd)).alphas, DDIMScheduler(**stated).alphas_cumprod)
     (sd / "scheduler" / "scheduler_config.json").write_text("{}")
     assert torch.equal(generate.load_pipeline(str(sd)).alphas, DDIMScheduler().alphas_cumprod)
+    published = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    assert torch.equal(generate.alphas_of("sd-1"), published.alphas_cumprod)
 
 
 @pytest.mark.parametrize("field, value", [
@@ -302,6 +304,16 @@ def test_fields_of_a_run_are_neither_missing_nor_unknown_nor_doubled(run: Path):
 def test_a_vocabulary_is_a_list_of_words(content, run: Path):
     (run / "vocabulary.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="vocabulary.json: is .*; it must be a list of"):
+        reverse_sd.load_run(run)
+
+
+def test_a_vocabulary_is_that_of_its_run(run: Path):
+    words = json.loads((run / "vocabulary.json").read_text())
+    assert reverse_sd.load_run(run).vocabulary.words == words  # older runs hold no hash
+    rewrite(run / "config.json", vocabulary=reverse_sd.Vocabulary(words).fingerprint)
+    assert reverse_sd.load_run(run).vocabulary.words == words
+    (run / "vocabulary.json").write_text(json.dumps(["zebra", *words[1:]]))
+    with pytest.raises(weights.WeightsError, match="vocabulary.json: not the words that this run was"):
         reverse_sd.load_run(run)
 
 

@@ -182,6 +182,7 @@ def test_differences_are_over_seeds_with_holm_over_the_conditions():
     better = a | {"seeds_95": (0.01, 0.2), "holm": 0.06, "against": "original"}
     said = swap.answer([better, b])
     assert "above 0 in 1: a (test prompts)" in said and "p < .05: none" in said
+    assert "p < .05: a (test prompts)" in swap.answer([better | {"holm": 0.04}, b])
 
 
 def test_every_contrast_is_of_two_conditions():

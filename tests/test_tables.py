@@ -512,6 +512,8 @@ def test_results_are_the_text_of_their_numbers(path: Path):
 def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     made = exhibit.provenance(dataclasses.replace(plan(tmp_path), command="python eval.py --table 2"))
     assert made["numpy"] == np.__version__ and made["processor"]
+    if (cpus := Path("/proc/cpuinfo")).exists() and "model name" in cpus.read_text():
+        assert f": {made['processor']}\n" in cpus.read_text()
     text = exhibit.provenance_text(made | {"date": "2026-01-31", "commit": "0123456789abcdef"})
     assert text == (
         f"`python eval.py --table 2`, 2026-01-31, commit 0123456789, torch {torch.__version__}, numpy "

@@ -272,12 +272,21 @@ def test_a_run_is_that_of_a_plain_loop(
     assert result["vocabulary_map"] == pytest.approx(theirs, abs=1e-6)
 
 
-def test_precision_is_what_is_asked_for(few_scenes: Path, cache: Path, tmp_path: Path):
+def test_precision_is_what_is_asked_for(few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch):
+    dtypes, forward = [], reverse_sd.Heads.forward
+
+    def noted(self: reverse_sd.Heads, x: torch.Tensor) -> reverse_sd.Prediction:
+        prediction = forward(self, x)
+        dtypes.append(prediction.embedding.dtype)
+        return prediction
+
+    monkeypatch.setattr(reverse_sd.Heads, "forward", noted)
     frozen = ["--train-blocks", "0", "--device", "cpu", "--precision"]
     auto, single, half = (
         losses(train_here(few_scenes, tmp_path / name, *frozen, name)) for name in ("auto", "float32", "bf16")
     )
     assert auto == single != half
+    assert dtypes[0] == torch.float32 and torch.bfloat16 in dtypes[-len(dtypes) // 3 :]
     np.testing.assert_allclose(half, single, rtol=0.02)
 
 

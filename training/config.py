@@ -258,7 +258,8 @@ def is_preprocessing(values: Any) -> bool:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """A run's config.json, under today's names: TrainConfig's fields, `model`, `preprocessing` (see
-    `write_run`) and, of --curriculum cbs, `smoothing`. Raises data.DataError if the folder is not a run."""
+    `write_run`), `vocabulary`, the hash of its words (None in older runs) and, of --curriculum cbs,
+    `smoothing`. Raises data.DataError if the folder is not a run."""
     path = folder / "config.json"
     if not path.is_file():
         raise data.DataError(f"{folder}: not a run of train.py (no config.json); give a run's folder")
@@ -268,6 +269,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise data.DataError(f"{path}: a field stands in it under an older name too ({RENAMED}); remove one")
     preprocessing = Rule("a data.Preprocessing, as train.py wrote it", is_preprocessing)
     derived = {"model": OBJECT, "preprocessing": preprocessing, "smoothing": number(least=0).or_else(None)}
+    derived["vocabulary"] = (TEXT | NULL).or_else(None)
     return checked(values, rules() | derived, path, closed=True)
 
 

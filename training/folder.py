@@ -70,6 +70,7 @@ def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary:
         "preprocessing": prepared.preprocessing,
     }
     content = dataclasses.asdict(config) | {k: dataclasses.asdict(value) for k, value in derived.items()}
+    content["vocabulary"] = vocabulary.fingerprint
     write_json(folder / "config.json", content)
 
 

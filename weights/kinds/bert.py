@@ -2,7 +2,7 @@
 
 import torch
 
-from models.bert import CONFIGS, BertConfig, SentenceEncoder
+from models.bert import CONFIGS, BertConfig, SentenceEncoder, sentence_embeddings
 from weights.dialects import Dialect, Row, beneath
 from weights.files import read_tokenizer
 from weights.options import Kind, Options, same_names
@@ -25,6 +25,11 @@ def _example(config: BertConfig, draw) -> dict[str, torch.Tensor]:
     return {"input_ids": draw.below(config.vocab_size, 12), "attention_mask": mask.long()}
 
 
+def _outputs(model: SentenceEncoder, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    states = model(**inputs)
+    return {"output": states, "embedding": sentence_embeddings(states, inputs["attention_mask"])}
+
+
 KIND = Kind(
     name="minilm", model=SentenceEncoder, config=BertConfig, configs=CONFIGS,
     dialects=(
@@ -35,6 +40,6 @@ KIND = Kind(
     read=lambda config, tensors, where: OPTIONS.read(config, where),
     heads={"num_attention_heads": "hidden_size"},
     tokenizer=lambda folder: read_tokenizer(folder / "tokenizer.json"),
-    example_inputs=_example,
+    example_inputs=_example, outputs=_outputs,
     constants=lambda config, inputs: {"position_ids": torch.arange(inputs["input_ids"].shape[1])},
 )
