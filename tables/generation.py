@@ -75,8 +75,8 @@ class Request:
 def spread(items: Sequence[Any], n: int) -> list[Any]:
     """n of the items, or all if they are fewer, evenly spaced. Paper: "a subset of test examples". Test rows
     are in the order of the data, so the first ones would be those of DiffusionDB's first parts."""
-    places = np.linspace(0, len(items), min(n, len(items)), endpoint=False).astype(int)
-    return [items[place] for place in places]
+    n = min(n, len(items))
+    return [items[k * len(items) // n] for k in range(n)]
 
 
 def prompt_sets(plan: Plan, seed: int) -> dict[str, list[Request]]:

@@ -107,7 +107,7 @@ def test_a_phase_1_records_and_a_phase_2_reads_it(tmp_path: Path):
 
 
 def test_the_prompts_that_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
-    """DrawBench from its file or the miniature's own, and the first test prompts of the seed's run."""
+    """DrawBench from its file or the miniature's own, and evenly spaced test prompts of the seed's run."""
     monkeypatch.setattr(drawbench, "TRAINING_CANDIDATES", 10)  # 50,000 take seconds
     here = plan(tmp_path)
     views = probe.default_views()
@@ -119,9 +119,8 @@ def test_the_prompts_that_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     sets = prompt_sets(here, 0)
     own = drawbench.prompts({*prompts, "a b c"})
     assert sets["DrawBench"] == [Request(p.prompt, p.view) for p in own]
-    test = sets["test prompts"]
-    assert [r.prompt for r in test] == prompts[: generation.MINI_PROMPTS]
-    assert [r.view for r in test] == [views.get(p) for p in prompts[: generation.MINI_PROMPTS]]
+    chosen = [prompts[k * 440 // 200] for k in range(200)]
+    assert sets["test prompts"] == [Request(prompt, views.get(prompt)) for prompt in chosen]
 
     (tmp_path / "bench.csv").write_text("Prompts,Category\na red cube,Colors\nan owl,Misc\n")
     with_file = plan(tmp_path, drawbench=tmp_path / "bench.csv")
