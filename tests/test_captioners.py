@@ -259,14 +259,15 @@ def test_phase_1_records_the_likelihood_of_the_true_prompts(run: Path, sources: 
 
 
 def test_difficulty_by_the_cosine_of_greedy_captions(
-    sources: dict[str, str], few_scenes: Path, cache: Path, tmp_path: Path
+    sources: dict[str, str], few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(captioner, "MAX_TOKENS", 12)
     config = small("blip", sources, few_scenes, difficulty_by="caption", record_cosines=True, epochs=1)
     trainer = trainer_in(tmp_path / "run", config, ["red"])
     found, rows = trainer.recorded_scores(), trainer.prepared.splits["train"]
     pairs, model = trainer.prepared.pairs, trainer.model
     images, _ = images_and_ids(model, pairs, rows, sources["blip"])
-    written = model.model.generate(images, num_beams=1, max_length=77)
+    written = model.model.generate(images, num_beams=1, max_length=12)
     minilm = weights.load("minilm")
     expected = (minilm.encode(written) * minilm.encode([pairs.prompts[i] for i in rows])).sum(dim=1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -297,7 +298,28 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_alike(
     assert_same_end(stopped, run)
 
 
-@pytest.mark.parametrize("kind", ["blip2", pytest.param("blip", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shares_of_two_processes_sum_to_the_gradient_of_one(
+    kind: str, sources: dict[str, str], few_scenes: Path, cache: Path, tmp_path: Path
+):
+    """Of a batch of three texts of different lengths, and of one of a single text, of which one has none."""
+    trainer = trainer_in(tmp_path, small(kind, sources, few_scenes), ["red", "owl"])
+    lengths = trainer.train_samples.counts
+    for positions in (np.array([int(lengths.argmin()), 5, int(lengths.argmax())]), np.array([7])):
+        gradients = []
+        for world in (1, 2):
+            trainer.model.zero_grad()
+            for rank in range(world):
+                trainer.process = Process(rank, world)
+                (batch,) = trainer.loader([positions])
+                trainer.loss(trainer.on_device(batch, positions))["loss"].backward()
+            gradients.append({n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad})
+        for name, value in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_have_the_losses_of_one(
     kind: str, sources: dict[str, str], few_scenes: Path, cache: Path, tmp_path: Path
 ):
