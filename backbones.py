@@ -1,4 +1,5 @@
-"""The image encoders (section 3): one record each, the white box, and the networks that compute its inputs.
+"""The image encoders (section 3): one record each, the white box, and the networks that compute its inputs;
+and the captioners (section 4.4), which train.py trains too.
 
 Letters in shape comments as in reverse_sd.py.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,24 @@ BACKBONES = {  # in the paper's order
     "swin": Backbone("swin", "Swin", r"layers\.\d+\.blocks\.\d+\.", "swin-mini", "swin-l"),
     "vit": Backbone("vit", "ViT", r"blocks\.\d+\.", "vit-mini", "vit-b-16"),
 }
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A captioner: `kind` of weights; `title` in tables; `mini` and `paper` as of a Backbone."""
+
+    kind: str
+    title: str
+    mini: str
+    paper: str
+    white_box: ClassVar = False
+
+
+CAPTIONERS = {
+    "blip": Captioner("blip", "BLIP", "blip-mini", "blip-base"),
+    "blip2": Captioner("blip2", "BLIP-2", "blip2-mini", "blip2-opt-2.7b"),
+}
+READERS = BACKBONES | CAPTIONERS  # of train.py --backbone
 
 
 class UNetFeatures(nn.Module):

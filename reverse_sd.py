@@ -629,6 +629,8 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
 
     folder = Path(folder)
     config = read_run(folder)
+    if config["backbone"] not in BACKBONES:
+        raise weights.WeightsError(f"{folder}: holds a captioner, not a regressor; give another run")
     vocabulary = Vocabulary(read_value(folder / "vocabulary.json", many(TEXT)))
     run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):

@@ -1,10 +1,11 @@
-"""Train a regressor from images to prompt embeddings: one loop for every backbone.
+"""Train a regressor from images to prompt embeddings, or a captioner: one loop for every backbone.
 
     python train.py --backbone unet                                      the embedded default
     python train.py --backbone unet --data FOLDER                        your own image-prompt pairs
     python train.py --backbone vit                                       a black box: ViT, Swin or CLIP
     python train.py --backbone unet --data DIFFUSIONDB --weights sd-1    the paper's rows (needs a GPU)
     python train.py --backbone clip --data DIFFUSIONDB --weights clip-h-14 --train-blocks 0
+    python train.py --backbone blip                                      a captioner that writes the prompt
     python train.py --resume runs/unet-mini-seed0                        continue a run that stopped
     torchrun --nproc-per-node 2 train.py --backbone unet ...             train with several processes (README)
     python train.py --backbone unet --curriculum difficulty              phase 1 and phase 2 of the curriculum
@@ -25,13 +26,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import data
 import weights
-from backbones import BACKBONES
+from backbones import BACKBONES, CAPTIONERS
 from baselines import (
     RidgeSums,
     Smoothing,
@@ -63,16 +61,15 @@ from reverse_sd import (
     Vocabulary,
     by_thresholds,
     cosine_loss,
-    curriculum_batches,
     curriculum_stages,
-    easiness,
     easiness_thresholds,
     joint_loss,
     thirds,
     vocabulary_loss,
 )
-from schema import NULL, OBJECT, number, read_json
-from training.config import RESUMABLE, TrainConfig, epoch_weights, parse_args, resolve
+from schema import read_json
+from training.captioner import CaptionerTrainer
+from training.config import TrainConfig, parse_args, resolve
 from training.evaluate import evaluate
 from training.folder import new_folder, read_cosines, save_cosines, saved_fields, write_run
 from training.inputs import (
@@ -81,10 +78,10 @@ from training.inputs import (
     evaluation_batches,
     load_backbone,
     prepare,
-    sample_readers,
 )
-from training.loop import Process, Trainer, epoch_batches, learning_rate, process_group, save_tensors
+from training.loop import Process, learning_rate, process_group
 from training.plan import plan_lines
+from training.trainer import PairsTrainer, easiness_of
 
 log = logging.getLogger("train")
 
@@ -153,17 +150,15 @@ def parameter_groups(regressor: Regressor, config: TrainConfig) -> dict[float, d
 
 
 # ============================================================================================================
-# Training: the regressor's methods for `Trainer.fit` in training/loop.py
+# Training: the regressor's methods for `Trainer.fit` in training/loop.py; most are in training/trainer.py
 # ============================================================================================================
 
 
-class RegressorTrainer(Trainer):
+class RegressorTrainer(PairsTrainer):
     """Trains a regressor by equations (1) to (4).
 
     `chunks`: positions among the training samples, easy, medium, hard, for phase 2 of the curriculum.
     """
-
-    state_fields = {"best": number(least=-1.01, most=1.01) | NULL, "config": OBJECT.or_else({})}
 
     def __init__(
         self,
@@ -176,72 +171,11 @@ class RegressorTrainer(Trainer):
     ):
         regressor = build_regressor(config, prepared, len(vocabulary)).to(process.device)
         groups = parameter_groups(regressor, config)
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-        optimizer = kind(
-            [{"params": list(group.values()), "scale": scale} for scale, group in groups.items()],
-            lr=config.lr,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=config.weight_decay,
-        )
-        names = [name for group in groups.values() for name in group]
-        super().__init__(folder, regressor, optimizer, names, prepared.fingerprint, process)
-        self.config, self.chunks, self.clip_norm = config, chunks, config.clip_norm or math.inf
-        on_gpu = process.device.startswith("cuda")
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
-        self.autocast = functools.partial(
-            torch.autocast, process.device.split(":")[0], dtype=torch.bfloat16, enabled=bf16
-        )
         self.smoothing = Smoothing(regressor) if config.curriculum == "cbs" else None
-        self.parallel: nn.Module = torch.compile(regressor) if config.compile else regressor
-        if process.world > 1:
-            self.parallel = DistributedDataParallel(self.parallel)
-        self.train_samples = Samples(prepared, prepared.splits["train"], vocabulary)
-        self.val_samples = Samples(prepared, prepared.splits["val"], vocabulary)
-        self.steps_per_epoch = math.ceil(len(self.train_samples) / config.batch_size)
-        self.total = self.steps_per_epoch * config.epochs
-        self.checkpoint_every = config.checkpoint_every
-        self.best = -math.inf
-        self.workers = sample_readers(config.workers, prepared, process.device)
-        # Phase 2 does not record; it uses phase 1's cosines.
-        self.recording = config.record_cosines and config.curriculum != "difficulty"
-        self.cosines = np.empty((0, len(self.train_samples)), np.float32)
+        train, val = (Samples(prepared, prepared.splits[split], vocabulary) for split in ("train", "val"))
+        super().__init__(config, folder, process, prepared, regressor, groups, (train, val), chunks)
 
-    # -- batches and rates ------------------------------------------------
-
-    def batches(self, epoch: int, first: int) -> Iterator[tuple[int, tuple[int, list[Tensor]]]]:
-        """This process's share of each batch of the epoch, with the size of the whole batch.
-
-        In phase 2 an epoch has as many steps as in the plain run and is not a pass over the data.
-        """
-        size, seed, start = self.config.batch_size, self.config.seed, epoch * self.steps_per_epoch
-        if self.chunks is None:
-            batches = epoch_batches(len(self.train_samples), size, seed, epoch)
-        else:
-            stop = start + self.steps_per_epoch
-            batches = curriculum_batches(self.chunks, self.total, size, seed, start, stop)
-        batches = batches[first:]
-        for whole, tensors in zip(map(len, batches), self.loader(batches), strict=True):
-            yield whole, (whole, self.on_device(tensors, whole))
-
-    def loader(self, batches: list[np.ndarray]) -> DataLoader:
-        """This process's share of the batches.
-
-        A separate generator: each iteration would otherwise draw from the global one, and a resumed run
-        iterates more often.
-        """
-        shares = [rank_share(batch, self.process.rank, self.process.world) for batch in batches]
-        return DataLoader(
-            self.train_samples, batch_sampler=shares, num_workers=self.workers, generator=torch.Generator()
-        )
-
-    def on_device(self, batch: list[Tensor], size: int) -> list[Tensor]:
-        """The batch on the device, with each sample's weight in the loss in place of its row number."""
-        *tensors, rows = batch
-        weight = torch.ones(len(rows))
-        if self.process.rank >= size:  # a last batch with fewer samples than processes, see `rank_share`
-            weight.zero_()
-        return [t.to(self.process.device, non_blocking=True) for t in (*tensors, weight)]
+    # -- rates ------------------------------------------------
 
     def rate(self) -> float:
         """The schedule's learning rate; sets CBS's smoothing of this step."""
@@ -249,7 +183,7 @@ class RegressorTrainer(Trainer):
             every = self.config.cbs_every
             every = self.total / 20 if every is None else every * self.steps_per_epoch
             self.smoothing.sigma = cbs_sigma(self.step, every)
-        return learning_rate(self.config.lr, self.step, self.total)
+        return super().rate()
 
     def group_rate(self, lr: float, group: dict[str, Any]) -> float:
         scale, head_lr = group["scale"], self.config.head_lr
@@ -264,27 +198,6 @@ class RegressorTrainer(Trainer):
 
     # -- a step ------------------------------------------------
 
-    def forward_backward(self, batch: tuple[int, list[Tensor]]) -> dict[str, float]:
-        """The losses' means over a whole batch; the parameters then hold their gradient.
-
-        Each part's loss is the sum over its samples divided by the size of the whole batch, so that the
-        gradient does not depend on the number of processes or parts.
-        """
-        size, tensors = batch
-        parts = list(zip(*(t.chunk(self.config.accumulate) for t in tensors), strict=True))
-        sums = torch.zeros(3, device=self.process.device)
-        for k, part in enumerate(parts):
-            last = k == len(parts) - 1
-            with contextlib.nullcontext() if last or self.process.world == 1 else self.parallel.no_sync():
-                terms = self.loss(part)
-                # DistributedDataParallel averages gradients over processes; this undoes it.
-                (terms["loss"] * self.process.world / size).backward()
-            sums += torch.stack([terms[name].detach() for name in ("cosine_loss", "vocabulary_loss", "loss")])
-        if self.process.world > 1:
-            dist.all_reduce(sums)
-        cosine, vocabulary, loss = (sums / size).tolist()
-        return {"cosine": 1 - cosine, "vocabulary_loss": vocabulary, "loss": loss}
-
     def loss(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Equations (1), (3) and (4), each summed over the samples, times their weights."""
         *inputs, target, words, weight = batch
@@ -295,48 +208,33 @@ class RegressorTrainer(Trainer):
         if prediction.logits is not None:
             vocabulary = vocabulary_loss(prediction.logits.float(), words)  # (2), (3)
         joint = joint_loss(cosine, vocabulary, self.config.mlc_weight)  # (4)
-        terms = {"loss": joint, "cosine_loss": cosine, "vocabulary_loss": vocabulary}
+        terms = {"cosine": 1 - cosine, "vocabulary_loss": vocabulary, "loss": joint}
         return {name: (term * weight).sum() for name, term in terms.items()}
 
-    def bar_text(self, terms: dict[str, float]) -> dict[str, str]:
-        best = f"{self.best:.3f}" if math.isfinite(self.best) else "-"
-        return {"cosine": f"{terms['cosine']:.3f}", "best_val": best}
+    # -- validation ------------------------------------------------
 
-    # -- validation, phase 1's cosines ------------------------------------------------
+    def scores_of(self, samples: Samples) -> np.ndarray:
+        """The cosine of each sample's prediction and target."""
 
-    def validate(self, epoch: int) -> dict[str, float]:
-        """The cosine on validation; saves the weights if it is the best, and records phase 1's cosines."""
-        cosine = float(self.cosines_of(self.val_samples).mean())
-        if self.recording:
-            row = self.cosines_of(self.train_samples).astype(np.float32)
-            self.cosines = np.concatenate([self.cosines, row[None]])
-        if cosine > self.best:
-            self.best = cosine
-            if self.process.first:
-                save_tensors(self.folder / "model.safetensors", self.model.state_dict())
-                if self.smoothing:  # part of the network that was validated: `load_run` applies it again
-                    content = read_json(self.folder / "config.json")
-                    content["smoothing"] = self.smoothing.sigma
-                    write_json(self.folder / "config.json", content)
-        return {"val_cosine": cosine}
+        def cosines(batch: list[Tensor]) -> Tensor:
+            ((prediction, target),) = self.outputs(self.model, [batch])
+            return 1 - cosine_loss(prediction.embedding.float(), target)
 
-    @torch.no_grad()
-    def cosines_of(self, samples: Samples) -> np.ndarray:
-        """The cosine of each sample's prediction and target, (n,) float64; each process computes a share."""
-        loader, places = evaluation_batches(samples, self.process, self.workers)
-        parts = [torch.empty(0, device=self.process.device)]
-        for prediction, target in self.outputs(self.model, loader):
-            parts.append(1 - cosine_loss(prediction.embedding.float(), target))
-        return self.process.gathered(torch.cat(parts).double(), places, len(samples)).cpu().numpy()
+        return self.gathered(samples, cosines)
 
-    def outputs(self, module: nn.Module, loader: DataLoader) -> Iterator[tuple[Any, Tensor]]:
-        """The outputs of the regressor or a part of it, in eval mode, and the targets, for each batch."""
-        self.model.eval()
+    def save_best(self) -> None:
+        super().save_best()
+        if self.smoothing:  # part of the network that was validated: `load_run` applies it again
+            content = read_json(self.folder / "config.json")
+            content["smoothing"] = self.smoothing.sigma
+            write_json(self.folder / "config.json", content)
+
+    def outputs(self, module: nn.Module, loader: Iterable[list[Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+        """The outputs of the regressor or a part of it and the targets, for each batch."""
         for *inputs, target, _, _ in loader:
             with self.autocast():
                 output = module(*(x.to(self.process.device) for x in inputs))
             yield output, target.to(self.process.device)
-        self.model.train()
 
     @torch.no_grad()
     def start_heads(self) -> None:
@@ -345,6 +243,7 @@ class RegressorTrainer(Trainer):
 
         Paper: the heads start at random. Kumar et al. 2022 (linear probing, then fine-tuning).
         """
+        self.model.eval()
         train, val = (
             self.outputs(self.model.backbone, evaluation_batches(samples, self.process, self.workers)[0])
             for samples in (self.train_samples, self.val_samples)
@@ -368,40 +267,6 @@ class RegressorTrainer(Trainer):
         if self.step == 0 and self.config.head_start == "ridge":
             self.start_heads()
 
-    # -- state ------------------------------------------------
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        state, tensors = super().state()
-        if self.recording:
-            tensors["cosines"] = torch.from_numpy(self.cosines)
-        best = self.best if math.isfinite(self.best) else None
-        return state | {"best": best, "config": self.fixed_options()}, tensors
-
-    def fixed_options(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self.config).items() if name not in RESUMABLE}
-
-    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        for name, value in state["config"].items():
-            if value != (today := vars(self.config).get(name, value)):
-                path = self.folder / "config.json"
-                raise data.DataError(f"{path}: {name} is {today}, and the run began with {value}; restore it")
-        super().load_state(state, tensors)
-        if self.recording:
-            self.cosines = tensors["cosines"].numpy()
-        self.best = -math.inf if state["best"] is None else state["best"]
-
-    def fit(self) -> None:
-        super().fit()
-        if self.recording and self.process.first:
-            easiness = easiness_of(self.config, self.cosines)
-            save_cosines(self.folder, self.cosines, easiness, data=self.identity)
-
-
-def rank_share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """A process's share of a batch; an empty share gets the first sample with weight 0."""
-    part = batch[rank::world]
-    return part if len(part) else batch[:1]
-
 
 # ============================================================================================================
 # Curriculum: from phase 1 to phase 2
@@ -411,7 +276,7 @@ def rank_share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
 def phase_1(
     config: TrainConfig, folder: Path, process: Process, prepared: Prepared, vocabulary: Vocabulary
 ) -> np.ndarray:
-    """The cosines (epochs, n) of phase 1, recorded by this run, by the run of --phase-1, or by a plain run
+    """The scores (epochs, n) of phase 1, recorded by this run, by the run of --phase-1, or by a plain run
     with the same configuration, which is trained here in phase-1/."""
     if (folder / "cosines.npy").exists():
         return read_cosines(folder, prepared)
@@ -423,17 +288,9 @@ def phase_1(
     process.wait()
     if not (first / "cosines.npy").exists():
         log.info("phase 1: plain training that records each sample's cosine")
-        RegressorTrainer(plain, first, process, prepared, vocabulary).fit()
+        trainer_of(plain)(plain, first, process, prepared, vocabulary).fit()
     process.wait()
     return read_cosines(first, prepared)
-
-
-def easiness_of(config: TrainConfig, cosines: np.ndarray) -> np.ndarray:
-    """The easiness (n,) of the cosines (epochs, n), by the run's --epoch-weights."""
-    try:
-        return easiness(cosines, epoch_weights(config))
-    except ValueError as error:
-        raise data.DataError(f"--epoch-weights: {error}; give one weight for each") from error
 
 
 def chunks_of(
@@ -466,6 +323,10 @@ def chunks_of(
 # ============================================================================================================
 
 
+def trainer_of(config: TrainConfig) -> Callable[..., PairsTrainer]:
+    return CaptionerTrainer if config.backbone in CAPTIONERS else RegressorTrainer
+
+
 def train_run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> Path:
     """Train a new run or resume one, evaluate it on the test pairs, and return its folder."""
     started = time.time()
@@ -488,7 +349,7 @@ def train_run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> P
             if config.curriculum == "difficulty":
                 cosines = phase_1(config, folder, process, prepared, vocabulary)
                 chunks = chunks_of(config, folder, process, cosines, prepared)
-            RegressorTrainer(config, folder, process, prepared, vocabulary, chunks).fit()
+            trainer_of(config)(config, folder, process, prepared, vocabulary, chunks).fit()
         except KeyboardInterrupt:
             log.warning("continue with: python train.py --resume %s", folder)
             raise

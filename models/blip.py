@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Namespace, attention
+from models.layers import Namespace, attention, mean_cross_entropy
 from models.search import KeysValues, Step, beam_search, sampled
 
 
@@ -189,6 +189,23 @@ class BLIP(nn.Module):
         """
         x, _ = self._states(ids, self._image_keys_values(self.encode_image(images)), None)
         return self._logits(x)
+
+    def loss(
+        self, images: Tensor, ids: Tensor, n_prompt: int = 1, label_smoothing: float = 0.0,
+        states: Tensor | None = None,
+    ) -> Tensor:
+        """Images and their texts' ids (B, N), [DEC] prompt text [SEP] and padding -> (B,): the mean
+        cross-entropy of each text's tokens, given the image and all tokens before.
+
+        The first `n_prompt` ids, [DEC] among them, and padding are not counted. BLIP takes the mean over all
+        tokens of the batch, with a label_smoothing of 0.1: weight by `(ids != pad).sum(1) - n_prompt` for
+        that. `states`: of `encode_image`, if they exist already.
+        """
+        states = self.encode_image(images) if states is None else states
+        x, _ = self._states(ids[:, :-1], self._image_keys_values(states), None)
+        counted = ids[:, 1:] != self.config.text_pad_token_id
+        counted[:, : n_prompt - 1] = False
+        return mean_cross_entropy(self._logits(x), ids[:, 1:], counted, label_smoothing)
 
     def _image_keys_values(self, states: Tensor) -> list[KeysValues]:
         """Cross-attention keys and values of the images, computed once per image."""

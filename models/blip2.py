@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.blip import VisionLayer
-from models.layers import Namespace, attention
+from models.layers import Namespace, attention, mean_cross_entropy
 from models.search import KeysValues, beam_search
 
 FIRST_POSITION = 2  # the row of OPT's position table for the first token; the two before it are unused
@@ -208,21 +208,23 @@ class BLIP2(nn.Module):
         x, _ = self._states(ids, None, self.language_projection(self.encode_queries(images)))
         return self._logits(x[:, self.config.num_query_tokens :])
 
-    def loss(self, images: Tensor, ids: Tensor, n_prompt: int = 0) -> Tensor:
-        """Images and their texts' ids (B, N), "</s>" prompt text "\\n" and padding -> (B,): the mean negative
-        log-likelihood of each text's tokens.
+    def loss(
+        self, images: Tensor, ids: Tensor, n_prompt: int = 0, label_smoothing: float = 0.0,
+        states: Tensor | None = None,
+    ) -> Tensor:
+        """Images and their texts' ids (B, N), "</s>" prompt text "\\n" and padding -> (B,): the mean
+        cross-entropy of each text's tokens, given the image and all tokens before.
 
         The first `n_prompt` ids and padding are not counted; without a prompt "</s>" is, as in LAVIS. LAVIS
         takes the mean over all tokens of the batch: weight by `(ids != pad).sum(1) - n_prompt` for that.
+        `states`: of `encode_queries`, if they exist already.
         """
-        x, _ = self._states(ids, None, self.language_projection(self.encode_queries(images)))
+        states = self.encode_queries(images) if states is None else states
+        x, _ = self._states(ids, None, self.language_projection(states))
         before = x[:, self.config.num_query_tokens - 1 : -1]  # the last query predicts the first token
-        logits = self._logits(before).flatten(0, 1)                                       # (B · N, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        each = F.cross_entropy(logits, ids.flatten(), reduction="none").view_as(ids)      # (B, N)
         counted = ids != self.config.text_pad_token_id
         counted[:, :n_prompt] = False
-        return (each * counted).sum(dim=1) / counted.sum(dim=1)
+        return mean_cross_entropy(self._logits(before), ids, counted, label_smoothing)
 
     def _states(
         self, ids: Tensor, past: list[KeysValues] | None, queries: Tensor

@@ -36,6 +36,16 @@ def attention(
     return mixed.transpose(1, 2).flatten(2)                                      # (B, N, D)
 
 
+def mean_cross_entropy(
+    logits: Tensor, ids: Tensor, counted: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """The mean cross-entropy of each row's counted tokens: logits (B, N, V), ids (B, N) and counted (B, N)
+    bool -> (B,), in float32 or better."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)     # (B · N, V)
+    each = F.cross_entropy(logits, ids.flatten(), reduction="none", label_smoothing=label_smoothing)
+    return (each.view_as(ids) * counted).sum(dim=1) / counted.sum(dim=1)
+
+
 def run(block: nn.Module, *inputs: Any, recompute: bool) -> Any:
     """block(*inputs). With `recompute` only inputs are stored; the backward pass recomputes the block."""
     return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)

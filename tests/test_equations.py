@@ -38,7 +38,7 @@ def step(few_scenes: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
     heads = {name: p.detach().double().numpy().copy() for name, p in trainer.model.named_parameters()}
     (batch,) = trainer.loader(epoch_batches(len(trainer.train_samples), 8, config.seed, 0)[:1])
     features, target, _, rows = (x.double().numpy() for x in batch)
-    terms = trainer.train_step((8, trainer.on_device(batch, 8)))
+    terms = trainer.train_step((8, trainer.on_device(batch, np.arange(8))))
     gradients = {name: p.grad.double().numpy() for name, p in trainer.model.named_parameters()}
     present = [
         [float(word in prepared.pairs.prompts[int(row)].lower()) for word in vocabulary.words] for row in rows

@@ -55,7 +55,7 @@ ALLOWED = {
     "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
     "training/*.py": TENSORS
     | {"models", "weights", "command", "data", "files", "schema", "backbones", "reverse_sd", "training"}
-    | {"words", "baselines"},
+    | {"words", "baselines", "clipscore"},
     "train.py": COMPOSITION,
     "eval.py": COMPOSITION,
     "tables/*.py": COMPOSITION,

@@ -343,7 +343,7 @@ def test_the_best_epoch_stays_the_best_across_a_resume(
     """Validation gives .5, then `second`; of equal epochs the first is kept."""
     values, step = iter([0.5, second]), train.RegressorTrainer.train_step
     of_all = lambda self, samples: np.full(len(samples), next(values))  # noqa: E731
-    monkeypatch.setattr(train.RegressorTrainer, "cosines_of", of_all)
+    monkeypatch.setattr(train.RegressorTrainer, "scores_of", of_all)
 
     def interrupted(self, *args):
         if self.step == 4:  # the last of the first epoch

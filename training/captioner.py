@@ -1,97 +1,326 @@
-"""BLIP (Li et al., 2022), fine-tuned to write the prompt (sections 4.4 and 4.10)."""
+"""Captioners that learn to write the prompt (section 4.4): BLIP (Li et al., 2022) and BLIP-2 (2023), with a
+vocabulary head and the curriculum, by the loop of train.py.
+
+Paper: the placement of the vocabulary head on a captioner is not stated. Here it is one linear layer on
+states of the image alone, head (1) of figure 3: a state that has read the prompt would give its words away.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import data
 import weights
-from files import atomic_write, write_array, write_json
+from backbones import CAPTIONERS
+from files import atomic_write, write_json
 from models.blip import BLIP, CONFIGS
-from training.cache import Encoder, as_bytes, as_texts, cached_images
-from training.inputs import Images
-from training.loop import Process, Trainer, epoch_batches, learning_rate
+from reverse_sd import Vocabulary, joint_loss, vocabulary_loss
+from schema import TEXT, many, read_value
+from training.config import TrainConfig, read_run
+from training.inputs import Prepared, Samples
+from training.loop import Process
+from training.trainer import PairsTrainer, uses_bf16
 from weights.kinds.blip import load_tokenizer, published
 from weights.preprocessing import from_files
 from weights.sources import read
 
 BLIP_MINI = Path(__file__).resolve().parent.parent / "mini" / "blip-mini"
-UNLABELLED = -100  # label of tokens without loss
-GENERATE_AT_ONCE = 32  # images
+MAX_TOKENS = 77  # of a text, its prompt and end mark included, in training and generation: Stable Diffusion's
 
 
 @dataclass(frozen=True)
-class CaptionerConfig:
-    """Settings of a fine-tuned captioner.
+class Original:
+    """A captioner's training and generation in its authors' code.
 
-    Paper: states only that BLIP was fine-tuned. Epochs and batch are those of section 4.2; learning rate,
-    AdamW, weight decay of all parameters, label smoothing, prompt and beams those of BLIP's fine-tuning on
-    COCO, without its random crops and flips (prompts may name positions) and without decoder dropout (not in
-    the published files).
+    prompt           before each text, not learnt
+    end              the field of the configuration with the end mark's id
+    label_smoothing  of the loss in training
+    frozen           regex of the parameters that do not train; "" = none
+    states           the method from images to the states that the text reads
+    pooled, width    these states -> (B, D) for the vocabulary head, and the field with D
+    generate         the most tokens of a text -> settings of `generate`
     """
 
-    source: str = "blip-base"  # a name, a file or a folder, as for weights.load; "blip-mini"
-    epochs: int = 3
-    batch_size: int = 64
-    lr: float = 1e-5  # peak of the cosine schedule
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.1
-    prompt: str = "a picture of "
-    max_tokens: int = 77  # in training and generation, prompt included: Stable Diffusion's limit
-    num_beams: int = 3
-    min_length: int = 5
-    seed: int = 0
-    checkpoint_every: int = 100  # steps
-    workers: int = 0  # processes that read images
+    prompt: str
+    end: str
+    label_smoothing: float
+    frozen: str
+    states: str
+    pooled: Callable[[Tensor], Tensor]
+    width: str
+    generate: Callable[[int], dict[str, Any]]
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter of the model trains."""
+        return not (self.frozen and re.match(self.frozen, name))
 
 
-CAPTIONERS: dict[str, CaptionerConfig] = {
-    "blip-base": CaptionerConfig(),
-    "blip-large": CaptionerConfig("blip-large", lr=2e-6),
-    "blip-mini": CaptionerConfig("blip-mini", epochs=6, batch_size=32, lr=1e-3),
-}
+ORIGINALS = {
+    # salesforce/BLIP, train_caption.py and models/blip.py. The class state after the last norm is pooled.
+    "blip": Original(
+        "a picture of ", "text_sep_token_id", 0.1, "", "encode_image", lambda states: states[:, 0],
+        "vision_hidden_size", lambda n: {"num_beams": 3, "min_length": 5, "max_length": n},
+    ),
+    # LAVIS, blip2_opt.py and caption_coco_ft.yaml, with the image half frozen as in pretraining. Without its
+    # dropout of .1 in the Q-Former, its cleaning of texts, which removes weights such as (word:1.2), and its
+    # limit of 32 tokens, which cuts the end mark of longer texts: a model so trained never stops.
+    "blip2": Original(
+        "", "text_eos_token_id", 0.0, r"(vision_model|language_model)\.", "encode_queries",
+        lambda states: states.mean(dim=1), "qformer_hidden_size",
+        lambda n: {"num_beams": 5, "min_new_tokens": 1, "max_new_tokens": n - 1},
+    ),
+}  # fmt: skip
 
 
-def caption_tokens(model: BLIP, texts: Sequence[str], prompt: str, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Padded ids (B, N) of [DEC] prompt text [SEP], and labels (B, N): the ids of text and [SEP], UNLABELLED
-    elsewhere. A text that is too long is cut before its [SEP].
+class Captioner(nn.Module):
+    """A BLIP or BLIP-2 in `model`, its frozen parts without gradients, and with `n_words` a vocabulary head,
+    which no caption depends on. `kind`: a name of CAPTIONERS."""
+
+    def __init__(self, kind: str, model: nn.Module, n_words: int = 0):
+        super().__init__()
+        self.kind, self.original, self.model = kind, ORIGINALS[kind], model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.original.trains(name))
+        self.vocabulary = nn.Linear(getattr(model.config, self.original.width), n_words) if n_words else None
+        prompt = model.tokenizer.encode(self.original.prompt, add_special_tokens=False).ids
+        self.n_prompt = 1 + len(prompt) if prompt else 0  # tokens before the text, its first one included
+        places = model.config.text_max_position_embeddings - getattr(model.config, "num_query_tokens", 0)
+        self.max_tokens, self.pad = min(MAX_TOKENS, places), model.config.text_pad_token_id
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images and texts (B, N) -> the mean cross-entropy of each text's tokens (B,), with the original's
+        label smoothing in training mode, and the vocabulary's logits (B, V), or None."""
+        states = getattr(self.model, self.original.states)(images)
+        smoothing = self.original.label_smoothing * self.training
+        losses = self.model.loss(images, ids, self.n_prompt, smoothing, states)
+        return losses, None if self.vocabulary is None else self.vocabulary(self.original.pooled(states))
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Padded ids (B, N): first token, prompt, text, end mark. A text that is too long is cut before its
+        end mark; a line break in it, BLIP-2's end mark, becomes a space."""
+        config, prompt = self.model.config, self.original.prompt
+        lines = [prompt + text.replace("\n", " ") for text in texts]
+        encoded = self.model.tokenizer.encode_batch(lines, add_special_tokens=False)
+        end = getattr(config, self.original.end)
+        rows = [[config.text_bos_token_id, *e.ids[: self.max_tokens - 2], end] for e in encoded]
+        return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], True, self.pad)
+
+    def counts(self, ids: Tensor) -> Tensor:
+        """The number of tokens (B,) of the texts (B, N) that the loss counts."""
+        return (ids != self.pad).sum(dim=1) - self.n_prompt
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of `generate`."""
+        return {"prompt": self.original.prompt} | self.original.generate(self.max_tokens)
+
+    def captions(self, images: Tensor, **changes: Any) -> list[str]:
+        """Captions of images (B, 3, H, W); `changes` of `settings`."""
+        return self.model.generate(images, **self.settings | changes)
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """The probability of each word (B, V) for images (B, 3, H, W); there must be a vocabulary head."""
+        states = getattr(self.model, self.original.states)(images)
+        return self.vocabulary(self.original.pooled(states)).float().sigmoid()
+
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name."""
+        tensors = self.state_dict().items()
+        return {name: x for name, x in tensors if self.original.trains(name.removeprefix("model."))}
+
+
+def load_model(kind: str, source: str, bf16: bool) -> nn.Module:
+    """The captioner of a source; with `bf16` its frozen parts have this type, and the others float32.
+
+    Raises weights.WeightsError as `weights.load`.
     """
-    config, encode = model.config, model.tokenizer.encode_batch
-    before = 1 + len(model.tokenizer.encode(prompt, add_special_tokens=False).ids)
-    lines = [e.ids[: max_tokens - 2] for e in encode([prompt + t for t in texts], add_special_tokens=False)]
-    ids = torch.full((len(lines), 2 + max(map(len, lines))), config.text_pad_token_id)
-    labels = torch.full_like(ids, UNLABELLED)
-    for row, label, line in zip(ids, labels, lines, strict=True):
-        whole = torch.tensor([config.text_bos_token_id, *line, config.text_sep_token_id])
-        row[: len(whole)] = whole
-        label[before : len(whole)] = whole[before:]
-    return ids, labels
+    dtype = torch.bfloat16 if bf16 and ORIGINALS[kind].frozen else torch.float32
+    return weights.load(kind, source, dtype=dtype)
 
 
-def caption_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """BLIP's language modelling loss: the mean cross-entropy of each labelled token given the image and all
-    tokens before it. logits (B, N, V), labels (B, N). Source: Li et al. 2022, section 3.2.
+# ============================================================================================================
+# Training
+# ============================================================================================================
+
+
+class CaptionSamples(Samples):
+    """Rows as tensors: image, tokens of the prompt, vocabulary targets, row number. `counts` (n,): tokens
+    that the loss counts."""
+
+    def __init__(self, prepared: Prepared, rows: np.ndarray, vocabulary: Vocabulary, captioner: Captioner):
+        super().__init__(prepared, rows, vocabulary)
+        ids = captioner.tokens([prepared.pairs.prompts[i] for i in rows])
+        self.ids, self.counts = ids.int(), captioner.counts(ids).numpy()
+
+    def __getitem__(self, i: int) -> tuple[Tensor | int, ...]:
+        row, (images,) = int(self.rows[i]), self.prepared.inputs
+        words = self.vocabulary.targets([self.prepared.pairs.prompts[row]])[0]
+        return torch.from_numpy(images[row]), self.ids[i], words, row
+
+
+class CaptionerTrainer(PairsTrainer):
+    """Trains a captioner to write the prompt: L = L_caption + lambda L_mlc.
+
+    L_caption is the mean over all counted tokens of a batch, as in the originals. The score of a sample, of
+    which the mean on validation selects the best weights, and which phase 1 records, is the mean token
+    likelihood of its true prompt, exp(-mean negative log-likelihood). Paper: phase 1 records the cosine of
+    predicted and true embedding, which takes a caption: --difficulty-by caption.
+
+    `chunks` as in PairsTrainer; `model`: in place of the one that config.weights names.
     """
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1),
-        labels[:, 1:].flatten(),
-        ignore_index=UNLABELLED,
-        label_smoothing=smoothing,
-    )
+
+    score = "likelihood"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        process: Process,
+        prepared: Prepared,
+        vocabulary: Vocabulary,
+        chunks: list[np.ndarray] | None = None,
+        model: nn.Module | None = None,
+    ):
+        if model is None:
+            model = load_model(config.backbone, config.weights, uses_bf16(config, process.device))
+        torch.manual_seed(config.seed)
+        captioner = Captioner(config.backbone, model, len(vocabulary) if config.heads else 0)
+        captioner.to(process.device)
+        self.prepared = prepared
+        train, val = (
+            CaptionSamples(prepared, prepared.splits[split], vocabulary, captioner)
+            for split in ("train", "val")
+        )
+        trained = {name: p for name, p in captioner.named_parameters() if p.requires_grad}
+        super().__init__(config, folder, process, prepared, captioner, {1.0: trained}, (train, val), chunks)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.model.trained()
+
+    def on_device(self, batch: list[Tensor], whole: np.ndarray) -> list[Tensor]:
+        """Images, tokens, words, each sample's weight in the head's loss, and in the caption's: its number of
+        tokens over the mean of the whole batch."""
+        images, ids, words, rows = batch
+        share = self.model.counts(ids) / float(self.train_samples.counts[whole].mean())
+        *tensors, weight = super().on_device([images, trimmed(ids, self.model.pad), words, rows], whole)
+        return [*tensors, weight, weight * share.to(weight)]
+
+    def loss(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The terms of the loss, each summed over the samples, times their weights."""
+        images, ids, words, weight, share = batch
+        with self.autocast():
+            caption, logits = self.parallel(images, ids)
+        caption, vocabulary = caption * share, torch.zeros_like(caption)
+        if logits is not None:
+            vocabulary = vocabulary_loss(logits.float(), words) * weight  # (2), (3)
+        joint = joint_loss(caption, vocabulary, self.config.mlc_weight)  # (4)
+        return {"caption_loss": caption.sum(), "vocabulary_loss": vocabulary.sum(), "loss": joint.sum()}
+
+    def scores_of(self, samples: Samples) -> np.ndarray:
+        """The mean token likelihood of each sample's true prompt."""
+
+        def likelihood(batch: list[Tensor]) -> Tensor:
+            images, ids, *_ = batch
+            with self.autocast():
+                losses, _ = self.model(*self.sent(images, trimmed(ids, self.model.pad)))
+            return torch.exp(-losses)
+
+        return self.gathered(samples, likelihood)
+
+    def recorded_scores(self) -> np.ndarray:
+        if self.config.difficulty_by == "likelihood":
+            return super().recorded_scores()
+
+        def cosine(batch: list[Tensor]) -> Tensor:
+            images, *_, rows = batch
+            written = self.model.captions(*self.sent(images), num_beams=1)
+            targets = torch.from_numpy(self.prepared.targets[rows.numpy()])
+            return F.cosine_similarity(*self.sent(self.minilm.encode(written), targets))
+
+        return self.gathered(self.train_samples, cosine)
+
+    @functools.cached_property
+    def minilm(self) -> nn.Module:
+        return weights.load("minilm", device=self.process.device)
+
+    def sent(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self.process.device) for tensor in tensors]
+
+
+def trimmed(ids: Tensor, pad: int) -> Tensor:
+    """The ids (B, N) without the columns of padding at the end."""
+    return ids[:, : int((ids != pad).sum(dim=1).max())].long()
+
+
+# ============================================================================================================
+# A trained captioner
+# ============================================================================================================
+
+
+@dataclass
+class CaptionerRun:
+    """A loaded run: the captioner with the weights that were best on validation, in eval mode on `device`."""
+
+    folder: Path
+    config: dict[str, Any]
+    captioner: Captioner
+    vocabulary: Vocabulary
+    preprocessing: data.Preprocessing
+    device: str
+
+    def captions(self, images: Tensor) -> list[str]:
+        """Captions of images (B, 3, H, W), by `preprocessing`."""
+        return self.captioner.captions(images.to(self.device))
+
+    def probabilities(self, images: Tensor) -> np.ndarray | None:
+        """The probability of each word (B, V); None without a vocabulary head."""
+        if self.captioner.vocabulary is None:
+            return None
+        return self.captioner.probabilities(images.to(self.device)).cpu().numpy()
+
+
+def open_captioner_run(folder: str | Path, device: str = "cpu") -> CaptionerRun:
+    """A captioner's run that train.py wrote.
+
+    Raises weights.WeightsError, in one line, if the folder is not one, and if the source of the weights has
+    other sizes than when the run was trained.
+    """
+    folder = Path(folder)
+    config = read_run(folder)
+    kind, source = config["backbone"], config["weights"]
+    if kind not in CAPTIONERS:
+        raise weights.WeightsError(f"{folder}: not a captioner's run, its --backbone is {kind}; give another")
+    if dataclasses.asdict(weights.config(kind, source)) != config["model"]:
+        raise weights.WeightsError(
+            f"{folder}: {source} had other sizes when this run was trained; train it again"
+        )
+    vocabulary = Vocabulary(read_value(folder / "vocabulary.json", many(TEXT)))
+    bf16 = device.startswith("cuda") and config["precision"] != "float32"
+    captioner = Captioner(kind, load_model(kind, source, bf16), len(vocabulary) if config["heads"] else 0)
+    path = folder / "model.safetensors"
+    whole, trained = captioner.state_dict(), captioner.trained()
+    frozen = {name: value for name, value in whole.items() if name not in trained}
+    weights.load_strict(captioner, frozen | weights.read_tensors(path), source=str(path), copy=False)
+    preprocessing = data.Preprocessing(**config["preprocessing"])
+    return CaptionerRun(folder, config, captioner.to(device).eval(), vocabulary, preprocessing, device)
+
+
+# ============================================================================================================
+# Published folders
+# ============================================================================================================
 
 
 def new_captioner(seed: int) -> tuple[BLIP, data.Preprocessing]:
@@ -104,7 +333,7 @@ def new_captioner(seed: int) -> tuple[BLIP, data.Preprocessing]:
 
 
 def open_captioner(source: str, device: str = "cpu") -> tuple[BLIP, data.Preprocessing, Path]:
-    """The captioner, its preprocessing, and the folder of its tokenizer.
+    """A BLIP, its preprocessing, and the folder of its tokenizer.
 
     Raises weights.WeightsError as `weights.load`.
     """
@@ -123,143 +352,3 @@ def write_captioner(model: BLIP, folder: Path, beside: Path, dtype: torch.dtype 
     for name in ("vocab.txt", "tokenizer.json", "preprocessor_config.json", "processor_config.json"):
         if (beside / name).is_file() and beside != folder:
             atomic_write(folder / name, (beside / name).read_bytes())
-
-
-class CaptionerTrainer(Trainer):
-    """Trains `model` in place to write the prompts of the rows in `splits["train"]`, on one process; bf16 on
-    CUDA.
-
-    `folder` holds last/, used to resume, and log.jsonl. `fit` raises data.DataError if `folder` belongs to
-    another configuration or other pairs, and if the loss is not finite.
-    """
-
-    label = "captioner"
-
-    def __init__(
-        self,
-        model: BLIP,
-        preprocessing: data.Preprocessing,
-        config: CaptionerConfig,
-        pairs: data.Pairs,
-        splits: Mapping[str, np.ndarray],
-        folder: Path,
-        device: str = "cpu",
-    ):
-        settings = dataclasses.asdict(config)
-        del settings["workers"], settings["checkpoint_every"]  # they do not affect the result
-        prompts = [pairs.prompts[i] for i in splits["train"]]
-        identity = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()
-        optimizer = torch.optim.AdamW(
-            model.to(device).parameters(),
-            lr=config.lr,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=config.weight_decay,
-        )
-        names = [name for name, _ in model.named_parameters()]
-        super().__init__(folder, model, optimizer, names, identity, Process(device=device))
-        self.preprocessing, self.config, self.pairs, self.splits = preprocessing, config, pairs, splits
-        self.steps_per_epoch = math.ceil(len(splits["train"]) / config.batch_size)
-        self.total = self.steps_per_epoch * config.epochs
-        self.checkpoint_every = config.checkpoint_every
-
-    def batches(self, epoch: int, first: int) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
-        rows, config = self.splits["train"], self.config
-        order = epoch_batches(len(rows), config.batch_size, config.seed, epoch)[first:]
-        for batch in self.tensors([rows[chosen] for chosen in order]):
-            yield len(batch[0]), batch
-
-    def tensors(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Images, token ids and labels for each batch of rows."""
-        config, device = self.config, self.process.device
-        max_tokens = min(config.max_tokens, self.model.config.text_max_position_embeddings)
-        loader = DataLoader(
-            Images(self.pairs, self.preprocessing),
-            batch_sampler=batches,
-            num_workers=config.workers,
-            generator=torch.Generator(),
-        )
-        for rows, images in zip(batches, loader, strict=True):
-            texts = [self.pairs.prompts[i] for i in rows]
-            ids, labels = caption_tokens(self.model, texts, config.prompt, max_tokens)
-            yield images.to(device), ids.to(device), labels.to(device)
-
-    def rate(self) -> float:
-        return learning_rate(self.config.lr, self.step, self.total)
-
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-        images, ids, labels = batch
-        device = self.process.device.split(":")[0]
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            logits = self.model(images, ids)
-        return {"loss": caption_loss(logits.float(), labels, self.config.label_smoothing)}
-
-    def fit(self) -> None:
-        super().fit()
-        self.model.eval()
-
-    @torch.no_grad()
-    def validate(self, epoch: int) -> dict[str, float]:
-        """The mean validation loss, logged only."""
-        rows = self.splits["val"]
-        batches = np.array_split(rows, math.ceil(len(rows) / self.config.batch_size))
-        losses = [self.loss(batch)["loss"].item() for batch in self.tensors(batches)]
-        return {"val_loss": float(np.mean(losses))}
-
-
-def written_prompts(
-    model: BLIP,
-    preprocessing: data.Preprocessing,
-    config: CaptionerConfig,
-    pairs: data.Pairs,
-    device: str = "cpu",
-) -> list[str]:
-    """The captioner's text for each image; "" if unreadable. Cached and resumable."""
-    max_length = min(config.max_tokens, model.config.text_max_position_embeddings)
-    settings = {
-        "prompt": config.prompt,
-        "num_beams": config.num_beams,
-        "min_length": config.min_length,
-        "max_length": max_length,
-    }
-    digest = hashlib.sha256(model.tokenizer.to_str().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-
-    def write(images: Tensor) -> list[str]:
-        return model.generate(images.to(device), **settings)
-
-    key = {"model": digest.hexdigest(), "generate": settings}
-    encoder = as_bytes(Encoder("made-captions", key, (), None, GENERATE_AT_ONCE, write))
-    return as_texts(cached_images(weights.cache_dir(), pairs, preprocessing, encoder, config.workers)[0])
-
-
-def blip_regressor(
-    folder: Path,
-    config: CaptionerConfig,
-    pairs: data.Pairs,
-    splits: Mapping[str, np.ndarray],
-    device: str = "cpu",
-    predict: Sequence[str] = ("val", "test"),
-) -> dict[str, np.ndarray]:
-    """Unit rows (n, 384) float32 of each split: BLIP as a regressor (table 11). It is fine-tuned on the
-    training pairs and writes a prompt for each image, whose sentence embedding is the prediction.
-
-    `splits` holds rows of `pairs`: "train", "val" and those to `predict`. `folder` then holds config.json,
-    log.jsonl, blip/ (the captioner in the published format, usable by `train.py --captions`),
-    predictions/<split>.npy and predictions/prompts.json. A stopped call resumes. Raises data.DataError and
-    weights.WeightsError, in one line.
-    """
-    model, preprocessing, beside = open_captioner(config.source, device)
-    CaptionerTrainer(model, preprocessing, config, pairs, splits, folder, device).fit()
-    write_json(folder / "config.json", dataclasses.asdict(config))
-    write_captioner(model, folder / "blip", beside)
-    minilm = weights.load("minilm", device=device)
-    predictions, prompts = {}, {}
-    for split in predict:
-        chosen = pairs.subset(splits[split])
-        prompts[split] = written_prompts(model, preprocessing, config, chosen, device)
-        predictions[split] = minilm.encode(prompts[split], progress=tqdm).numpy()
-        write_array(folder / "predictions" / f"{split}.npy", predictions[split])
-    write_json(folder / "predictions" / "prompts.json", prompts)
-    return predictions

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import data
-from backbones import BACKBONES
+from backbones import CAPTIONERS, READERS
 from command import Parser, text
 from command import number as number_of
 from schema import FLAG, NULL, OBJECT, TEXT, Rule, checked, many, number, one_of, read_json, record
@@ -27,7 +27,7 @@ RENAMED = {
     "difficulty_weights": "epoch_weights",
 }
 # Fields that older config.json files lack.
-ADDED = {"unet_features", "head_start", "head_lr", "order", "recipe", "target_texts"}
+ADDED = {"unet_features", "head_start", "head_lr", "order", "recipe", "target_texts", "difficulty_by"}
 GROUPS = {
     "data": "image-prompt pairs, their cleaning and splits",
     "model": "backbone, weights and heads",
@@ -80,7 +80,7 @@ class TrainConfig:
     # -- model
     backbone: str = option(
         "model", "unet", "image encoder: unet = white box (the diffusion model's encoder); vit, swin, clip "
-        "= black boxes", tuple(BACKBONES)
+        "= black boxes; or a captioner, which is trained to write the prompt: blip, blip2", tuple(READERS)
     )
     weights: str | None = option(
         "model", None, "pretrained weights: a name of `python -m weights list`, a file or a folder "
@@ -104,7 +104,10 @@ class TrainConfig:
         "model", None, "train only the last N blocks of the backbone; 0 = train only the heads, on cached "
         "features (default: all)", least=0, most=10**6
     )
-    heads: int = option("model", 3, "placement of the vocabulary head in figure 3; 0 = none", (0, 1, 2, 3))
+    heads: int | None = option(
+        "model", None, "placement of the vocabulary head in figure 3; 0 = none; a captioner's is 0 or 1, a "
+        "linear layer on states of the image alone (default: 3; captioners: 1)", (0, 1, 2, 3)
+    )
     words: int = option("model", 1000, "vocabulary size m", least=1, most=10**6)
     head_start: str | None = option(
         "model", None, "initial embedding head: random (paper), or ridge = ridge regression on the "
@@ -135,6 +138,11 @@ class TrainConfig:
     record_cosines: bool = option(
         "curriculum", False, "record each training sample's cosine after every epoch, as phase 1 of the "
         "curriculum does"
+    )
+    difficulty_by: str = option(
+        "curriculum", "likelihood", "captioners: the score of a training sample in phase 1: likelihood = the "
+        "true prompt's mean token likelihood; caption = the cosine of the sentence embeddings of the prompt "
+        "and of a greedy caption, the paper's words", ("likelihood", "caption")
     )
     phase_1: str | None = option(
         "curriculum", None, "skip phase 1 and reuse the cosines of this run (same pairs and split, trained "
@@ -173,12 +181,13 @@ class TrainConfig:
         "optimisation", 1, "gradient accumulation: micro-batches per step and process", least=1,
         most=10**6
     )
-    optimizer: str = option(
-        "optimisation", "adam", "adam (paper) or adamw (authors' code)", ("adam", "adamw")
+    optimizer: str | None = option(
+        "optimisation", None, "adam (paper) or adamw (authors' code) (default: adam; captioners: adamw)",
+        ("adam", "adamw")
     )
     lr: float | None = option(
         "optimisation", None, "peak learning rate of the cosine schedule (default: 1e-3 for miniatures, "
-        "else 1e-4, the paper's)", above=0, most=1e3
+        "else 1e-4, the paper's; captioners 1e-5, blip-large 2e-6, their authors')", above=0, most=1e3
     )
     head_lr: float | None = option(
         "optimisation", None, "peak learning rate of the embedding head (default: 5e-5 for miniatures, "
@@ -189,8 +198,9 @@ class TrainConfig:
         "optimisation", None, "factor between the learning rates of neighbouring blocks, falling towards the "
         "input; 1 = one rate for all (default: 1; miniatures: as in the sweep)", above=0, most=1
     )
-    weight_decay: float = option(
-        "optimisation", 0.0, "weight decay of adamw, or L2 penalty of adam", least=0, most=1e3
+    weight_decay: float | None = option(
+        "optimisation", None, "weight decay of adamw, or L2 penalty of adam (default: 0; captioners: 0.05)",
+        least=0, most=1e3
     )
     clip_norm: float = option("optimisation", 1.0, "gradient clipping norm; 0 = no clipping", least=0)
     mlc_weight: float = option("optimisation", 0.1, "lambda of equation (4)", least=0, most=1e6)
@@ -273,7 +283,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 # Paper: three epochs of batches of 64 (section 4.2). 1e-4 with cosine decay is the authors' code's.
 PAPER_DEFAULTS = {
-    "epochs": 3, "batch_size": 64, "lr": 1e-4, "head_start": "random",
+    "epochs": 3, "batch_size": 64, "lr": 1e-4, "head_start": "random", "heads": 3, "optimizer": "adam",
+    "weight_decay": 0.0,
     "image_size": 256, "captions": "blip-base", "unet_features": "middle", "layer_decay": 1.0,
 }  # fmt: skip
 # Chosen on validation: results/table-sweep.json. clip-mini's are not chosen yet.
@@ -289,6 +300,37 @@ PAPER_RECIPE |= {"head_lr": None, "layer_decay": 1.0}
 SOURCE_DEFAULTS = {source: MINI_DEFAULTS | chosen for source, chosen in CHOSEN.items()}
 SOURCE_DEFAULTS["sd-mini"] |= SD_MINI_DEFAULTS  # also of a folder of this name
 WHITE_BOX = ("image_size", "captions", "unet_features")  # options of the U-Net alone
+# Paper: only that BLIP and BLIP-2 are fine-tuned. Optimizer, weight decay (of all parameters) and rates are
+# those of their fine-tuning on COCO (salesforce/BLIP and LAVIS), without its random crops and flips, since
+# prompts may name positions, and without dropout.
+CAPTIONER_DEFAULTS = {"heads": 1, "optimizer": "adamw", "weight_decay": 0.05, "lr": 1e-5}
+CAPTIONER_SOURCES = {"blip-large": {"lr": 2e-6}}
+MINI_CAPTIONER = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
+# Fields of a regressor alone, and their values in a captioner's run
+REGRESSORS = {
+    "random_start": False, "train_blocks": None, "head_start": "random", "head_lr": None, "layer_decay": 1.0,
+    "target_texts": None, "captions": None, "activation_checkpointing": False,
+}  # fmt: skip
+
+
+def defaults_of(config: TrainConfig, source: str) -> dict[str, Any]:
+    """The defaults of the unset fields for the weights `source`."""
+    backbone, name = READERS[config.backbone], Path(source).name
+    mini = name.endswith("-mini")
+    if config.backbone in CAPTIONERS:
+        own = CAPTIONER_SOURCES.get(name, MINI_CAPTIONER if mini else {})
+        defaults = PAPER_DEFAULTS | CAPTIONER_DEFAULTS | own
+    else:
+        defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(name, MINI_DEFAULTS if mini else {})
+    if config.recipe == "paper":
+        defaults |= PAPER_RECIPE
+    if config.backbone in CAPTIONERS:
+        defaults |= REGRESSORS
+    if not backbone.white_box:
+        defaults = {k: v for k, v in defaults.items() if k not in WHITE_BOX}
+    if config.curriculum == "lerac":  # it sets the rates of all layers
+        defaults |= {"head_lr": None, "layer_decay": 1.0}
+    return defaults
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -296,21 +338,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
     Raises data.DataError for flags that conflict.
     """
-    backbone = BACKBONES[config.backbone]
+    backbone = READERS[config.backbone]
     source = config.weights or backbone.mini
     if not backbone.white_box:
         if config.image_size:
             raise data.DataError("--image-size: the weights of a black box set the size; leave it out")
         if config.unet_features:
             raise data.DataError("--unet-features: only --backbone unet has it; leave it out")
-    name = Path(source).name
-    defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(name, MINI_DEFAULTS if name.endswith("-mini") else {})
-    if config.recipe == "paper":
-        defaults |= PAPER_RECIPE
-    if not backbone.white_box:
-        defaults = {k: v for k, v in defaults.items() if k not in WHITE_BOX}
-    if config.curriculum == "lerac":  # it sets the rates of all layers
-        defaults |= {"head_lr": None, "layer_decay": 1.0}
+    defaults = defaults_of(config, source)
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, weights=source, **unset)
     for message, occurs in conflicts(config).items():
@@ -322,6 +357,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def conflicts(c: TrainConfig) -> dict[str, Any]:
     """Whether each conflict between flags of a resolved configuration occurs, by its message."""
     weights, lerac, compared = epoch_weights(c) or [], c.curriculum == "lerac", f"--curriculum {c.curriculum}"
+    captioner = c.backbone in CAPTIONERS
+    foreign = [name for name, value in REGRESSORS.items() if captioner and getattr(c, name) != value]
     recorded = c.phase_1 and (Path(c.phase_1) / "cosines.npy").is_file()
     # fmt: off
     return {
@@ -343,6 +380,12 @@ def conflicts(c: TrainConfig) -> dict[str, Any]:
             c.random_start and c.train_blocks is not None,
         f"--image-size {c.image_size}: must be a multiple of 8, the latents' grid":
             c.image_size and c.image_size % 8,
+        f"{', '.join(map(flag_of, foreign))}: not for --backbone {c.backbone}; leave it out": foreign,
+        f"--heads {c.heads}: a captioner has no embedding head; give 0 or 1": captioner and c.heads > 1,
+        f"{compared}: not for captioners; give none or difficulty":
+            captioner and c.curriculum in ("lerac", "cbs"),
+        "--difficulty-by caption: only captioners have it; leave it out":
+            c.difficulty_by == "caption" and not captioner,
     }
     # fmt: on
 

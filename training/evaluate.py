@@ -1,16 +1,21 @@
-"""Evaluation of a run: predictions of every split, the test cosine beside its baseline, pictures."""
+"""Evaluation of a run: predictions of its splits, the test cosine beside its baseline, pictures."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from backbones import CAPTIONERS
 from files import write_array, write_json
 from reverse_sd import EMBEDDING_WIDTH, Run, load_run, predict
 from training.calibration import fit_calibration, write_calibration
+from training.captions import caption_predictions
+from training.config import read_run
 from training.inputs import Prepared, Samples, evaluation_batches, sample_readers
 from training.loop import Process
 from training.metrics import average_precision, bootstrap_interval, cosines
@@ -18,39 +23,47 @@ from training.pictures import examples_picture
 
 
 def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float = 0.0) -> dict | None:
-    """The content of a run's result.json, from predictions of every split; None but in the first process.
+    """The content of a run's result.json, from its predictions; None but in the first process.
 
     All processes predict. The first one writes result.json, predictions/*.npy (the unit-length predicted
-    embeddings of each split and their targets, in the order of predictions/rows.json), the calibration
-    (calibration.json and .npy) and examples.png, and prints a summary.
+    embeddings of each split and their targets, in the order of predictions/rows.json) and examples.png, and
+    prints a summary. Of a regressor it also writes the calibration (calibration.json and .npy). A captioner's
+    predictions are the sentence embeddings of its captions, of validation and test; captions.jsonl holds
+    these and their scores, and blip/ the BLIP in the published format.
 
     `seconds`: time spent before this call, added to this call's own in `seconds` of the result.
     """
     started = time.time()
-    run = load_run(folder, process.device)
-    workers = sample_readers(run.config.get("workers"), prepared, process.device)
-    predictions, probabilities, rows_by_split = {}, None, {}
-    for split, rows in prepared.splits.items():
-        samples = Samples(prepared, rows, run.vocabulary)
-        predictions[split], words = shared_predictions(run, samples, process, workers, split == "test")
-        probabilities = words if split == "test" else probabilities
+    config = read_run(folder)
+    read = caption_predictions if config["backbone"] in CAPTIONERS else regressor_predictions
+    predictions, report = read(folder, prepared, process)
     if not process.first:
         return None
+    rows_by_split = {}
     for split, rows in prepared.splits.items():
-        write_array(folder / "predictions" / f"{split}.npy", predictions[split])
+        if split in predictions:
+            write_array(folder / "predictions" / f"{split}.npy", predictions[split])
         write_array(folder / "predictions" / f"{split}-targets.npy", prepared.targets[rows])
         rows_by_split[split] = [
             {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
         ]
     write_json(folder / "predictions" / "rows.json", rows_by_split)
+    result = cosine_result(prepared, predictions) | {"seed": config["seed"]} | report()
+    result["seconds"] = round(seconds + time.time() - started, 1)
+    write_json(folder / "result.json", result)
+    print(summary(folder, result))
+    return result
 
+
+def cosine_result(prepared: Prepared, predictions: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The test cosine with its interval, beside the baseline of one vector for every image."""
     test = prepared.splits["test"]
     targets = prepared.targets[test]
     mean_embedding = prepared.targets[prepared.splits["train"]].astype(np.float64).mean(axis=0)
     test_cosines = cosines(predictions["test"], targets)
     baseline = cosines(mean_embedding, targets)
     low, high = bootstrap_interval(test_cosines)
-    result = {
+    return {
         "test_cosine": float(test_cosines.mean()),
         "test_cosine_95": [low, high],
         "mean_embedding_cosine": float(baseline.mean()),
@@ -59,19 +72,34 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
         "n_train": len(prepared.splits["train"]),
         "n_val": len(prepared.splits["val"]),
         "n_test": len(test),
-        "seed": run.config["seed"],
     }
-    if probabilities is not None:
-        truth = run.vocabulary.targets([prepared.pairs.prompts[i] for i in test]).numpy() > 0
-        result["vocabulary_map"] = average_precision(probabilities, truth)
-    result["seconds"] = round(seconds + time.time() - started, 1)
-    prompts = {split: [row["prompt"] for row in rows] for split, rows in rows_by_split.items()}
-    by_split = {split: prepared.targets[rows] for split, rows in prepared.splits.items()}
-    write_calibration(folder, fit_calibration(predictions, by_split, prompts, run.vocabulary.targets))
-    write_json(folder / "result.json", result)
-    examples_picture(folder / "examples.png", run, prepared, predictions["test"], probabilities)
-    print(summary(folder, result))
-    return result
+
+
+def regressor_predictions(
+    folder: Path, prepared: Prepared, process: Process
+) -> tuple[dict[str, np.ndarray], Callable[[], dict]]:
+    """The predicted embeddings (n, 384) of each split, unit rows, and a function that writes the calibration
+    and examples.png and returns further fields of result.json."""
+    run = load_run(folder, process.device)
+    workers = sample_readers(run.config.get("workers"), prepared, process.device)
+    predictions, probabilities = {}, None
+    for split, rows in prepared.splits.items():
+        samples = Samples(prepared, rows, run.vocabulary)
+        predictions[split], words = shared_predictions(run, samples, process, workers, split == "test")
+        probabilities = words if split == "test" else probabilities
+
+    def report() -> dict[str, Any]:
+        by_split = prepared.splits.items()
+        prompts = {split: [prepared.pairs.prompts[i] for i in rows] for split, rows in by_split}
+        targets = {split: prepared.targets[rows] for split, rows in by_split}
+        write_calibration(folder, fit_calibration(predictions, targets, prompts, run.vocabulary.targets))
+        examples_picture(folder / "examples.png", run, prepared, predictions["test"], probabilities)
+        if probabilities is None:
+            return {}
+        truth = run.vocabulary.targets(prompts["test"]).numpy() > 0
+        return {"vocabulary_map": average_precision(probabilities, truth)}
+
+    return predictions, report
 
 
 def shared_predictions(
@@ -98,12 +126,16 @@ def shared_predictions(
 
 def summary(folder: Path, result: dict) -> str:
     low, high = result["test_cosine_95"]
-    return (
-        f"{folder}\n"
+    lines = [
+        f"{folder}",
         f"  test cosine            {result['test_cosine']:.4f}   95 % interval {low:.4f} to {high:.4f}, "
-        f"{result['n_test']:,} pairs\n"
-        f"  mean-embedding cosine  {result['mean_embedding_cosine']:.4f}   one vector for every image\n"
-        f"  error left             {result['error_ratio']:.1%}   (1 - test cosine) / (1 - the line above)\n"
-        f"  seconds                {result['seconds']:.0f}\n"
-        f"  written                result.json, predictions/, examples.png"
-    )
+        f"{result['n_test']:,} pairs",
+        f"  mean-embedding cosine  {result['mean_embedding_cosine']:.4f}   one vector for every image",
+        f"  error left             {result['error_ratio']:.1%}   (1 - test cosine) / (1 - the line above)",
+    ]
+    for name, value in result.get("scores", {}).items():
+        low, high = result["scores_95"][name]
+        lines.append(f"  {name:<22} {value:.4f}   95 % interval {low:.4f} to {high:.4f}, {result['scorer']}")
+    lines.append(f"  seconds                {result['seconds']:.0f}")
+    lines.append("  written                result.json, predictions/, examples.png")
+    return "\n".join(lines)

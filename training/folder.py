@@ -11,7 +11,7 @@ import numpy as np
 
 import data
 import weights
-from backbones import BACKBONES
+from backbones import READERS
 from files import write_array, write_json
 from reverse_sd import Vocabulary
 from schema import TEXT, number, read_json
@@ -66,7 +66,7 @@ def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary:
     """Write a new run's description into its folder, config.json last."""
     write_json(folder / "vocabulary.json", vocabulary.words)
     derived = {
-        "model": weights.config(BACKBONES[config.backbone].kind, config.weights),
+        "model": weights.config(READERS[config.backbone].kind, config.weights),
         "preprocessing": prepared.preprocessing,
     }
     content = dataclasses.asdict(config) | {k: dataclasses.asdict(value) for k, value in derived.items()}

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import data
 import weights
-from backbones import BACKBONES, SDReader, as_backbone, captioner_of
+from backbones import READERS, SDReader, as_backbone, captioner_of
 from files import exclusive, records
 from reverse_sd import EMBEDDING_WIDTH, Vocabulary
 from schema import TEXT, checked, many
@@ -85,7 +85,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     weights.cache_dir() and do not depend on the heads or the seed. Pairs with an unreadable image are in no
     split.
     """
-    backbone = BACKBONES[config.backbone]
+    backbone = READERS[config.backbone]
     # Read first: missing weights then stop the run before slow work. The encoders are loaded only if their
     # cache lacks rows.
     cache = cache_folder()
@@ -155,7 +155,7 @@ def pairs_folder(name: str) -> Path:
 
 def preprocessing_of(config: TrainConfig) -> data.Preprocessing:
     """The run's image preprocessing; for a black box that of its checkpoint."""
-    backbone = BACKBONES[config.backbone]
+    backbone = READERS[config.backbone]
     if backbone.white_box:
         return data.Preprocessing.square(config.image_size)
     return data.Preprocessing(**weights.preprocessing(backbone.kind, config.weights))
@@ -298,7 +298,7 @@ def features_encoder(
     config: TrainConfig, device: str, key: dict, inputs_of: Callable[[Any], Sequence[Tensor]]
 ) -> Encoder:
     """The encoder of a frozen backbone's features; `inputs_of` maps a batch to the backbone's inputs."""
-    kind, source = BACKBONES[config.backbone].kind, config.weights
+    kind, source = READERS[config.backbone].kind, config.weights
     backbone = functools.cache(lambda: load_backbone(config).to(device).eval())
 
     @torch.no_grad()
@@ -342,7 +342,7 @@ def encoder_autocast(config: TrainConfig, device: str) -> str:
     float32: captions, of which 23 % would change; a frozen U-Net's features, which would differ by up to
     16 %, and its inputs; and the targets.
     """
-    frozen_unet = BACKBONES[config.backbone].white_box and config.train_blocks == 0
+    frozen_unet = READERS[config.backbone].white_box and config.train_blocks == 0
     return "cuda" if device.startswith("cuda") and config.precision != "float32" and not frozen_unet else ""
 
 
@@ -362,7 +362,7 @@ def image_inputs(
 
 def load_backbone(config: TrainConfig) -> nn.Module:
     """The backbone, pretrained unless --random-start: inputs -> features (B, width)."""
-    kind = BACKBONES[config.backbone].kind
+    kind = READERS[config.backbone].kind
     if config.random_start:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

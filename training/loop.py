@@ -232,9 +232,13 @@ class Trainer(ABC):
         """Values to log at the end of an epoch."""
         return {}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's tensors that are saved."""
+        return self.model.state_dict()
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """State for resuming: (JSON, tensors)."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in self.tensors().items()}
         tensors |= optimizer_tensors(self.optimizer, self.names) | {"rng.cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -243,7 +247,9 @@ class Trainer(ABC):
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         # Copied in place, because the optimizer holds the parameters.
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        self.model.load_state_dict(own)
+        if missing := self.tensors().keys() - own.keys():
+            raise KeyError(", ".join(sorted(missing)))
+        self.model.load_state_dict(self.model.state_dict() | own)
         load_optimizer(self.optimizer, self.names, tensors)
         if "rng.cpu" in tensors:
             torch.set_rng_state(tensors["rng.cpu"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,17 +18,42 @@ from training.inputs import Prepared
 CHUNKS = ("easy", "medium", "hard")
 
 
+class Line(NamedTuple):
+    """Text beside a picture."""
+
+    label: str
+    text: str
+    colour: str = "black"
+
+
 def examples_picture(
     path: Path,
     run: Run,
     prepared: Prepared,
     embedding: np.ndarray,
     probabilities: np.ndarray | None,
-    n: int = 8,
 ) -> None:
-    """A row for each of `n` test images: the true prompt, the nearest training prompts, the likely words."""
+    """Test images with the true prompt, the nearest training prompts, the likely words."""
     test, train_rows = prepared.splits["test"], prepared.splits["train"]
     train_targets = np.asarray(prepared.targets[train_rows])
+
+    def lines(i: int) -> list[Line]:
+        cosine = float(embedding[i] @ prepared.targets[test[i]])
+        found = [Line("true prompt", prepared.pairs.prompts[test[i]])]
+        found.append(Line("", f"cosine {cosine:.3f}", "#777777"))
+        for rank, (j, similarity) in enumerate(nearest(embedding[i], train_targets, 3)):
+            text = f"{prepared.pairs.prompts[train_rows[j]]}  ({similarity:.2f})"
+            found.append(Line(f"nearest {rank + 1}", text, "#1b4f8a"))
+        if probabilities is not None:
+            found.append(Line("likely words", run.vocabulary.likely(probabilities[i], 8), "#8a3b1b"))
+        return found
+
+    examples_sheet(path, prepared, lines)
+
+
+def examples_sheet(path: Path, prepared: Prepared, lines: Callable[[int], list[Line]], n: int = 8) -> None:
+    """Write a sheet with a row for each of `n` test images: the image, and its lines."""
+    test = prepared.splits["test"]
     side, width, line = 144, 980, 15
     picked = np.random.default_rng(0).choice(len(test), size=min(n, len(test)), replace=False)
     sheet = Image.new("RGB", (width, len(picked) * (side + 12) + 12), "white")
@@ -39,22 +65,7 @@ def examples_picture(
         sheet.paste(
             image.resize((side, side * image.height // image.width), Image.Resampling.LANCZOS), (12, y)
         )
-        cosine = float(embedding[i] @ prepared.targets[test[i]])
-        lines = [
-            ("true prompt", prepared.pairs.prompts[test[i]], "black"),
-            ("", f"cosine {cosine:.3f}", "#777777"),
-        ]
-        for rank, (j, similarity) in enumerate(nearest(embedding[i], train_targets, 3)):
-            lines.append(
-                (
-                    f"nearest {rank + 1}",
-                    f"{prepared.pairs.prompts[train_rows[j]]}  ({similarity:.2f})",
-                    "#1b4f8a",
-                )
-            )
-        if probabilities is not None:
-            lines.append(("likely words", run.vocabulary.likely(probabilities[i], 8), "#8a3b1b"))
-        for label, text, colour in lines:
+        for label, text, colour in lines(i):
             draw.text((side + 28, y), label, "#777777", font)
             for part in wrap(text, font, width - side - 132)[:2]:
                 draw.text((side + 112, y), part, colour, font)
