@@ -9,6 +9,9 @@
     python -m mini.pretrain probe            the probe that judges generated pictures
     python -m mini.pretrain vocabulary       the words of the miniature captioner, `blip-mini`, BERT's format
     python -m mini.pretrain captioner        blip-mini itself: 64 px pictures -> prompts
+    python -m mini.pretrain plain            blip-plain-mini, likewise, which never saw a prompt
+    python -m mini.pretrain opt              the language model of blip2-mini, and its byte-level BPE
+    python -m mini.pretrain qformer          blip2-mini's Q-Former, on blip-plain-mini's image half and opt
 
 Each part is written under mini/ under its published names, beside a card.json with the command, seed, steps,
 time, data and quality. Repeat a command to resume an interrupted training. The pictures show every word of
@@ -32,9 +35,7 @@ import argparse
 import json
 import logging
 import shutil
-import string
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,7 +50,7 @@ from tokenizers.models import BPE
 import weights
 from command import Parser, positive, run_command
 from files import atomic_write, write_json
-from mini import scenes
+from mini import captioning, scenes
 from mini.autoencoder import RECIPE as VAE_RECIPE
 from mini.autoencoder import train_vae
 from mini.contrastive import RECIPE as CLIP_RECIPE
@@ -95,6 +96,9 @@ PARTS = {
         partial(train_namer, "probe-vit"),
         "probe-vit",
     ),
+    "plain": Part(captioning.PLAIN_RECIPE, captioning.train_plain, captioning.PLAIN),
+    "opt": Part(captioning.OPT_RECIPE, captioning.train_opt, captioning.BLIP_2),
+    "qformer": Part(captioning.QFORMER_RECIPE, captioning.train_qformer, captioning.BLIP_2),
 }
 
 
@@ -177,39 +181,8 @@ def train_tokenizer(parts: int) -> None:
 
 
 def write_vocabulary(parts: int) -> None:
-    """Write blip-mini's words, as bert-base-uncased's vocab.txt has them, and what else its folder states.
-
-    Special tokens, [unused] ones, single characters, ## characters that go on a word, so that any English
-    text can be spelled, and whole words, the most frequent of mini prompts first. [DEC] and [ENC], BLIP's
-    own, stand behind them in no file.
-    """
-    config, folder = blip.CONFIGS["blip-mini"], captioner.BLIP_MINI
-    lower, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    prompts = [lower.normalize_str(prompt) for prompt in training_prompts(parts)]
-    counts = Counter(word for prompt in prompts for word, _ in split.pre_tokenize_str(prompt))
-    letters = string.digits + string.ascii_lowercase
-    tokens = [*letters, *string.punctuation, *("##" + letter for letter in letters), "picture"]
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
-    tokens += [word for word in ranked if word not in tokens]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    free = config.text_vocab_size - 2 - len(special) - len(tokens)
-    unused = [f"[unused{i}]" for i in range(free)]
-    tokens = (special + unused + tokens)[: config.text_vocab_size - 2]
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "vocab.txt", "".join(f"{token}\n" for token in tokens))
-    side = config.vision_image_size
-    settings = {
-        "image_processor_type": "BlipImageProcessor",
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    write_json(folder / "preprocessor_config.json", settings)
+    """Write blip-mini's words, those of mini prompts, and what else its folder states."""
+    captioning.write_words(captioner.BLIP_MINI, training_prompts(parts), blip.CONFIGS["blip-mini"])
 
 
 def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: int) -> None:

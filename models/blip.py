@@ -70,6 +70,7 @@ CONFIGS: dict[str, BLIPConfig] = {
         text_bos_token_id=510, text_pad_token_id=0, text_sep_token_id=3,
     ),
 }
+CONFIGS["blip-plain-mini"] = CONFIGS["blip-mini"]
 
 
 class VisionLayer(nn.Module):

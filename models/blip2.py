@@ -68,6 +68,16 @@ CONFIGS: dict[str, BLIP2Config] = {
         text_hidden_size=2560, text_ffn_dim=10240, text_num_hidden_layers=32, text_num_attention_heads=32,
         text_max_position_embeddings=2048, text_bos_token_id=2, text_pad_token_id=1, text_eos_token_id=50118,
     ),
+    # Ours; the image half is blip-plain-mini's
+    "blip2-mini": BLIP2Config(
+        vision_hidden_size=128, vision_intermediate_size=512, vision_num_hidden_layers=3,
+        vision_num_attention_heads=2, vision_image_size=64, vision_patch_size=8, vision_layer_norm_eps=1e-6,
+        num_query_tokens=16, qformer_hidden_size=64, qformer_intermediate_size=256,
+        qformer_num_hidden_layers=4, qformer_num_attention_heads=4, qformer_cross_attention_frequency=2,
+        qformer_layer_norm_eps=1e-12, text_vocab_size=1280, text_hidden_size=128, text_ffn_dim=512,
+        text_num_hidden_layers=3, text_num_attention_heads=4, text_max_position_embeddings=128,
+        text_bos_token_id=2, text_pad_token_id=1, text_eos_token_id=202,
+    ),
 }
 
 

@@ -109,6 +109,8 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in (
     _mini("swinv2-mini", ("swin",), "Swin Transformer V2"),
     _mini("clip-mini", _CLIP, "CLIP", tokenizer="sd-mini"),
     _mini("blip-mini", ("blip",), "captioner"),
+    _mini("blip-plain-mini", ("blip",), "captioner that never saw a prompt"),
+    _mini("blip2-mini", ("blip2",), "BLIP-2"),
 )}
 
 # The source of weights.load where none is given
