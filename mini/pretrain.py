@@ -32,6 +32,7 @@ A second probe, of another architecture, for the tables probe and difficulty; it
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
@@ -69,7 +70,12 @@ from mini.naming import RECIPE as NAMING_RECIPE
 from mini.naming import train_namer
 from mini.write import write_card
 from models import blip, clip
+from reverse_sd import Vocabulary
 from training import captioner
+from training.captions import written_prompts
+from training.config import TrainConfig, resolve
+from training.inputs import Distinct, Images, Prepared
+from training.loop import Process
 
 MINI = Path(__file__).parent
 FOLDER = MINI / "sd-mini"
@@ -191,22 +197,26 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
     The card also reports its quality: the mean cosine between the sentence embeddings of its captions of
     held-out pictures and of the true prompts, and that of one vector for all pictures.
     """
-    config = replace(
-        captioner.CAPTIONERS["blip-mini"], epochs=epochs, batch_size=batch_size, lr=lr, seed=seed
-    )
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    config = resolve(TrainConfig(backbone="blip", heads=0, clip_norm=0.0, device="cpu", **settings))
     model, preprocessing = captioner.new_captioner(seed)
     pairs = training_pairs(parts)
     rows = np.arange(len(pairs))
     splits = {"train": rows[:-HELD_OUT], "val": rows[-HELD_OUT:]}
     folder = checkpoint_folder("captioner")
-    captioner.CaptionerTrainer(model, preprocessing, config, pairs, splits, folder).fit()
+    identity = hashlib.sha256("\n".join(pairs.prompts).encode()).hexdigest()
+    inputs, unused = (Images(pairs, preprocessing),), Distinct(np.empty((0, 384)), rows)
+    prepared = Prepared(pairs, splits, unused, inputs, preprocessing, identity)
+    arguments = config, folder, Process(), prepared, Vocabulary([])
+    captioner.CaptionerTrainer(*arguments, model=model).fit()
     captioner.write_captioner(model, captioner.BLIP_MINI, captioner.BLIP_MINI, torch.float16)
 
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
     held_out = pairs.subset(splits["val"])
     model, preprocessing, _ = captioner.open_captioner(str(captioner.BLIP_MINI))  # the float16 weights
-    written = captioner.written_prompts(model, preprocessing, config, held_out)
+    key = weights.fingerprint("blip", captioner.BLIP_MINI)
+    written = written_prompts(captioner.Captioner("blip", model), key, preprocessing, held_out)
     minilm = weights.load("minilm")
     predicted, true = minilm.encode(written), minilm.encode(held_out.prompts)
     mean = minilm.encode(pairs.prompts[: 10 * HELD_OUT]).mean(dim=0, keepdim=True)
@@ -219,7 +229,7 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
         "batch_size": batch_size,
         "minutes": round(sum(batch_size / speed for speed in speeds) / 60, 1),
         "data": data_text(len(splits["train"])),
-        "val_loss": round(entries[-1]["val_loss"], 4),
+        "val_likelihood": round(entries[-1]["val_likelihood"], 4),
         "prompt_cosine": round(F.cosine_similarity(predicted, true).mean().item(), 4),
         "mean_embedding_cosine": round(F.cosine_similarity(mean, true).mean().item(), 4),
     }

@@ -5,7 +5,7 @@
     exhibit.py     shared: provenance, Markdown, writing
 
     rows.py        the rows of the tables of cosines, with the paper's numbers;  compute.py  their numbers
-    methods.py     predictions of a row from its runs: ensemble, DAKL, ridge, k-NN, captioner
+    methods.py     predictions of a row from its runs: ensemble, DAKL, ridge, k-NN
     sweep.py       recipes chosen on validation;  readouts.py  ridge regression on frozen features
     shift.py       DAKL under a shift of domain;  crossed.py  two generators and their pictures (cells.py)
     budget.py      the error by cause;  denoised.py  targets without the wording (wordings.py)

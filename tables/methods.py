@@ -1,4 +1,4 @@
-"""Predictions of a table's row: one run, the ensemble of several, ridge regression, DAKL, k-NN, a captioner.
+"""Predictions of a table's row: one run, the ensemble of several, ridge regression, DAKL, k-NN.
 
 A method maps the finished runs of one seed to (test predictions (n, E), settings chosen on validation). The
 predictions of a method with a `version` are cached (compute.py): raise it when its numbers change.
@@ -22,7 +22,6 @@ import data
 import reverse_sd
 from tables import readouts
 from tables.runs import Plan, RunName
-from training import captioner
 from training.inputs import (
     Prepared,
     Samples,
@@ -319,21 +318,3 @@ def knn(
     k, temperature = chosen["k"], chosen["temperature"]
     predicted = baselines.knn_regression(query["test"], reference, targets, k, temperature, device)
     return predicted, {"k": k, "temperature": temperature}
-
-
-@dataclass(frozen=True)
-class CaptionerMethod(Method):
-    """The sentence embedding of a caption by a BLIP that is fine-tuned to write the prompt."""
-
-    def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
-        prepared = prepare(plan.config(CLIP, seed), plan.device)
-        source = plan.sources["blip"]
-        config = captioner.CAPTIONERS.get(source) or captioner.CaptionerConfig(source)
-        names = ("epochs", "batch_size", "checkpoint_every", "workers")
-        options = {name: plan.options[name] for name in names if name in plan.options}
-        config = dataclasses.replace(config, seed=seed, **options)
-        folder = plan.folder / f"blip-seed{seed}"
-        predicted = captioner.blip_regressor(
-            folder, config, prepared.pairs, prepared.splits, plan.device, ("test",)
-        )
-        return predicted["test"], {"source": source, "epochs": config.epochs}

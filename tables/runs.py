@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 from backbones import BACKBONES, CAPTIONERS, READERS
-from training.config import RESUMABLE, TrainConfig, resolve
+from training.config import REGRESSORS, RESUMABLE, TrainConfig, resolve
 from training.folder import saved_fields
 from training.inputs import prepare
 
@@ -72,6 +72,7 @@ OPTIONS_OF = {
     "lerac": ("lerac_epochs", "lerac_min_lr"),
     "cbs": ("cbs_every",),
     "unet": ("captions", "image_size", "unet_features"),
+    "regressor": tuple(REGRESSORS),
 }
 SET_BY_ROWS = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed", "plan", "memory"}
 
@@ -129,7 +130,7 @@ class Plan:
         recipe = dict(RECIPES[run.recipe])
         for name in recipe.keys() & {"data", "weights", "target_texts"}:
             recipe[name] = recipe[name].format(second=self.second, runs=self.folder)
-        owners = (run.backbone, recipe.get("curriculum"))
+        owners = (run.backbone, recipe.get("curriculum"), "regressor" * (run.backbone in BACKBONES))
         foreign = {name for owner, names in OPTIONS_OF.items() if owner not in owners for name in names}
         if run.backbone in CAPTIONERS:
             recipe["heads"] = min(recipe["heads"], 1)  # a captioner's vocabulary head is that of placement 1

@@ -44,7 +44,7 @@ ALLOWED = {
     "archives.py": {"numpy", "files"},
     "columns.py": {"numpy", "files", "embedded", "archives"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files", "archives", "columns"},
-    "mini/pretrain.py": MINIATURES | {"tokenizers"},
+    "mini/pretrain.py": MINIATURES | {"tokenizers", "reverse_sd"},
     "mini/diffusion.py": MINIATURES | {"generate"},
     **{f"mini/{name}.py": MINIATURES | {"PIL", "generate"} for name in ("judge", "generated")},
     **{f"mini/{name}.py": MINIATURES for name in ("loop", "write", "autoencoder", "contrastive", "naming")},

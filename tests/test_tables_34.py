@@ -1,7 +1,6 @@
 """Tables 3 and 4, figures 4 and 10: texts of each row, scores, statistics, redrawn pictures."""
 
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import scipy.stats
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_tables import make, read, trained_here  # noqa: F401  (fixtures)
+from test_tables import QUICK, make, read, trained_here  # noqa: F401  (fixtures)
 
 import clipscore
 import data
@@ -25,8 +24,6 @@ from tables.runs import SOURCES, Plan, RunName
 from training.decoder import DecoderConfig, DecoderTrainer, decoded, with_noise
 from training.inputs import prompt_targets
 from training.metrics import bootstrap_interval, paired_by_group, seeds_p, signed_rank_p
-
-QUICK = shlex.split("--epochs 1 --batch-size 12 --val-size 12 --test-size 12")
 
 
 # -- statistics ----------------------------------------

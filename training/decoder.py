@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import weights
 from models.blip import BLIP
 from reverse_sd import EMBEDDING_WIDTH
-from training.captioner import Captioner
+from training.captioner import Captioner, trimmed
 from training.inputs import Distinct
 from training.loop import Process, Trainer, epoch_batches, learning_rate
 
@@ -37,7 +37,7 @@ class DecoderConfig:
 
     source: str = "blip-mini"
     pretrained: bool = False
-    epochs: int = 20
+    epochs: int = 8
     batch_size: int = 64
     lr: float = 1e-3  # peak of the cosine schedule
     weight_decay: float = 0.05
@@ -104,7 +104,8 @@ class DecoderTrainer(Trainer):
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
             embeddings = torch.from_numpy(np.array(self.targets[rows]))
             noisy = with_noise(embeddings, self.config.noise, generator)
-            yield len(rows), (noisy.to(self.process.device), self.ids[rows].to(self.process.device))
+            ids = trimmed(self.ids[rows], self.model.pad)
+            yield len(rows), (noisy.to(self.process.device), ids.to(self.process.device))
 
     def rate(self) -> float:
         return learning_rate(self.config.lr, self.step, self.total)
