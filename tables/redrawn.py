@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from PIL import Image
 
 import clipscore
 import data
-import generate
 import inversion
 import weights
 from files import atomic_write, write_json
@@ -109,17 +109,28 @@ SHEET_IMAGES, FIGURE_PROMPTS, FIGURE_DRAWS = 8, 3, 5  # the paper's figure 10 ha
 # ============================================================================================================
 
 
-def chosen(every: Sequence[SeedPairs]) -> list[list[int]]:
-    """Positions among the test pairs of each seed, IMAGES in all, no image twice, spread over the data."""
-    taken: set[int] = set()
-    positions = []
-    for k, pairs in enumerate(every):
-        rows = pairs.prepared.splits["test"]
-        free = [i for i, row in enumerate(rows.tolist()) if row not in taken]
-        share = IMAGES // len(every) + (k < IMAGES % len(every))
-        positions.append(spread(free, share))
-        taken |= {int(rows[i]) for i in positions[-1]}
-    return positions
+@dataclass(frozen=True)
+class Chosen:
+    """The images: positions among the test pairs of each seed."""
+
+    every: list[SeedPairs]
+    positions: list[list[int]]
+
+    @classmethod
+    def of(cls, every: list[SeedPairs]) -> Chosen:
+        """IMAGES in all, as many of each seed, no image twice, spread over the data."""
+        taken: set[int] = set()
+        positions = []
+        for k, pairs in enumerate(every):
+            rows = pairs.prepared.splits["test"].tolist()
+            free = [i for i, row in enumerate(rows) if row not in taken]
+            positions.append(spread(free, IMAGES // len(every) + (k < IMAGES % len(every))))
+            taken |= {rows[i] for i in positions[-1]}
+        return cls(every, positions)
+
+    def by_seed(self, of: Callable[[SeedPairs], Sequence]) -> list[list]:
+        """The items of the images, of a function that has an item for each test pair."""
+        return [[each[i] for i in at] for each, at in zip(map(of, self.every), self.positions, strict=True)]
 
 
 def search_options(plan: Plan, pairs: SeedPairs, method: str) -> inversion.Options:
@@ -178,69 +189,76 @@ def above_random(o: inversion.Options, rows: Sequence[dict], pictures: Sequence[
 # ============================================================================================================
 
 
-def judged(
-    plan: Plan, pipeline: generate.Pipeline, scorer: clipscore.Scorer, images: np.ndarray,
-    requests: Sequence[Request], texts: Sequence[str],
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # fmt: skip
-    """(the pictures drawn from the texts, their scores (n,) by measure); `images`: CLIP's embeddings of the
-    images; the probe needs the views of all requests."""
-    noise = list(range(NOISE, NOISE + len(texts)))
-    pictures = kept_pictures(plan, pipeline, list(texts), noise)
-    found = {REDRAWN: clipscore.cosines(images, scorer.images([Image.fromarray(x) for x in pictures]))}
-    if all(request.view for request in requests):
-        shown = labels_shown(np.asarray(pictures), requests, plan.device)
-        found[PROBE] = np.array(slot_shares(shown)[ALL_HEARD])
-    return pictures, found
+def search_texts(
+    plan: Plan, chosen: Chosen, pictures: Sequence[Sequence[Image.Image]]
+) -> tuple[dict[str, list[str]], dict]:
+    """(texts of the images by search; steps and seconds for an image by search, and `above_random`)."""
+    texts, about = {}, {"steps": {}, "seconds": {}}
+    for method, name in SEARCHES.items():
+        options = [search_options(plan, pairs, method) for pairs in chosen.every]
+        parts = [searched(plan, o, of) for o, of in zip(options, pictures, strict=True)]
+        texts[name] = [row["prompt"] for part in parts for row in part]
+        about["seconds"][name] = float(np.mean([row["seconds"] for part in parts for row in part]))
+        about["steps"][name] = getattr(options[0], "steps", None)
+        if method == "pez":
+            about["above_random"] = sum(map(above_random, options, parts, pictures))
+    return texts, about
+
+
+class Redrawing:
+    """Pictures drawn from texts, and their scores beside the images."""
+
+    def __init__(self, plan: Plan, images: Sequence[Image.Image], prompts: Sequence[str]):
+        self.plan, self.pipeline = plan, open_pipeline(plan)
+        self.scorer = clipscore.Scorer("clip-mini" if is_mini(plan) else "clip-l-14", plan.device)
+        self.images = self.scorer.images(images)
+        views = default_views() if is_mini(plan) else {}
+        self.requests = [Request(prompt, views.get(prompt)) for prompt in prompts]
+
+    def pictures(self, texts: Sequence[str]) -> np.ndarray:
+        """Pictures uint8 (n, H, W, 3); the noise of an image depends on its place alone."""
+        noise = list(range(NOISE, NOISE + len(texts)))
+        return kept_pictures(self.plan, self.pipeline, list(texts), noise)
+
+    def scores(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
+        """By measure, (n,); the probe needs the views of all prompts."""
+        embedded = self.scorer.images([Image.fromarray(x) for x in pictures])
+        found = {REDRAWN: clipscore.cosines(self.images, embedded)}
+        if all(request.view for request in self.requests):
+            shown = labels_shown(np.asarray(pictures), self.requests, self.plan.device)
+            found[PROBE] = np.array(slot_shares(shown)[ALL_HEARD])
+        return found
 
 
 def compute_table_4(plan: Plan) -> dict:
     """The scores of the prompts of each row and of the pictures drawn from them."""
-    every = [pairs_of(plan, seed, TABLE_3_RUNS) for seed in plan.seeds]
-    positions = chosen(every)
-    groups = [[p.prompts[i] for i in of] for p, of in zip(every, positions, strict=True)]
-    by_seed = [[p.images.image(i) for i in of] for p, of in zip(every, positions, strict=True)]
-    picked = [p.prepared.splits["test"][of] for p, of in zip(every, positions, strict=True)]
-    pairs = every[0].prepared.pairs.subset(np.concatenate(picked))
+    chosen = Chosen.of([pairs_of(plan, seed, TABLE_3_RUNS) for seed in plan.seeds])
+    everything = chosen.every[0].prepared.pairs  # the same for all seeds
+    rows, prompts = chosen.by_seed(lambda p: p.prepared.splits["test"]), chosen.by_seed(lambda p: p.prompts)
+    pictures = [[everything.image(i) for i in of] for of in rows]
+    texts, about = search_texts(plan, chosen, pictures)
+    texts |= {row.name: sum(chosen.by_seed(row.texts), []) for row in rows_of(plan)}
 
-    texts, seconds, steps = {}, {}, {}
-    for method, name in SEARCHES.items():
-        options = [search_options(plan, p, method) for p in every]
-        parts = [searched(plan, o, pictures) for o, pictures in zip(options, by_seed, strict=True)]
-        texts[name] = [row["prompt"] for part in parts for row in part]
-        seconds[name] = float(np.mean([row["seconds"] for part in parts for row in part]))
-        steps[name] = getattr(options[0], "steps", None)
-        if method == "pez":
-            above = sum(map(above_random, options, parts, by_seed))
-    for row in rows_of(plan):
-        found = (map(row.texts(p).__getitem__, of) for p, of in zip(every, positions, strict=True))
-        texts[row.name] = [text for part in found for text in part]
-
-    scores = Scores(pairs, clip_of(plan), plan.device)
-    scorer = clipscore.Scorer("clip-mini" if is_mini(plan) else "clip-l-14", plan.device)
-    pictures = [picture for part in by_seed for picture in part]
-    embedded, pipeline = scorer.images(pictures), open_pipeline(plan)
-    views = default_views() if is_mini(plan) else {}
-    requests = [Request(prompt, views.get(prompt)) for prompt in pairs.prompts]
-    stops = np.cumsum([len(of) for of in positions])[:-1]
-    values: By = {}
-    drawn = {}
+    flat = sum(pictures, [])
+    scores = Scores(everything.subset(np.concatenate(rows)), clip_of(plan), plan.device)
+    redrawing, values, drawn = Redrawing(plan, flat, sum(prompts, [])), {}, {}
     for name, of in texts.items():
-        drawn[name], measured = judged(plan, pipeline, scorer, embedded, requests, of)
-        measured |= scores.of(of)
-        values[name] = {metric: np.split(found, stops) for metric, found in measured.items()}
-    return {
-        "images": len(pictures),
+        drawn[name] = redrawing.pictures(of)
+        found = redrawing.scores(drawn[name]) | scores.of(of)
+        stops = np.cumsum([len(part) for part in rows])[:-1]
+        values[name] = {metric: np.split(each, stops) for metric, each in found.items()}
+    tested = (PAPERS_SCALE, "cosine", *measures(values))
+    return about | {
+        "images": len(flat),
         "clip": clip_of(plan),
-        "steps": steps,
-        "drawn": {"steps": STEPS, "guidance": GUIDANCE, "pictures": len(texts) * len(pictures)},
-        "above_random": above,
+        "drawn": {"steps": STEPS, "guidance": GUIDANCE, "pictures": len(texts) * len(flat)},
         "trainings": len(TABLE_3_RUNS) * len(plan.seeds),
-        "rows": [entry(name, values[name], seconds.get(name)) for name in texts],
+        "rows": [entry(name, of) for name, of in values.items()],
         "buys": bought(values),
-        "tests": comparisons(values, groups, COMPARISONS, (PAPERS_SCALE, "cosine", *measures(values)), PAPER),
+        "tests": comparisons(values, prompts, COMPARISONS, tested, PAPER),
         "texts": texts,
-        "files": {"table-4.png": redrawn_sheet(pictures, drawn, texts)},
-    }  # fmt: skip
+        "files": {"table-4.png": redrawn_sheet(flat, drawn, texts)},
+    }
 
 
 def measures(values: By) -> list[str]:
@@ -248,11 +266,11 @@ def measures(values: By) -> list[str]:
     return [measure for measure in MEASURES if measure in values[TRUE]]
 
 
-def entry(name: str, by_metric: dict[str, list[np.ndarray]], seconds: float | None) -> dict:
+def entry(name: str, by_metric: dict[str, list[np.ndarray]]) -> dict:
     """A row's means with intervals over the images, and the rank correlations of the text's scores with
     those of its picture."""
     whole = {metric: np.concatenate(of) for metric, of in by_metric.items()}
-    found: dict[str, Any] = {"name": name, "seconds": seconds}
+    found: dict[str, Any] = {"name": name}
     found["paper"] = [PAPER.get((name, metric)) for metric in (PAPERS_SCALE, REDRAWN)]
     found["means"] = {metric: float(of.mean()) for metric, of in whole.items()}
     found["images_95"] = {metric: bootstrap_interval(of, 0, RESAMPLES) for metric, of in whole.items()}
@@ -304,7 +322,8 @@ def table_4_text(result: dict) -> str:
         cells.append(f"{short(mean[REDRAWN])} ({interval(limits[REDRAWN])})")
         cells += [f"{short(mean[PROBE])} ({interval(limits[PROBE])})"] * of_probe
         cells += [short(of["spearman"], True) for of in row["ranks"].values()]
-        cells.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
+        seconds = result["seconds"].get(row["name"])
+        cells.append("" if seconds is None else f"{seconds:.1f}")
         rows.append((*cells, *("" if number is None else f"{number:.4g}" for number in row["paper"])))
     columns = f"prompt | {PAPERS_SCALE} | CLIPScore | cosine | {REDRAWN}{f' | {PROBE}' * of_probe}"
     columns += " | ranks: cosine | ranks: CLIPScore | seconds | paper: RefCLIPScore | paper: images"

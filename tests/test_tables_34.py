@@ -25,7 +25,6 @@ from training.decoder import DecoderConfig, DecoderTrainer, decoded, with_noise
 from training.inputs import prompt_targets
 from training.metrics import bootstrap_interval, paired_by_group, seeds_p, signed_rank_p
 
-
 # -- statistics ----------------------------------------
 
 
@@ -176,7 +175,7 @@ def test_no_image_is_chosen_twice(monkeypatch):
     monkeypatch.setattr(redrawn, "IMAGES", 10)
     tests = [np.arange(0, 40), np.arange(20, 60), np.arange(0, 40)]
     every = [SimpleNamespace(prepared=SimpleNamespace(splits={"test": rows})) for rows in tests]
-    positions = redrawn.chosen(every)
+    positions = redrawn.Chosen.of(every).positions
     rows = [int(test[i]) for test, of in zip(tests, positions, strict=True) for i in of]
     assert [len(of) for of in positions] == [4, 3, 3] and len(set(rows)) == 10
     assert max(positions[0]) >= 30  # spread over the data
@@ -262,7 +261,7 @@ def test_both_tables_and_figures_from_trainings(make: Callable[..., Path], monke
     assert four["images"] == 7 and four["drawn"]["pictures"] == 7 * len(four["rows"])
     redrawn_rows = {row["name"]: row for row in four["rows"]}
     assert redrawn_rows.keys() == {*rows, *redrawn.SEARCHES.values()}
-    assert redrawn_rows["PEZ"]["paper"] == [26.14, 0.7458] and redrawn_rows["PEZ"]["seconds"] > 0
+    assert redrawn_rows["PEZ"]["paper"] == [26.14, 0.7458] and four["seconds"]["PEZ"] > 0
     assert len(four["texts"][BEST]) == 7
     for name in ("table-4.png", "figure-4.png", "figure-10.png", "figure-10.md"):
         assert (folder / "results" / name).stat().st_size > 500
