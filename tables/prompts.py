@@ -308,7 +308,7 @@ SCALES = (
     "The paper states neither the scale of its RefCLIPScore nor its CLIP, so three scales are given: the "
     "official one (2.5 · cosine), w = 1 times 100, and 100 · the cosine of image and text. Each text follows "
     '"A photo depicts". With the miniature, CLIP is clip-mini, whose text half is also the generator\'s; '
-    "otherwise OpenAI's ViT-B/32."
+    "otherwise OpenAI's ViT-B/32. The cosines of two CLIPs are not comparable."
 )
 
 

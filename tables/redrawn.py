@@ -28,9 +28,8 @@ from files import atomic_write, write_json
 from tables.exhibit import Exhibit, bullets, interval, markdown, page, provenance_text, short
 from tables.generation import (
     ALL_HEARD,
-    GUIDANCE,
-    STEPS,
     Request,
+    drawing_settings,
     kept_pictures,
     labels_shown,
     open_pipeline,
@@ -247,11 +246,12 @@ def compute_table_4(plan: Plan) -> dict:
         found = redrawing.scores(drawn[name]) | scores.of(of)
         stops = np.cumsum([len(part) for part in rows])[:-1]
         values[name] = {metric: np.split(each, stops) for metric, each in found.items()}
-    tested = (PAPERS_SCALE, "cosine", *measures(values))
+    tested = (PAPERS_SCALE, *measures(values))
     return about | {
         "images": len(flat),
         "clip": clip_of(plan),
-        "drawn": {"steps": STEPS, "guidance": GUIDANCE, "pictures": len(texts) * len(flat)},
+        "drawing": drawing_settings(),
+        "pictures": len(texts) * len(flat),
         "trainings": len(TABLE_3_RUNS) * len(plan.seeds),
         "rows": [entry(name, of) for name, of in values.items()],
         "buys": bought(values),
@@ -327,15 +327,15 @@ def table_4_text(result: dict) -> str:
         rows.append((*cells, *("" if number is None else f"{number:.4g}" for number in row["paper"])))
     columns = f"prompt | {PAPERS_SCALE} | CLIPScore | cosine | {REDRAWN}{f' | {PROBE}' * of_probe}"
     columns += " | ranks: cosine | ranks: CLIPScore | seconds | paper: RefCLIPScore | paper: images"
-    drawn, steps = result["drawn"], {name: n for name, n in result["steps"].items() if n}
+    drawing, steps = result["drawing"], {name: n for name, n in result["steps"].items() if n}
     published = " (published: 3,000 and 10,000)" if result["clip"] == "clip-mini" else ""
     notes = (
         f"{REDRAWN}: cosine of CLIP's embeddings, by clip-mini or else ViT-L/14. {PROBE}: the share of the "
         f"things in the true prompt, {ALL_HEARD}, that the probe finds in the redrawn picture. In brackets: "
         "95 % interval by bootstrap over the images.",
-        f"Drawn with {drawn['steps']} steps and guidance {drawn['guidance']:g}, as the embedded data; the "
+        f"Drawn with {drawing['steps']} steps and guidance {drawing['guidance']:g}, as the embedded data; the "
         "noise of an image is the same for all rows and is not that of the data, so that the true prompt "
-        f"draws another picture: its row is the ceiling. {drawn['pictures']:,} pictures in all.",
+        f"draws another picture: its row is the ceiling. {result['pictures']:,} pictures in all.",
         f"Steps: {', '.join(f'{name} {n:,}' for name, n in steps.items())}{published}. Seconds: of a search "
         "for one image, where it was computed. The texts of all searches are encoded again and scored so. "
         f"PEZ has a higher objective than each of {RANDOM_PROMPTS} prompts of as many random tokens for "

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weights
@@ -32,8 +31,7 @@ AT_ONCE = 256  # embeddings, in generation
 @dataclass(frozen=True)
 class DecoderConfig:
     """Settings of a decoder. `source`: the BLIP whose sizes and tokenizer it has, and with `pretrained` its
-    first text weights; `noise`: the largest length of the noise that training adds to a unit embedding, since
-    predicted embeddings are not exact."""
+    first text weights."""
 
     source: str = "blip-mini"
     pretrained: bool = False
@@ -41,7 +39,6 @@ class DecoderConfig:
     batch_size: int = 64
     lr: float = 1e-3  # peak of the cosine schedule
     weight_decay: float = 0.05
-    noise: float = 1.0
     seed: int = 0
 
 
@@ -101,11 +98,9 @@ class DecoderTrainer(Trainer):
     def batches(self, epoch: int, first: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         order = epoch_batches(len(self.ids), self.config.batch_size, self.config.seed, epoch)
         for rows in order[first:]:
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
             embeddings = torch.from_numpy(np.array(self.targets[rows]))
-            noisy = with_noise(embeddings, self.config.noise, generator)
             ids = trimmed(self.ids[rows], self.model.pad)
-            yield len(rows), (noisy.to(self.process.device), ids.to(self.process.device))
+            yield len(rows), (embeddings.to(self.process.device), ids.to(self.process.device))
 
     def rate(self) -> float:
         return learning_rate(self.config.lr, self.step, self.total)
@@ -119,14 +114,6 @@ class DecoderTrainer(Trainer):
     def fit(self) -> None:
         super().fit()
         self.model.eval()
-
-
-def with_noise(embeddings: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Unit embeddings (B, E) with noise in a random direction, of a length drawn from 0 to `most`, as unit
-    rows: at a length of 1 the cosine with the embedding is about .71."""
-    direction = F.normalize(torch.randn(embeddings.shape, generator=generator), dim=1)
-    length = most * torch.rand(len(embeddings), 1, generator=generator)
-    return F.normalize(embeddings + length * direction, dim=1)
 
 
 def decoded(decoder: Captioner, embeddings: np.ndarray) -> list[str]:

@@ -65,6 +65,7 @@ def sheet(rows: Iterable[tuple[Sequence[Image.Image], Sequence[Line]]], side: in
     left = max(len(pictures) for pictures, _ in rows) * (side + 12)
     page = Image.new("RGB", (left + width, len(rows) * (side + 12) + 12), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    beside = max(84, *(int(font.getlength(label)) + 12 for _, lines in rows for label, *_ in lines))
     for k, (pictures, lines) in enumerate(rows):
         y = 12 + k * (side + 12)
         for column, image in enumerate(pictures):
@@ -73,8 +74,8 @@ def sheet(rows: Iterable[tuple[Sequence[Image.Image], Sequence[Line]]], side: in
             page.paste(image.resize(size, Image.Resampling.LANCZOS), (12 + column * (side + 12), y))
         for label, text, colour in lines:
             draw.text((left + 16, y), label, "#777777", font)
-            for part in wrap(text, font, width - 120)[:2]:
-                draw.text((left + 100, y), part, colour, font)
+            for part in wrap(text, font, width - beside - 36)[:2]:
+                draw.text((left + 16 + beside, y), part, colour, font)
                 y += line
             y += 4
     return png(page)
