@@ -15,8 +15,9 @@
 The run's folder holds config.json, vocabulary.json, log.jsonl, model.safetensors (the best on validation),
 last/ (the state for resuming) and, after training, result.json, predictions/ and examples.png. With
 --record-cosines or --curriculum difficulty also cosines.npy (epochs, n), each training sample's cosine after
-each epoch of phase 1, easiness.npy (n,), their mean, and curriculum.json, which describes both; phase 1 is a
-separate run in phase-1/.
+each epoch of phase 1 (of a captioner the score of --difficulty-by), easiness.npy (n,), their mean, and
+curriculum.json, which describes both; phase 1 is a separate run in phase-1/. A captioner's run also holds
+captions.jsonl, its captions of the validation and test images, and a BLIP's blip/, a source for --captions.
 
 On a machine with other busy processes set GOMP_SPINCOUNT=1000: threads then wait less long for each other,
 at the cost of some 6 % where it is quiet (benchmarks/busy.py).

@@ -125,28 +125,3 @@ def test_only_the_embedded_prompts_can_be_judged(tmp_path: Path, monkeypatch: py
     for prompts, judged in ((["a"], True), (["a", "b"], True), (["a", "c"], False)):
         monkeypatch.setattr(probe.data, "read_pairs", lambda path, p=prompts: SimpleNamespace(prompts=p))
         assert probe.only_default_prompts("folder") is judged
-
-
-@pytest.mark.parametrize(
-    "source, options, epochs, batch_size, lr",
-    [("blip-base", {}, 3, 64, 1e-5), ("blip-large", {}, 3, 64, 2e-6), ("blip-mini", {}, 6, 32, 1e-3),
-     ("my/folder", {}, 3, 64, 1e-5), ("blip-mini", {"epochs": 2, "batch_size": 5, "lr": 9.0}, 2, 5, 1e-3)],
-)  # fmt: skip
-def test_the_captioner_is_tuned_by_its_own_settings(
-    source: str, options: dict, epochs: int, batch_size: int, lr: float, tmp_path: Path, monkeypatch
-):
-    tuned = []
-
-    def regressor(folder: Path, config: object, pairs: str, splits: str, device: str, predict: tuple) -> dict:
-        tuned.append((folder, config, pairs, splits, device, predict))
-        return {"test": "rows"}
-
-    monkeypatch.setattr(methods, "prepare", lambda config, device: SimpleNamespace(pairs="p", splits="s"))
-    monkeypatch.setattr(methods.captioner, "blip_regressor", regressor)
-    here = plan(tmp_path, sources=SOURCES["mini"] | {"blip": source}, options=options)
-    found = methods.CaptionerMethod()([], here, 5)
-    assert found == ("rows", {"source": source, "epochs": epochs})
-    ((folder, config, *rest),) = tuned
-    assert folder == tmp_path / "blip-seed5" and rest == ["p", "s", "cpu", ("test",)]
-    assert (config.source, config.seed, config.epochs) == (source, 5, epochs)
-    assert (config.batch_size, config.lr) == (batch_size, lr)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import weights
 from models.blip import BLIP, CONFIGS, BLIPConfig
 from tests.parity import assert_parity, assert_same_shapes, fit, parameters, randomise
-from training.captioner import UNLABELLED, caption_loss
 from weights import WeightsError, from_home, to_home
 from weights.kinds.blip import KIND, load_tokenizer, published
 from weights.options import sizes_of
@@ -96,15 +95,20 @@ def test_logits_and_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_of_training_and_its_gradients(smoothing: float) -> None:
-    """Where a label is UNLABELLED nothing is learnt: a prompt of three tokens, and padding at one end."""
+    """A prompt of three tokens and padding are not learnt. The texts' losses, weighted by their tokens, are
+    transformers' mean over the tokens of the batch."""
     theirs = randomise(reference(TINY))
     theirs.text_decoder.label_smoothing = smoothing
     ours, images, ids = filled(TINY, theirs), pictures(), words()
-    labels = ids.clone()
-    labels[:, :3], labels[0, -2:] = UNLABELLED, UNLABELLED
+    ids[ids == TINY.text_pad_token_id] = 5
+    ids[0, -2:] = TINY.text_pad_token_id
+    labels = ids.masked_fill(ids == TINY.text_pad_token_id, -100)
+    labels[:, :3] = -100
+    counts = (labels != -100).sum(dim=1)
+    assert counts.tolist() == [4, 6]
     assert_parity(
         ours, theirs, home,
-        lambda: caption_loss(ours(images, ids), labels, smoothing),
+        lambda: (ours.loss(images, ids, 3, smoothing) * counts).sum() / counts.sum(),
         lambda: theirs(pixel_values=images, input_ids=ids, labels=labels).loss,
     )
 

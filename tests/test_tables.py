@@ -607,7 +607,7 @@ def test_table_7_goes_on_after_it_was_stopped(how, few_scenes: Path, tmp_path: P
 def test_table_11_with_knn_and_blip(make):
     folder = make("--table", "11", "--seeds", "0", *QUICK)
     rows = {row["name"]: row for row in read(folder, "table-11")["rows"]}
-    predictions = np.load(folder / "runs" / "blip-seed0" / "predictions" / "test.npy")
+    predictions = np.load(folder / "runs" / "blip-plain-seed0" / "predictions" / "test.npy")
     targets = np.load(folder / "runs" / "clip-plain-seed0" / "predictions" / "test-targets.npy")
     assert rows["BLIP"]["cosine"] == pytest.approx(cosines(predictions, targets).mean())
     assert rows["CLIP + k-NN"]["chose"][0]["k"] in (1, 2, 5, 10, 20, 50)

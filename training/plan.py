@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import weights
-from backbones import BACKBONES, as_backbone, captioner_of
+from backbones import BACKBONES, CAPTIONERS, as_backbone, captioner_of
 from files import atomic_write, json_object, write_json
 from reverse_sd import EMBEDDING_WIDTH, Regressor, cosine_loss, joint_loss, vocabulary_loss
 from training.cache import CAPTION_BYTES
@@ -352,7 +352,10 @@ def plan_lines(
     config: TrainConfig, memory: float | None, groups: Callable[..., dict] | None = None
 ) -> Iterator[str]:
     """The plan of a resolved configuration, line by line. Raises DataError and WeightsError as the run
-    would. With `memory`, in GiB, the step is that of such a card, else that of the run's device."""
+    would, and for a captioner. With `memory`, in GiB, the step is that of such a card, else that of the run's
+    device."""
+    if config.backbone in CAPTIONERS:
+        raise data.DataError(f"--plan: does not count a captioner's step, --backbone {config.backbone}")
     device = weights.resolve_device(config.device)
     cuda = device.startswith("cuda") or (memory is not None and config.device != "cpu")
     found, pairs, splits = split_pairs(config, pairs_folder(config.data))
