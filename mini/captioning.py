@@ -14,6 +14,7 @@ import json
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,17 @@ from weights.kinds import blip as blip_files
 from weights.kinds import blip2 as blip2_files
 
 PLAIN, BLIP_2 = "blip-plain-mini", "blip2-mini"
-PLAIN_RECIPE = Recipe(steps=3000, batch_size=32, lr=1e-3, warmup=200, weight_decay=0.05)
-OPT_RECIPE = Recipe(steps=3000, batch_size=32, lr=2e-3, warmup=200, weight_decay=0.05)
-QFORMER_RECIPE = Recipe(steps=3000, batch_size=32, lr=1e-3, warmup=200, weight_decay=0.05)
+PLAIN_RECIPE = Recipe(steps=2500, batch_size=16, lr=1e-3, warmup=100, weight_decay=0.05)
+OPT_RECIPE = Recipe(steps=2000, batch_size=16, lr=2e-3, warmup=100, weight_decay=0.05)
+QFORMER_RECIPE = Recipe(steps=3000, batch_size=16, lr=2e-3, warmup=200, weight_decay=0.05)
 PROMPT = "a picture of "  # of BLIP; BLIP-2 is trained and used without one
 SMOOTHING = 0.1  # of labels, BLIP's
 AT_ONCE = 50  # pictures captioned for the card
+
+
+def count(module: nn.Module) -> int:
+    """The number of its parameters."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def padded(lines: Sequence[Sequence[int]], pad: int) -> Tensor:
@@ -120,6 +126,27 @@ def write_words(folder: Path, texts: Iterable[str], config: blip.BLIPConfig) -> 
     write_preprocessor(folder, config.vision_image_size)
 
 
+# Names of vit-mini, timm's, and those of BLIP's image half
+VIT_NAMES = {
+    "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding", "blocks": "encoder.layers", "norm1": "layer_norm1",
+    "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection",
+}  # fmt: skip
+
+
+def start_from_vit(vision: nn.Module) -> None:
+    """Give BLIP's image half the values of vit-mini's first layers; its last norm stays new. BLIP's
+    starts from a ViT that classifies ImageNet; vit-mini classifies the things in a picture."""
+    wanted = vision.state_dict()
+    for theirs, tensor in weights.load("vit", "vit-mini").state_dict().items():
+        name = theirs
+        for old, new in VIT_NAMES.items():
+            name = name.replace(old, new)
+        if name in wanted:
+            wanted[name] = tensor
+    vision.load_state_dict(wanted)
+
+
 def train_plain(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     """The card's fields; trains blip-plain-mini on plain descriptions and writes it to folder/."""
     folder, n, config = folder / PLAIN, len(world) - HELD_OUT, blip.CONFIGS[PLAIN]
@@ -127,6 +154,7 @@ def train_plain(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     write_words(folder, texts[:n], config)
     torch.manual_seed(seed)
     model = blip.BLIP(config, blip_files.load_tokenizer(folder))
+    start_from_vit(model.vision_model)
     begin, end, pad = config.text_bos_token_id, config.text_sep_token_id, config.text_pad_token_id
     lines = model.tokenizer.encode_batch([PROMPT + text for text in texts], add_special_tokens=False)
     lines = [[begin, *line.ids, end] for line in lines]
@@ -142,11 +170,7 @@ def train_plain(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     write_tensors(tensors, folder / "model.safetensors")
     write_json(folder / "config.json", blip_files.published(config))
     quality = caption_quality(weights.load("blip", folder), world, max_length=40)
-    return parts_of(model) | {"minutes": round(minutes, 1)} | quality
-
-
-def parts_of(model: nn.Module) -> dict[str, int]:
-    return {"parameters": sum(p.numel() for p in model.parameters())}
+    return {"parameters": count(model), "minutes": round(minutes, 1)} | quality
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -192,18 +216,18 @@ def train_opt(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     them to folder/, beside an image half and a Q-Former of random values."""
     folder, n, config = folder / BLIP_2, len(world) - HELD_OUT, blip2.CONFIGS[BLIP_2]
     texts = documents(world, seed)
-    write_byte_pairs(folder, sum(texts[:n], []), config.text_vocab_size - 1)
+    write_byte_pairs(folder, chain(*texts[:n]), config.text_vocab_size - 1)
     write_preprocessor(folder, config.vision_image_size)
     torch.manual_seed(seed)
     model = blip2.BLIP2(config, blip2_files.load_tokenizer(folder))
-    encoded = model.tokenizer.encode_batch(sum(texts, []), add_special_tokens=False)
+    encoded = model.tokenizer.encode_batch(list(chain(*texts)), add_special_tokens=False)
     lines = [[*line.ids, config.text_eos_token_id] for line in encoded]
-    begin, pad, count = config.text_bos_token_id, config.text_pad_token_id, len(texts[0])
+    begin, pad, size = config.text_bos_token_id, config.text_pad_token_id, len(texts[0])
 
     def loss(rows: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        orders = [torch.randperm(count, generator=generator) for _ in rows]
+        orders = [torch.randperm(size, generator=generator) for _ in rows]
         whole = [
-            [begin, *(token for k in order for token in lines[count * i + k])]
+            [begin, *(token for k in order for token in lines[size * i + k])]
             for i, order in zip(rows.tolist(), (order.tolist() for order in orders), strict=True)
         ]
         ids = padded(whole, pad)
@@ -212,8 +236,8 @@ def train_opt(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
     language = model.language_model
     minutes = MiniTrainer("opt", language, loss, n, recipe, seed).fit()
     write_blip2(model, folder)
-    parts = parts_of(language) | {"tokens": model.tokenizer.get_vocab_size()}
-    return parts | {"minutes": round(minutes, 1)} | text_quality(model, texts[n:])
+    sizes = {"parameters": count(language), "tokens": model.tokenizer.get_vocab_size()}
+    return sizes | {"minutes": round(minutes, 1)} | text_quality(model, texts[n:])
 
 
 def text_logits(model: blip2.BLIP2, ids: Tensor) -> Tensor:
@@ -278,9 +302,9 @@ def train_qformer(folder: Path, world: World, recipe: Recipe, seed: int) -> dict
 
     minutes = MiniTrainer("qformer", trained, loss, n, recipe, seed).fit()
     write_blip2(model, folder)
-    fields = parts_of(model) | {"trained_parameters": sum(p.numel() for p in trained.parameters())}
-    fields |= {"minutes": round(minutes, 1)} | caption_quality(weights.load("blip2", folder), world)
-    return fields | {"language_model": card.get("language_model", card)}
+    sizes = {"parameters": count(model), "trained_parameters": count(trained)}
+    quality = {"minutes": round(minutes, 1)} | caption_quality(weights.load("blip2", folder), world)
+    return sizes | quality | {"language_model": card.get("language_model", card)}
 
 
 def write_blip2(model: blip2.BLIP2, folder: Path) -> None:

@@ -228,17 +228,17 @@ class DaklMethod(Method):
 
 @dataclass(frozen=True)
 class FrozenMethod(Method):
-    """Ridge regression on the features of the runs' frozen backbones, side by side, and with `caption` on the
-    sentence embedding of the captioner's text. Nothing is trained."""
+    """Ridge regression on the features of the runs' frozen backbones, side by side, and on the sentence
+    embedding of the captions of the U-Net's run `caption`, if given. Nothing is trained."""
 
     version: ClassVar = 1
     runs: tuple[RunName, ...] = ()
-    caption: bool = False
+    caption: RunName | None = None
 
     def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
         frozen = [readouts.frozen(plan, run, seed) for run in self.runs or (CAPTIONED,)]
         features = [np.asarray(prepared.inputs[0]) for prepared in frozen[: len(self.runs)]]
-        features += [readouts.caption_features(plan).rows] if self.caption else []
+        features += [readouts.caption_features(plan, self.caption).rows] if self.caption else []
         rows = np.concatenate(features, axis=1)
         solution, _ = readouts.fitted(rows, frozen[0], plan.device)
         test = tensor(rows[frozen[0].splits["test"]], plan.device)

@@ -27,6 +27,7 @@ log = logging.getLogger("tables")
 
 TIMESTEPS = (0, 50, 150, 400)
 POOLED = ("mean", "maximum", "mean and maximum")
+CAPTIONED = RunName("unet", "mlc")  # its captions are those of the default captioner
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def pooled(levels: np.ndarray, widths: list[int], only_middle: bool, pooling: st
     return levels[:, columns]
 
 
-def caption_features(plan: Plan) -> Features:
-    """The sentence embedding of each image's caption by the U-Net's captioner."""
-    config = plan.config(RunName("unet", "mlc"), plan.seeds[0])
+def caption_features(plan: Plan, run: RunName = CAPTIONED) -> Features:
+    """The sentence embedding of each image's caption, as the U-Net of `run` reads it."""
+    config = plan.config(run, plan.seeds[0])
     pairs = prepare(config, plan.device).pairs
     encoders = captions_encoder(SDReader(config.weights, captioner_of(config.captions), plan.device))
     made = image_caches(weights.cache_dir(), pairs, encoders, config.workers, plan.device) if encoders else []

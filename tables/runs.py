@@ -47,6 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cbs": {"heads": 0, "curriculum": "cbs"},
     "captions-empty": {"heads": 3, "captions": "empty"},
     "captions-prompt": {"heads": 3, "captions": "prompt"},
+    "captions-plain": {"heads": 3, "captions": "blip-plain-mini"},
     "second": {"heads": 3, "captions": "empty", "weights": "{second}/sd-mini"},
     "mlc-on-second": {"heads": 3, "data": "{second}/generated"},
     "captions-empty-on-second": {"heads": 3, "captions": "empty", "data": "{second}/generated"},

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 import data
+from schema import TEXT, read_value, record
 from tables.exhibit import Exhibit, bullets, markdown, page, provenance_text, short
 from tables.runs import MODELS, Plan, RunName, train_missing
 
@@ -63,9 +64,10 @@ def named(sweep: Sweep, best: Changes) -> RunName:
 
 
 def outcome(plan: Plan, run: RunName) -> dict:
-    """Validation cosines of a run, best and by epoch, averaged over the seeds, and its steps."""
-    curves, steps = [], 0
+    """Validation cosines of a run, best and by epoch, averaged over the seeds; its steps and device."""
+    curves, steps, device = [], 0, ""
     for seed in plan.seeds:
+        device = read_value(plan.run_folder(run, seed) / "config.json", record({"device": TEXT}))["device"]
         lines = (plan.run_folder(run, seed) / "log.jsonl").read_text().splitlines()
         entries = [json.loads(line) for line in lines]
         curves.append([entry["val_cosine"] for entry in entries if "val_cosine" in entry])
@@ -73,7 +75,8 @@ def outcome(plan: Plan, run: RunName) -> dict:
     by_epoch = [sum(values) / len(values) for values in zip(*curves, strict=True)]
     quarter = by_epoch[math.ceil(len(by_epoch) * 3 / 4) - 1]
     best = sum(map(max, curves)) / len(curves)
-    return {"val": best, "val_by_epoch": by_epoch, "steps": steps, "last_quarter": by_epoch[-1] - quarter}
+    gain = by_epoch[-1] - quarter
+    return {"val": best, "val_by_epoch": by_epoch, "steps": steps, "last_quarter": gain, "device": device}
 
 
 def compute(plan: Plan) -> dict:
@@ -113,7 +116,7 @@ def best_of(tried: Sequence[tuple[Changes, dict]]) -> Changes:
 def text(result: dict) -> str:
     rows = [
         (row["sweep"], values_text(row["values"]), row["steps"], row["val"], short(row["last_quarter"], True))
-        + ("chosen" if row["chosen"] else "",)
+        + (row["device"], "chosen" if row["chosen"] else "")
         for row in result["rows"]
     ]
     chosen = [f"{name}: {values_text(values)}." for name, values in result["chosen"].items()]
@@ -123,7 +126,7 @@ def text(result: dict) -> str:
         f"The highest cosine on validation is chosen; of several lengths the shortest within {FLAT:g} of it. "
         "Test pairs play no part.",
     )
-    columns = "sweep | values | steps | validation cosine | gain in the last quarter | "
+    columns = "sweep | values | steps | validation cosine | gain in the last quarter | device | "
     return page(
         "Recipes chosen on validation",
         provenance_text(result),

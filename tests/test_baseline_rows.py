@@ -141,7 +141,10 @@ BASELINES = {
     **dict.fromkeys((8, 9, 10), ["CLIP + U-Net + Swin + ViT", "caption", "Swin + caption"]),
     11: ["CLIP", "U-Net", "Swin", "ViT", "caption", "Swin + caption"],
     "captions": ["U-Net, empty text", "U-Net", "U-Net, the true prompt", "caption", "Swin + caption"],
-    "white-box": ["Swin", "U-Net, empty text", "U-Net", "caption", "Swin + caption"],
+    "white-box": [
+        "Swin", "U-Net, empty text", "U-Net", "U-Net, plain captions", "caption", "Swin + caption",
+        "plain caption", "Swin + plain caption",
+    ],
 }
 
 
@@ -151,10 +154,14 @@ def test_the_baselines_of_each_table():
         assert not any(row.runs for row in ROW_TABLES[number].baselines)  # nothing is trained for them
     by_name = {row.name: row.method for row in ROW_TABLES["captions"].baselines}
     assert by_name["ridge: U-Net, empty text"] == FrozenMethod((RunName("unet", "captions-empty"),))
-    assert by_name["ridge: Swin + caption"] == FrozenMethod((RunName("swin", "plain"),), True)
+    captioned = FrozenMethod((RunName("swin", "plain"),), RunName("unet", "mlc"))
+    assert by_name["ridge: Swin + caption"] == captioned
+    plain = next(row for row in ROW_TABLES["white-box"].baselines if row.name == "ridge: plain caption")
+    assert plain.method == FrozenMethod((), RunName("unet", "captions-plain"))
 
 
 def test_the_same_table_with_other_recipes():
     table = ROW_TABLES["white-box"].with_recipes({"mlc": "head-2"})
-    assert [run.name for run in table.runs] == ["swin-head-2", "unet-captions-empty", "unet-head-2"]
+    names = ["swin-head-2", "unet-captions-empty", "unet-head-2", "unet-captions-plain"]
+    assert [run.name for run in table.runs] == names
     assert table.baselines == ROW_TABLES["white-box"].baselines

@@ -28,7 +28,7 @@ KINDS = [("vit", "vit-mini"), ("swin", "swin-mini"), ("swin", "swinv2-mini"), ("
          ("clip-text", "sd-mini"), ("clip-text", "clip-mini"), ("vae", "sd-mini"), ("unet", "sd-mini"),
          ("unet-encoder", "sd-mini"),
          ("clip-text", "sd-2-tiny"), ("unet", "sd-2-tiny"), ("unet-encoder", "sd-2-tiny"),
-         ("blip2", "blip2-tiny")]
+         ("blip2", "blip2-mini")]
 CONSTANTS = {"unet": {"sinusoids"}, "unet-encoder": {"sinusoids"},
              "clip-text": {"position_ids", "causal_mask"}, "blip2": {"position_ids", "causal_mask"},
              "swin": {"layers.0.index", "layers.0.mask", "layers.1.index", "layers.1.mask", "layers.2.index"}}

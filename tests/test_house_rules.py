@@ -48,6 +48,7 @@ ALLOWED = {
     "mini/diffusion.py": MINIATURES | {"generate"},
     **{f"mini/{name}.py": MINIATURES | {"PIL", "generate"} for name in ("judge", "generated")},
     **{f"mini/{name}.py": MINIATURES for name in ("loop", "write", "autoencoder", "contrastive", "naming")},
+    "mini/captioning.py": MINIATURES | {"tokenizers"},
     "mini/*.py": {"numpy", "PIL", "tqdm", "data", "files", "mini", "command"},
     "training/metrics.py": {"numpy"},
     "training/rows.py": {"torch", "numpy", "tqdm", "data", "files", "schema"},

@@ -25,6 +25,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict, list]:
             worth = sum(COSINE.get(name, {}).get(value, 0) for name, value in run.changes)
             folder = plan.run_folder(run, 100)
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(vars(plan.config(run, 100))))
             curve = [0.5, 0.6, 0.7 + worth - 0.0004, 0.7 + worth]
             entries = [{"step": 188 * (k + 1), "val_cosine": value} for k, value in enumerate(curve)]
             lines = [{"step": 1, "loss": 1.0}, *entries]
@@ -50,7 +51,7 @@ def test_each_axis_is_tried_with_the_best_of_those_before_it(made: tuple[dict, l
     assert [row["steps"] for row in rows] == [752] * 3
     assert rows[0]["last_quarter"] == pytest.approx(0.0004)
     text = sweep.text(result | {"command": "x", "date": "today", "seeds": [100], "data": "mini"})
-    assert "| Swin | lr 0.001, head_lr 0.0002 | 752 | .7500 | +.0004 | chosen |" in text
+    assert "| Swin | lr 0.001, head_lr 0.0002 | 752 | .7500 | +.0004 | cpu | chosen |" in text
 
 
 def test_the_defaults_of_the_miniatures_are_those_of_the_results_file():

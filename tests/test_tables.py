@@ -398,7 +398,7 @@ PAPER: dict[int | str, tuple[list[float | None], list[int]]] = {
     "ceiling": ([None] * 4, [0, 1, 1, 1]),
     "curriculum": ([None] * 5, [0, 1, 1, 1, 4]),
     "dakl": ([None] * 12, [0, 0, 2, 1, 2] + [2, 1, 1, 1, 1, 2, 2]),
-    "white-box": ([None] * 3, [1, 2, 5]),
+    "white-box": ([None] * 4, [1, 2, 5, 6]),
 }  # fmt: skip
 
 

@@ -305,6 +305,8 @@ FINGERPRINTS = {
     ("swin", "swin-mini"): "9323dbbac08c28a602885af2cdd14222275511b77cfb28994ba30c5cb5930797",
     ("clip-vision", "clip-mini"): "82c94989463cb896baac8bd86470a9877c6411be7c689c7b27ca4ea5948cec6d",
     ("blip", "blip-mini"): "3490bb05ab36fe0934149a6d0b8d0c858d34a4fbc2927a6c94888f064d396ebc",
+    ("blip", "blip-plain-mini"): "1e1c035cbeee8099591b3617ac726543d721d8fcd720267ef4250b498168b7a6",
+    ("blip2", "blip2-mini"): "bbbc1ccb5f5878bb70c0c4e203792cf0b6c53bb09d9a2d94a88039c6f9f7636a",
     ("minilm", "minilm"): "f5c162f72d8287058c4cace93e3d7bd2ba41f827634a7f5dfaf958bc3b71a371",
 }
 

@@ -112,8 +112,7 @@ COMMANDS: tuple[tuple[Callable, str, tuple[tuple[str, dict], ...]], ...] = (
      (("kind", {"metavar": "KIND", "choices": [*KINDS, *WHOLES], "help": ", ".join([*KINDS, *WHOLES])}),
       ("dir", {"metavar": "DIR", "help": "a new folder"}),
       ("--source", {"help": "a name, a file or a folder; a run for the regressor (default: the kind's own); "
-                    "sd-2-tiny: random weights with the parts of Stable Diffusion 2; blip2-tiny: a small "
-                    "random BLIP-2"}),
+                    "sd-2-tiny: random weights with the parts of Stable Diffusion 2"}),
       ("--batch", {"type": positive, "default": 2, "help": "inputs at once (default 2)"}),
       ("--seed", {"type": number(int, 0, 2**63 - 1), "default": 0, "help": "of the inputs (default 0)"}),
       ("--float64", {"action": "store_true", "help": "inputs and weights of a float64 port"}))),

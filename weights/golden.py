@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.blip2 import BLIP2Config
 from models.clip import CLIPTextConfig
 from models.unet import UNetConfig
 from weights.kinds import find_kind
@@ -50,17 +49,7 @@ SD_2_TINY = {
         max_position_embeddings=77, hidden_act="gelu", layer_norm_eps=1e-5,
     ),
 }
-# BLIP-2 in small, random too: no miniature is trained
-BLIP_2_TINY = BLIP2Config(
-    vision_hidden_size=48, vision_intermediate_size=112, vision_num_hidden_layers=3,
-    vision_num_attention_heads=4, vision_image_size=28, vision_patch_size=7, vision_layer_norm_eps=1e-6,
-    num_query_tokens=8, qformer_hidden_size=40, qformer_intermediate_size=96, qformer_num_hidden_layers=4,
-    qformer_num_attention_heads=5, qformer_cross_attention_frequency=2, qformer_layer_norm_eps=1e-12,
-    text_vocab_size=304, text_hidden_size=64, text_ffn_dim=128, text_num_hidden_layers=3,
-    text_num_attention_heads=8, text_max_position_embeddings=48, text_bos_token_id=2, text_pad_token_id=1,
-    text_eos_token_id=201,
-)
-TINY = {"sd-2-tiny": SD_2_TINY | {"unet-encoder": SD_2_TINY["unet"]}, "blip2-tiny": {"blip2": BLIP_2_TINY}}
+TINY = {"sd-2-tiny": SD_2_TINY | {"unet-encoder": SD_2_TINY["unet"]}}
 
 
 @dataclass(frozen=True)
