@@ -76,7 +76,7 @@ IMAGES = 100  # of all seeds together
 NOISE = 20_000_003  # first seed of the noise; no image of the data has its own noise
 BATCH = 20  # images that are searched for at a time
 # Steps on a CPU with the miniature; otherwise the published ones: 3,000 for PEZ, 10,000 for PH2P.
-MINI_STEPS = {"pez": 300, "ph2p": 200, "swaps": 100}
+MINI_STEPS = {"pez": 1000, "ph2p": 200, "swaps": 300}
 RANDOM_PROMPTS = 100  # to which PEZ is compared
 REDRAWN, PROBE = "image and redrawn image", "probe"
 MEASURES = (REDRAWN, PROBE)
@@ -333,8 +333,8 @@ def table_4_text(result: dict) -> str:
         f"{REDRAWN}: cosine of CLIP's embeddings, by clip-mini or else ViT-L/14. {PROBE}: the share of the "
         f"things in the true prompt, {ALL_HEARD}, that the probe finds in the redrawn picture. In brackets: "
         "95 % interval by bootstrap over the images.",
-        f"Drawn with {drawing['steps']} steps and guidance {drawing['guidance']:g}, as the embedded data; the "
-        "noise of an image is the same for all rows and is not that of the data, so that the true prompt "
+        f"Drawn with {drawing['steps']} steps and guidance {drawing['guidance']:g}, as the embedded data. "
+        "The noise of an image is the same for all rows and is not that of the data, so that the true prompt "
         f"draws another picture: its row is the ceiling. {result['pictures']:,} pictures in all.",
         f"Steps: {', '.join(f'{name} {n:,}' for name, n in steps.items())}{published}. Seconds: of a search "
         "for one image, where it was computed. The texts of all searches are encoded again and scored so. "
