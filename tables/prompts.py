@@ -365,8 +365,8 @@ def table_3_text(result: dict) -> str:
         SCALES,
         STATISTICS + " Holm: adjusts p over seeds for the paper's claims of both scores.",
         "Captioners that are not fine-tuned are the pretrained ones. blip-mini was pretrained on drawings "
-        "and prompts of this grammar, blip-plain-mini and the Q-Former of blip2-mini on plain descriptions of "
-        "the drawings; the language model of blip2-mini has read prompts.",
+        "and prompts of this grammar, blip-plain-mini and the Q-Former of blip2-mini on plain descriptions "
+        "of the drawings; the language model of blip2-mini has read prompts.",
         f"Likely words: those to which {SWIN.name} gives a probability above {LIKELY:g} and which the "
         "caption lacks. Nearest prompt: among the training prompts, by the embedding that the run predicts. "
         "Decoder: BLIP's text decoder on a projected embedding, trained on the training prompts and, with "
