@@ -110,7 +110,7 @@ def written_by(run: RunName, pairs: SeedPairs) -> list[str]:
     """A captioner's texts, from its captions.jsonl. Raises DataError for a file of other pairs."""
     folder = pairs.plan.run_folder(run, pairs.seed)
     rows = [row for _, row in records(folder / "captions.jsonl") if isinstance(row, dict)]
-    rows = [row for row in rows if row.get("split") == "test"]
+    rows = [row for row in rows if row.get("split") == "test" and isinstance(row.get("caption"), str)]
     if [row.get("prompt") for row in rows] != pairs.prompts:
         raise data.DataError(
             f"{folder}/captions.jsonl: does not hold the {len(pairs.prompts):,} test pairs in their order; "
@@ -225,13 +225,13 @@ class Scores:
         batches = (range(start, min(start + clipscore.BATCH, len(pairs))) for start in starts)
         parts = [self.scorer.images([pairs.image(i) for i in batch]) for batch in batches]
         self.images, self.references = np.concatenate(parts), self.scorer.texts(prompts)[:, None]
-        self.prompts, self.device = prompts, device
-        self.targets = prompt_targets(prompts, device)[np.arange(len(prompts))]
+        self.prompts, self.minilm = prompts, weights.load("minilm", device=device)
+        self.targets = self.minilm.encode(prompts).cpu().numpy()
 
     def of(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """By name: METRICS, "exact", whether a text is the prompt, and "words", their number, (n,)."""
         captions = self.scorer.texts(texts)
-        embeddings = prompt_targets(list(texts), self.device)[np.arange(len(texts))]
+        embeddings = self.minilm.encode(list(texts)).cpu().numpy()
         values = (
             100 * clipscore.ref_clip_score(self.images, captions, self.references, weight=1.0),
             clipscore.ref_clip_score(self.images, captions, self.references),
@@ -363,7 +363,7 @@ def table_3_text(result: dict) -> str:
     ]
     notes = (
         SCALES,
-        STATISTICS + " Holm: adjusts p over seeds for the paper's claims of both scores.",
+        STATISTICS + " Holm: adjusts p over seeds for the paper's claims.",
         "Captioners that are not fine-tuned are the pretrained ones. blip-mini was pretrained on drawings "
         "and prompts of this grammar, blip-plain-mini and the Q-Former of blip2-mini on plain descriptions "
         "of the drawings; the language model of blip2-mini has read prompts.",

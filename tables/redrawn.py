@@ -58,7 +58,6 @@ from tables.prompts import (
 )
 from tables.runs import Plan
 from training.captioner import open_captioner_run
-from training.inputs import prompt_targets
 from training.metrics import (
     RESAMPLES,
     bootstrap_interval,
@@ -73,10 +72,10 @@ from training.pictures import Line, sheet
 log = logging.getLogger("tables")
 
 IMAGES = 100  # of all seeds together
-NOISE = 20_000_003  # first seed of the noise; no image of the data has its own noise
+NOISE = 20_000_003  # first seed of the noise, which is not that of the images
 BATCH = 20  # images that are searched for at a time
 # Steps on a CPU with the miniature; otherwise the published ones: 3,000 for PEZ, 10,000 for PH2P.
-MINI_STEPS = {"pez": 1000, "ph2p": 200, "swaps": 300}
+MINI_STEPS = {"pez": 1000, "ph2p": 200, "swaps": 200}
 RANDOM_PROMPTS = 100  # to which PEZ is compared
 REDRAWN, PROBE = "image and redrawn image", "probe"
 MEASURES = (REDRAWN, PROBE)
@@ -389,7 +388,7 @@ def compute_figure_10(plan: Plan) -> dict:
     pictures = [Image.fromarray(x) for x in kept_pictures(plan, open_pipeline(plan), repeated, noise)]
     run = open_captioner_run(plan.run_folder(RUNS[BEST], seed), plan.device)
     texts = run.captions(torch.stack([data.image_tensor(x, run.preprocessing) for x in pictures]))
-    embeddings = prompt_targets(texts, plan.device)[np.arange(len(texts))]
+    embeddings = weights.load("minilm", device=plan.device).encode(texts).cpu().numpy()
     examples, rows = [], []
     for k, prompt in enumerate(prompts):
         part = slice(k * FIGURE_DRAWS, (k + 1) * FIGURE_DRAWS)

@@ -146,7 +146,7 @@ def test_scores_are_those_of_clipscore(cache: Path):
 
 
 def test_a_decoder_learns_to_write_prompts_from_their_embeddings(cache: Path, tmp_path: Path):
-    config = DecoderConfig(epochs=40, batch_size=4, lr=2e-3)
+    config = DecoderConfig(epochs=25, batch_size=4, lr=2e-3)
     targets = prompt_targets(TEXTS, "cpu")
     trainer = DecoderTrainer(config, tmp_path, TEXTS, targets)
     trainer.fit()
