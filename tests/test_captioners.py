@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, assert_same_end, entries, environment, losses, result_of
+from conftest import ROOT, SMALL, assert_same_end, entries, environment, losses, result_of, train_here
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import BertTokenizer
@@ -256,6 +256,20 @@ def test_phase_1_records_the_likelihood_of_the_true_prompts(run: Path, sources: 
     best = max(e["val_likelihood"] for e in entries(run) if "val_likelihood" in e)
     state = json.loads((run / "last" / "state.json").read_text())
     assert state["best"] == pytest.approx(best)
+
+
+def test_the_cosines_of_a_regressors_run_can_take_the_place_of_phase_1(
+    sources: dict[str, str], few_scenes: Path, cache: Path, tmp_path: Path
+):
+    flags = ("--backbone", "vit", "--train-blocks", "0", "--record-cosines", "--head-start", "random")
+    regressor = train_here(few_scenes, tmp_path / "regressor", *flags)
+    more = {"curriculum": "difficulty", "phase_1": str(regressor)}
+    config = small("blip", sources, few_scenes, **more)
+    found = train.phase_1(config, tmp_path / "run", Process(), prepare(config), Vocabulary(["red"]))
+    assert np.array_equal(found, np.load(regressor / "cosines.npy")) and found.shape == (2, 60)
+    with pytest.raises(data.DataError, match="recorded its cosines on other pairs or another split"):
+        other = replace(config, seed=1)
+        train.phase_1(other, tmp_path / "other", Process(), prepare(other), Vocabulary(["red"]))
 
 
 def test_difficulty_by_the_cosine_of_greedy_captions(

@@ -112,10 +112,13 @@ class Captioner(nn.Module):
         end mark; a line break in it, BLIP-2's end mark, becomes a space."""
         config, prompt = self.model.config, self.original.prompt
         lines = [prompt + text.replace("\n", " ") for text in texts]
-        encoded = self.model.tokenizer.encode_batch(lines, add_special_tokens=False)
-        end = getattr(config, self.original.end)
-        rows = [[config.text_bos_token_id, *e.ids[: self.max_tokens - 2], end] for e in encoded]
-        return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], True, self.pad)
+        end, encode = getattr(config, self.original.end), self.model.tokenizer.encode_batch
+        rows = []
+        for start in range(0, len(lines), 4096):  # an encoding takes a hundred times the room of its ids
+            for encoding in encode(lines[start : start + 4096], add_special_tokens=False):
+                ids = [config.text_bos_token_id, *encoding.ids[: self.max_tokens - 2], end]
+                rows.append(torch.tensor(ids))
+        return nn.utils.rnn.pad_sequence(rows, True, self.pad)
 
     def counts(self, ids: Tensor) -> Tensor:
         """The number of tokens (B,) of the texts (B, N) that the loss counts."""
