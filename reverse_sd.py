@@ -726,64 +726,19 @@ def image_predictor(run: Run, device: str) -> Callable[..., tuple[np.ndarray, np
     return predict_images
 
 
-def print_predictions(
-    paths: Sequence[Path], folder: Path, prompt: str | None, caption: str | None, n: int, device: str
-) -> int:
-    """The exit status: 2 if an image was skipped. Prints a run's predictions for images."""
-    import data
-    from command import one_line
-    from training.reading import Judge, read_training_prompts
-
-    run, skipped = load_run(folder, device), 0
-    prompts, targets = read_training_prompts(folder)
-    judge = Judge(folder, run.vocabulary.words, prompt)
-    predict_images = image_predictor(run, device)
-    for path in paths:
-        try:
-            image = data.load_image(path)
-        except data.DataError as error:
-            print(f"skipped: {one_line(error)}", file=sys.stderr)
-            skipped += 1
-            continue
-        embeddings, probabilities = predict_images([image], None if caption is None else [caption])
-        print(path)
-        for i, similarity in nearest(embeddings[0], targets, n):
-            print(f"  {similarity:.3f}  {prompts[i]}")
-        if probabilities is not None:
-            print("  words  " + run.vocabulary.likely(probabilities[0], 10))
-        for line in judge.lines(embeddings[0]):
-            print(f"  {line}")
-    return 2 if skipped else 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    import data
     import weights
-    from command import Parser, positive, run_command, text
+    from command import run_command
+    from training.reading import newest_run, parse, read_images
 
-    parser = Parser(
-        description="Print for each image the nearest training prompts, the likely words, the cosine to "
-        "expect with its prompt and, with --prompt, whether that prompt fits: its cosine, the rank of that "
-        "among the run's validation pairs, and for each word the probability that the image shows it.",
-        epilog="Train a run first: python train.py --backbone unet",
-    )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--run", type=Path, help="a run's folder (default: the newest under runs/)")
-    parser.add_argument("--prompt", type=text, help="a prompt to judge, word by word")
-    parser.add_argument("--caption", help="text for the U-Net (default: a caption by the run's captioner)")
-    parser.add_argument("-n", type=positive, default=5, help="number of prompts to list (default 5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    args = parser.parse_args(argv)
+    args = parse(argv)
 
     def read() -> int:
-        finished = sorted(Path("runs").glob("*/result.json"), key=lambda path: path.stat().st_mtime)
-        if args.run is None and not finished:
-            raise data.DataError("no finished run under runs/; train one: python train.py --backbone unet")
         device = weights.resolve_device(args.device)
-        folder = args.run or finished[-1].parent
-        return print_predictions(args.images, folder, args.prompt, args.caption, args.n, device)
+        run = load_run(args.run or newest_run(), device)
+        return read_images(args, run, image_predictor(run, device), device)
 
-    return run_command(read)
+    return run_command(read, "stopped; what was written is kept")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ IMAGES = 100  # of all seeds together
 NOISE = 20_000_003  # first seed of the noise, which is not that of the images
 BATCH = 20  # images that are searched for at a time
 # Steps on a CPU with the miniature; otherwise the published ones: 3,000 for PEZ, 10,000 for PH2P.
-MINI_STEPS = {"pez": 1000, "ph2p": 200, "swaps": 200}
+MINI_STEPS = {"pez": 1000, "ph2p": 500, "swaps": 200}
 RANDOM_PROMPTS = 100  # to which PEZ is compared
 REDRAWN, PROBE = "image and redrawn image", "probe"
 MEASURES = (REDRAWN, PROBE)

@@ -54,6 +54,10 @@ ALLOWED = {
     "training/rows.py": {"torch", "numpy", "tqdm", "data", "files", "schema"},
     "training/cache.py": {"torch", "numpy", "data", "files", "training"},
     "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
+    "training/bank.py": {"torch", "numpy", "tqdm", "weights", "columns", "data", "embedded", "files"},
+    "training/report.py": {"PIL", "files"},
+    "training/reading.py": {"torch", "numpy", "PIL", "tqdm", "weights", "backbones", "clipscore", "command"}
+    | {"data", "files", "models", "schema", "training", "words"},
     "training/*.py": TENSORS
     | {"models", "weights", "command", "data", "files", "schema", "backbones", "reverse_sd", "training"}
     | {"words", "baselines", "clipscore"},

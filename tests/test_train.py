@@ -27,6 +27,7 @@ import eval
 import reverse_sd
 import train
 import weights
+from clipscore import Scorer
 from files import exclusive
 from mini import scenes
 from models import blip
@@ -36,6 +37,7 @@ from training.folder import new_folder, saved_config
 from training.inputs import cleaned, pairs_folder, prepare
 from training.loop import Checkpoint, epoch_batches, learning_rate, save_tensors
 from training.metrics import average_precision, bootstrap_interval
+from training.reading import Captioner
 from words import is_content_word, words
 
 
@@ -94,6 +96,12 @@ def test_reverse_sd_reads_an_image(uninterrupted: Path, few_scenes: Path, tmp_pa
     printed = capsys.readouterr()
     assert status == 2 and "broken.png" in printed.err and len(printed.err.strip().splitlines()) == 1
     lines = printed.out.splitlines()
+    caption = Captioner("blip-mini", "cpu").captions([pairs.image(0)])[0]
+    score = Scorer("clip-mini", prefix="").scores([pairs.image(0)] * 2, [caption, pairs.prompts[0]])
+    scores = [f"{value:.3f}" for value in score["CLIPScore"]]
+    assert lines.pop(1) == f"  prompt  {caption}"
+    assert lines.pop(6) == f"  CLIPScore of the text above, by clip-mini: {scores[0]}"
+    assert lines.pop(7) == f"  CLIPScore of the given prompt: {scores[1]}"
     train_prompts = {
         row["prompt"] for row in json.loads((uninterrupted / "predictions/rows.json").read_text())["train"]
     }
@@ -146,9 +154,9 @@ def test_a_run_without_a_calibration_gives_the_cosine_and_the_command(
     pairs.image(0).save(tmp_path / "mine.png")
     command = [str(tmp_path / "mine.png"), "--run", str(run), "--prompt", pairs.prompts[0], "-n", "1"]
     assert reverse_sd.main(command) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"  cosine with the given prompt: -?0\.\d{3}", lines[3])
-    assert lines[4:] == [f"  for a score of each word, evaluate this run again: python eval.py {run}"]
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"  cosine with the given prompt: -?0\.\d{3}", printed.out.splitlines()[-2])
+    assert f"for a score of each word, evaluate this run again: python eval.py {run}" in printed.err
 
 
 def test_the_newest_run_reads_an_image_and_its_caption(
@@ -175,7 +183,7 @@ def test_the_newest_run_reads_an_image_and_its_caption(
     for flags, captions in (([], None), (["--caption", caption], [caption])):
         assert reverse_sd.main(["mine.png", *flags]) == 0
         printed = capsys.readouterr().out.splitlines()
-        assert [line.strip() for line in printed[1:6]] == expected(captions)
+        assert [line.strip() for line in printed[2:7]] == expected(captions)
     assert expected([caption]) != expected(None)
 
 
