@@ -73,6 +73,22 @@ def test_p_values_are_adjusted_over_the_papers_claims_alone():
     assert cells["c"][-2:] == ["", ""]
 
 
+# -- runs ----------------------------------------
+
+
+def test_captioners_are_trained_with_their_own_head_and_curriculum(tmp_path: Path):
+    plan = Plan("mini", SOURCES["mini"], (2,), tmp_path, 1, "cpu", {"train_blocks": 0, "epochs": 5})
+    fields = {name: plan.fields(run, 2) for name, run in prompts.RUNS.items()}
+    assert [each["heads"] for each in fields.values()] == [0, 1, 1] * 2
+    assert [each["weights"] for each in fields.values()] == ["blip-mini"] * 3 + ["blip2-mini"] * 3
+    assert all("train_blocks" not in each and each["epochs"] == 5 for each in fields.values())
+    assert fields["BLIP-2 + MLC"]["record_cosines"] and "record_cosines" not in fields["BLIP-2"]
+    assert fields[BEST]["curriculum"] == "difficulty"
+    assert fields[BEST]["phase_1"] == str(tmp_path / "blip2-mlc-seed2")
+    for run in prompts.RUNS.values():
+        plan.config(run, 2)  # no flags conflict
+
+
 # -- texts ----------------------------------------
 
 TEXTS = ["a red cat", "a blue owl", "two moons", "a green car", "a red kitten"]

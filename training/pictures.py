@@ -61,7 +61,7 @@ def examples_sheet(path: Path, prepared: Prepared, lines: Callable[[int], list[L
 
 def sheet(rows: Iterable[tuple[Sequence[Image.Image], Sequence[Line]]], side: int = 96) -> bytes:
     """A PNG with a row for each item: its pictures, `side` pixels large, and its lines beside them."""
-    rows, width, line = list(rows), 836, 15
+    rows, width, line = list(rows), 824, 15
     left = max(len(pictures) for pictures, _ in rows) * (side + 12)
     page = Image.new("RGB", (left + width, len(rows) * (side + 12) + 12), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
