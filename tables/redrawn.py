@@ -327,7 +327,7 @@ def table_4_text(result: dict) -> str:
     columns = f"prompt | {PAPERS_SCALE} | CLIPScore | cosine | {REDRAWN}{f' | {PROBE}' * of_probe}"
     columns += " | ranks: cosine | ranks: CLIPScore | seconds | paper: RefCLIPScore | paper: images"
     drawing, steps = result["drawing"], {name: n for name, n in result["steps"].items() if n}
-    published = " (published: 3,000 and 10,000)" if result["clip"] == "clip-mini" else ""
+    published = " (published: PEZ 3,000, PH2P 10,000)" if result["clip"] == "clip-mini" else ""
     notes = (
         f"{REDRAWN}: cosine of CLIP's embeddings, by clip-mini or else ViT-L/14. {PROBE}: the share of the "
         f"things in the true prompt, {ALL_HEARD}, that the probe finds in the redrawn picture. In brackets: "
@@ -393,7 +393,6 @@ def compute_figure_10(plan: Plan) -> dict:
     for k, prompt in enumerate(prompts):
         part = slice(k * FIGURE_DRAWS, (k + 1) * FIGURE_DRAWS)
         of_mean = cosines(embeddings[part].mean(axis=0), embeddings[part])
-        of_mean /= np.linalg.norm(embeddings[part], axis=1)
         example = {"prompt": prompt, "texts": texts[part], "cosine_to_mean": float(of_mean.mean())}
         examples.append(example | {"deviation": float(of_mean.std())})
         lines = [Line("true prompt", prompt), *(Line("", text, "#1b4f8a") for text in texts[part])]
