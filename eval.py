@@ -13,10 +13,11 @@ beside the baseline that predicts the mean training embedding for every image. W
 RUN/predictions/*.npy (the unit-length predicted embeddings of each split and their targets, in the order of
 RUN/predictions/rows.json), RUN/calibration.json and .npy, and RUN/examples.png.
 
---table (1 heads and curriculum, 2 heads, 5 and 6 pictures by the trained U-Net, 7 curricula, 8 ensemble and
-DAKL, 9 combinations of the ensemble's members, 10 DAKL, 11 other models; noise, section 4.7; and, beyond the
-paper, those of tables/__init__.py, e.g. sweep, the recipes, readouts, ridge regression on frozen features,
-and crossed, two generators and their pictures) and --figure (9 easy, medium and hard pairs, 11 the ensemble)
+--table (1 heads and curriculum, 2 heads, 3 captioners, 4 images drawn again from predicted prompts, 5 and 6
+pictures by the trained U-Net, 7 curricula, 8 ensemble and DAKL, 9 combinations of the ensemble's members, 10
+DAKL, 11 other models; noise, section 4.7; and, beyond the paper, those of tables/__init__.py, e.g. sweep, the
+recipes, readouts, ridge regression on frozen features, and crossed, two generators and their pictures) and
+--figure (4 and 10 texts of captioners, 9 easy, medium and hard pairs, 11 the ensemble)
 train the missing runs, one per row and seed, and resume stopped ones. They write results/table-N.md and
 .json, with the paper's numbers beside ours. All other flags are train.py's and apply to every run, e.g.
 --epochs.

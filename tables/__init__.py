@@ -9,6 +9,7 @@
     sweep.py       recipes chosen on validation;  readouts.py  ridge regression on frozen features
     shift.py       DAKL under a shift of domain;  crossed.py  two generators and their pictures (cells.py)
     budget.py      the error by cause;  denoised.py  targets without the wording (wordings.py)
+    prompts.py     table 3, figure 4;  redrawn.py  table 4, figure 10
     generation.py  tables 5 and 6, section 4.7;  votes.py  table 5 by people (vote.html);  swap.py  controls
     difficulty.py  difficulty and label noise;  figures.py  figures 9 and 11
     words.py       which words of a prompt the picture lacks;  confidence.py  the expected cosine

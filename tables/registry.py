@@ -10,7 +10,9 @@ from tables.exhibit import Exhibit
 from tables.figures import FIGURES
 from tables.generation import GENERATION_TABLES
 from tables.judges import JUDGES
+from tables.prompts import PROMPTS, PROMPTS_FIGURES
 from tables.readouts import READOUTS
+from tables.redrawn import REDRAWN_FIGURES, REDRAWN_TABLES
 from tables.shift import SHIFT
 from tables.swap import SWAP
 from tables.sweep import SWEEP
@@ -24,8 +26,9 @@ def in_order(exhibits: dict[int | str, Exhibit]) -> dict[int | str, Exhibit]:
 
 
 TABLES = COMPUTED_TABLES | GENERATION_TABLES | READOUTS | SWEEP | SHIFT | CROSSED | SWAP
-TABLES |= JUDGES | DIFFICULTY | BUDGET | DENOISED | WORDS | CONFIDENCE
-EXHIBITS = {"table": in_order(TABLES), "figure": in_order(FIGURES)}
+TABLES |= JUDGES | DIFFICULTY | BUDGET | DENOISED | WORDS | CONFIDENCE | PROMPTS | REDRAWN_TABLES
+ALL_FIGURES = FIGURES | PROMPTS_FIGURES | REDRAWN_FIGURES
+EXHIBITS = {"table": in_order(TABLES), "figure": in_order(ALL_FIGURES)}
 
 
 def text_of(result: dict) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 import data
-from backbones import BACKBONES
+from backbones import BACKBONES, CAPTIONERS, READERS
 from training.config import REGRESSORS, RESUMABLE, TrainConfig, resolve
 from training.folder import saved_fields
 from training.inputs import prepare
@@ -26,10 +26,10 @@ log = logging.getLogger("tables")
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
-# Pretrained weights of each backbone and of the captioner: --weights mini, --weights paper.
+# Pretrained weights of each backbone and captioner: --weights mini, --weights paper.
 SOURCES = {
-    "mini": {name: b.mini for name, b in BACKBONES.items()} | {"blip": "blip-mini"},
-    "paper": {name: b.paper for name, b in BACKBONES.items()} | {"blip": "blip-base"},
+    "mini": {name: b.mini for name, b in READERS.items()},
+    "paper": {name: b.paper for name, b in READERS.items()},
 }
 MODELS = {name: b.title for name, b in BACKBONES.items()}  # in the paper's order
 # Fields of TrainConfig by the name of a recipe. {second}: the folder of eval.py --second; {runs}: that of
@@ -103,7 +103,7 @@ class RunName:
 
 
 # The runs that record their cosines, as phase 1 of another run.
-RECORDING = {RunName(backbone, "mlc") for backbone in MODELS} | {RunName("vit", "plain")}
+RECORDING = {RunName(backbone, "mlc") for backbone in READERS} | {RunName("vit", "plain")}
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ class Plan:
             recipe[name] = recipe[name].format(second=self.second, runs=self.folder)
         owners = (run.backbone, recipe.get("curriculum"), "regressor" * (run.backbone in BACKBONES))
         foreign = {name for owner, names in OPTIONS_OF.items() if owner not in owners for name in names}
+        if run.backbone in CAPTIONERS:
+            recipe["heads"] = min(recipe["heads"], 1)  # a captioner's vocabulary head is that of placement 1
         fields = {name: value for name, value in self.options.items() if name not in foreign}
         fields |= {"backbone": run.backbone, "data": self.data, "weights": self.sources[run.backbone]}
         if run.backbone == "unet":

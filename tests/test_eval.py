@@ -69,9 +69,10 @@ def test_dakl_s_defaults_are_the_papers_best_row():
 
 def test_the_weights_of_each_backbone():
     assert SOURCES["mini"] == {
-        "unet": "sd-mini", "vit": "vit-mini", "swin": "swin-mini", "clip": "clip-mini", "blip": "blip-mini"
+        "unet": "sd-mini", "vit": "vit-mini", "swin": "swin-mini", "clip": "clip-mini", "blip": "blip-mini",
+        "blip2": "blip2-mini",
     }  # fmt: skip
-    assert SOURCES["paper"].keys() == SOURCES["mini"].keys() == {*BACKBONES, "blip"}
+    assert SOURCES["paper"].keys() == SOURCES["mini"].keys() == {*BACKBONES, "blip", "blip2"}
 
 
 @pytest.mark.parametrize("flag, message", [

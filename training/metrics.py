@@ -19,13 +19,19 @@ def cosines(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     return (predicted * target.astype(np.float64)).sum(-1)
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (n,), resampled with replacement."""
-    rng = np.random.default_rng(seed)
+def bootstrap_interval(
+    values: np.ndarray, seed: int = 0, resamples: int = 10_000, groups: np.ndarray | None = None
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` (n,), resampled with replacement; with `groups` (n,)
+    whole groups of values are resampled."""
+    rng, counts = np.random.default_rng(seed), np.ones(len(values))
+    if groups is not None:
+        _, groups = np.unique(groups, return_inverse=True)
+        values, counts = np.bincount(groups, values), np.bincount(groups)
     means = np.empty(resamples)
     for start in range(0, resamples, 200):
         rows = rng.integers(len(values), size=(min(200, resamples - start), len(values)))
-        means[start : start + len(rows)] = values[rows].mean(axis=1)
+        means[start : start + len(rows)] = values[rows].sum(axis=1) / counts[rows].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -150,6 +156,33 @@ def paired_test(ours: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> dict
         "p": student_p(t, len(difference) - 1),
         "n": len(difference),
         "per_seed": [float(d.mean()) for d in by_seed],
+    }
+
+
+def signed_rank_p(differences: np.ndarray) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test that `differences` (n,) are symmetric about 0, by the normal
+    approximation with the correction for ties; zeros are left out. For some 20 differences or more."""
+    nonzero = differences[differences != 0]
+    n, size = len(nonzero), ranks(np.abs(nonzero))
+    ties = np.unique(size, return_counts=True)[1].astype(np.float64)
+    variance = n * (n + 1) * (2 * n + 1) / 24 - (ties**3 - ties).sum() / 48
+    z = (size[nonzero > 0].sum() - n * (n + 1) / 4) / math.sqrt(variance) if n else 0.0
+    return math.erfc(abs(z) / math.sqrt(2))
+
+
+def paired_by_group(
+    ours: Sequence[np.ndarray], other: Sequence[np.ndarray], groups: Sequence[np.ndarray]
+) -> dict:
+    """`paired_test`, whose bootstrap resamples groups (n,), such as the pairs of one prompt, over all seeds;
+    with the effect size d_z (mean over deviation of the differences; None if they are equal), the share of
+    pairs "won" (ties count one half) and p of Wilcoxon's signed-rank test."""
+    difference = np.concatenate([a - b for a, b in zip(ours, other, strict=True)])
+    deviation = float(difference.std(ddof=1))
+    return paired_test(ours, other) | {
+        "difference_95": bootstrap_interval(difference, 0, RESAMPLES, np.concatenate(groups)),
+        "d_z": float(difference.mean()) / deviation if deviation else None,
+        "won": float((difference > 0).mean() + (difference == 0).mean() / 2),
+        "wilcoxon_p": signed_rank_p(difference),
     }
 
 

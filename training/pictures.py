@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,24 +54,31 @@ def examples_picture(
 def examples_sheet(path: Path, prepared: Prepared, lines: Callable[[int], list[Line]], n: int = 8) -> None:
     """Write a sheet with a row for each of `n` test images: the image, and its lines."""
     test = prepared.splits["test"]
-    side, width, line = 144, 980, 15
     picked = np.random.default_rng(0).choice(len(test), size=min(n, len(test)), replace=False)
-    sheet = Image.new("RGB", (width, len(picked) * (side + 12) + 12), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for k, i in enumerate(picked):
+    rows = (([prepared.pairs.image(int(test[i]))], lines(i)) for i in picked)
+    atomic_write(path, sheet(rows, 144))
+
+
+def sheet(rows: Iterable[tuple[Sequence[Image.Image], Sequence[Line]]], side: int = 96) -> bytes:
+    """A PNG with a row for each item: its pictures, `side` pixels large, and its lines beside them."""
+    rows, width, line = list(rows), 824, 15
+    left = max(len(pictures) for pictures, _ in rows) * (side + 12)
+    page = Image.new("RGB", (left + width, len(rows) * (side + 12) + 12), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    beside = max(84, *(int(font.getlength(label)) + 12 for _, lines in rows for label, *_ in lines))
+    for k, (pictures, lines) in enumerate(rows):
         y = 12 + k * (side + 12)
-        image = prepared.pairs.image(int(test[i]))
-        image.thumbnail((side, side)) if max(image.size) > side else None
-        sheet.paste(
-            image.resize((side, side * image.height // image.width), Image.Resampling.LANCZOS), (12, y)
-        )
-        for label, text, colour in lines(i):
-            draw.text((side + 28, y), label, "#777777", font)
-            for part in wrap(text, font, width - side - 132)[:2]:
-                draw.text((side + 112, y), part, colour, font)
+        for column, image in enumerate(pictures):
+            image.thumbnail((side, side)) if max(image.size) > side else None
+            size = (side, side * image.height // image.width)
+            page.paste(image.resize(size, Image.Resampling.LANCZOS), (12 + column * (side + 12), y))
+        for label, text, colour in lines:
+            draw.text((left + 16, y), label, "#777777", font)
+            for part in wrap(text, font, width - beside - 36)[:2]:
+                draw.text((left + 16 + beside, y), part, colour, font)
                 y += line
             y += 4
-    atomic_write(path, png(sheet))
+    return png(page)
 
 
 def difficulty_sheet(
