@@ -426,7 +426,7 @@ def test_the_defaults_are_those_of_the_authors_fine_tuning():
         ("blip", "my/folder", {}),
         ("blip", "blip-large", {"lr": 2e-6}),
         ("blip2", "blip2-opt-2.7b", {}),
-        ("blip", None, {"epochs": 6, "batch_size": 32, "lr": 1e-4, "weights": "blip-mini"}),
+        ("blip", None, {"epochs": 3, "batch_size": 32, "lr": 1e-4, "weights": "blip-mini"}),
         ("blip2", None, {"epochs": 6, "batch_size": 32, "lr": 1e-3, "weights": "blip2-mini"}),
     ):
         config = vars(resolve(TrainConfig(backbone=backbone, weights=source)))

@@ -309,7 +309,7 @@ WHITE_BOX = ("image_size", "captions", "unet_features")  # options of the U-Net 
 CAPTIONER_DEFAULTS = {"heads": 1, "optimizer": "adamw", "weight_decay": 0.05, "lr": 1e-5}
 MINI_CAPTIONER = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
 # At 1e-3 blip-mini, which has been trained on prompts, is worse on validation after an epoch than before.
-CAPTIONER_SOURCES = {"blip-large": {"lr": 2e-6}, "blip-mini": MINI_CAPTIONER | {"lr": 1e-4}}
+CAPTIONER_SOURCES = {"blip-large": {"lr": 2e-6}, "blip-mini": MINI_CAPTIONER | {"lr": 1e-4, "epochs": 3}}
 # Fields of a regressor alone, and their values in a captioner's run
 REGRESSORS = {
     "random_start": False, "train_blocks": None, "head_start": "random", "head_lr": None, "layer_decay": 1.0,
