@@ -284,7 +284,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     return checked(values, rules() | derived, path, closed=True)
 
 
-# Paper: three epochs of batches of 64 (section 4.2). 1e-4 with cosine decay is the authors' code's.
+# Paper: three epochs of batches of 64 (section 4.2); a schedule and a limit on the gradient's norm are not
+# stated. 1e-4 with cosine decay is the authors' code's.
 PAPER_DEFAULTS = {
     "epochs": 3, "batch_size": 64, "lr": 1e-4, "head_start": "random", "heads": 3, "optimizer": "adam",
     "weight_decay": 0.0,
