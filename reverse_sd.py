@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import BACKBONES, Backbone, SDReader, Standardise, as_backbone, captioner_of
+from files import DataError
 from schema import TEXT, many, read_value
 from words import is_content_word, words
 
@@ -626,6 +627,17 @@ class Run:
         return self.config.get("train_blocks") == 0
 
 
+def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
+    """The vocabulary of a run. Raises DataError if its words are not those in the hash of the run's
+    config."""
+    vocabulary = Vocabulary(read_value(folder / "vocabulary.json", many(TEXT)))
+    if config["vocabulary"] not in (None, vocabulary.fingerprint):  # None: an older run
+        raise DataError(
+            f"{folder / 'vocabulary.json'}: not the words that this run was trained with; restore the file"
+        )
+    return vocabulary
+
+
 def load_run(folder: str | Path, device: str = "cpu") -> Run:
     """A run that train.py wrote; the regressor holds the weights that were best on validation.
 
@@ -638,11 +650,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     config = read_run(folder)
     if config["backbone"] not in BACKBONES:
         raise weights.WeightsError(f"{folder}: holds a captioner, not a regressor; give another run")
-    vocabulary = Vocabulary(read_value(folder / "vocabulary.json", many(TEXT)))
-    if config["vocabulary"] not in (None, vocabulary.fingerprint):
-        raise weights.WeightsError(
-            f"{folder / 'vocabulary.json'}: not the words that this run was trained with; restore the file"
-        )
+    vocabulary = read_vocabulary(folder, config)
     run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):
         model = weights.build(run.backbone.kind, config["model"])

@@ -415,6 +415,15 @@ def test_a_captioners_run_is_no_regressor(run: Path):
         load_run(run)
 
 
+def test_words_of_another_run_are_refused(run: Path):
+    path = run / "vocabulary.json"
+    words = path.read_text()
+    path.write_text(json.dumps(json.loads(words)[::-1]))
+    with pytest.raises(data.DataError, match="not the words that this run was trained with"):
+        open_captioner_run(run)
+    path.write_text(words)
+
+
 # -- flags -------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ ALLOWED = {
     },
     "command.py": {"safetensors", "data", "weights"},
     "backbones.py": {"torch"},
-    "reverse_sd.py": {"torch", "numpy", "backbones", "schema", "words"},
+    "reverse_sd.py": {"torch", "numpy", "backbones", "files", "schema", "words"},
     "files.py": {"numpy"},
     "schema.py": {"files"},
     "embedded.py": {"PIL", "numpy"},

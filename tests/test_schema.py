@@ -313,7 +313,7 @@ def test_a_vocabulary_is_that_of_its_run(run: Path):
     rewrite(run / "config.json", vocabulary=reverse_sd.Vocabulary(words).fingerprint)
     assert reverse_sd.load_run(run).vocabulary.words == words
     (run / "vocabulary.json").write_text(json.dumps(["zebra", *words[1:]]))
-    with pytest.raises(weights.WeightsError, match="vocabulary.json: not the words that this run was"):
+    with pytest.raises(DataError, match="vocabulary.json: not the words that this run was"):
         reverse_sd.load_run(run)
 
 

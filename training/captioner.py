@@ -26,8 +26,7 @@ import weights
 from backbones import CAPTIONERS
 from files import atomic_write, write_json
 from models.blip import BLIP, CONFIGS
-from reverse_sd import Vocabulary, joint_loss, vocabulary_loss
-from schema import TEXT, many, read_value
+from reverse_sd import Vocabulary, joint_loss, read_vocabulary, vocabulary_loss
 from training.config import TrainConfig, read_run
 from training.inputs import Prepared, Samples
 from training.loop import Process
@@ -310,7 +309,7 @@ def open_captioner_run(folder: str | Path, device: str = "cpu") -> CaptionerRun:
         raise weights.WeightsError(
             f"{folder}: {source} had other sizes when this run was trained; train it again"
         )
-    vocabulary = Vocabulary(read_value(folder / "vocabulary.json", many(TEXT)))
+    vocabulary = read_vocabulary(folder, config)
     bf16 = device.startswith("cuda") and config["precision"] != "float32"
     captioner = Captioner(kind, load_model(kind, source, bf16), len(vocabulary) if config["heads"] else 0)
     path = folder / "model.safetensors"
