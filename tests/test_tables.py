@@ -535,8 +535,8 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     "flags, said",
     [
         (["--table", ""], "choose from 1, 2"),
-        (["--figure", ""], "choose from 9, 11, all"),
-        (["--table", "3"], "choose from 1, 2, 5, 6, 7, 8, 9, 10, 11, budget, captions"),
+        (["--figure", ""], "choose from 4, 9, 10, 11, all"),
+        (["--table", "12"], "choose from 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, budget, captions"),
         (["--table", "2,x"], "--table x"),
         (["--figure", "5"], "--figure 5"),
         (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),
