@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from backbones import READERS
 from files import write_array, write_json
 from tables.exhibit import (
     COMPARED,
@@ -27,7 +28,7 @@ from tables.exhibit import (
 )
 from tables.methods import Member, members_of
 from tables.rows import ROW_TABLES, Row, Table
-from tables.runs import MODELS, Plan, RunName, with_phase_1
+from tables.runs import Plan, RunName, with_phase_1
 from training.folder import saved_fields
 from training.metrics import (
     RESAMPLES,
@@ -206,7 +207,7 @@ def notes_of(result: dict) -> list[str]:
         if row.get("chose"):
             choices = "; ".join(map(choice_text, row["chose"]))
             notes.append(f'Chosen on validation for "{row["name"]}", seed by seed: {choices}.')
-    weights = {MODELS[run["backbone"]]: run["weights"] for run in runs}
+    weights = {READERS[run["backbone"]].title: run["weights"] for run in runs}
     sources = ", ".join(f"{name} {source}" for name, source in weights.items())
     if captions := dict.fromkeys(run["captions"] for run in runs if run["captions"]):
         sources += f"; captions for the U-Net: {', '.join(captions)}"
