@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,20 +41,9 @@ BACKBONES = {  # in the paper's order
 }
 
 
-@dataclass(frozen=True)
-class Captioner:
-    """A captioner: `kind` of weights; `title` in tables; `mini` and `paper` as of a Backbone."""
-
-    kind: str
-    title: str
-    mini: str
-    paper: str
-    white_box: ClassVar = False
-
-
-CAPTIONERS = {
-    "blip": Captioner("blip", "BLIP", "blip-mini", "blip-base"),
-    "blip2": Captioner("blip2", "BLIP-2", "blip2-mini", "blip2-opt-2.7b"),
+CAPTIONERS = {  # trained as a whole, so without a list of blocks
+    "blip": Backbone("blip", "BLIP", "", "blip-mini", "blip-base"),
+    "blip2": Backbone("blip2", "BLIP-2", "", "blip2-mini", "blip2-opt-2.7b"),
 }
 READERS = BACKBONES | CAPTIONERS  # of train.py --backbone
 

@@ -97,7 +97,7 @@ def test_reverse_sd_reads_an_image(uninterrupted: Path, few_scenes: Path, tmp_pa
     assert status == 2 and "broken.png" in printed.err and len(printed.err.strip().splitlines()) == 1
     lines = printed.out.splitlines()
     caption = Captioner("blip-mini", "cpu").captions([pairs.image(0)])[0]
-    score = Scorer("clip-mini", prefix="").scores([pairs.image(0)] * 2, [caption, pairs.prompts[0]])
+    score = Scorer("clip-mini").scores([pairs.image(0)] * 2, [caption, pairs.prompts[0]])
     scores = [f"{value:.3f}" for value in score["CLIPScore"]]
     assert lines.pop(1) == f"  prompt  {caption}"
     assert lines.pop(6) == f"  CLIPScore of the text above, by clip-mini: {scores[0]}"

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import weights
 from backbones import BACKBONES, captioner_of
-from clipscore import PREFIX, Scorer, clip_score
+from clipscore import Scorer, clip_score
 from command import Parser, decodable, one_line, positive, text
 from data import DataError
 from files import files_below, sha256, stamp
@@ -267,8 +267,7 @@ class Reader:
         source, self.feeds = captioner_source(args, run)
         self.captioner = Captioner(source, device) if source else None
         self.clip = clip_source(args, run)
-        prefix = "" if self.clip == "clip-mini" else PREFIX  # clip-mini has read no other words than prompts'
-        self.scorer = Scorer(self.clip, device, prefix) if self.clip else None
+        self.scorer = Scorer(self.clip, device) if self.clip else None
         options = [args.prompt, args.caption, args.add_words, args.n, source, self.clip]
         files = [stamp(run.folder / "model.safetensors"), args.prompts and stamp(args.prompts)]
         self.settings = sha256(json.dumps([str(run.folder.resolve()), files, options]))[:16]
