@@ -52,19 +52,13 @@ def count(module: nn.Module) -> int:
 
 def padded(lines: Sequence[Sequence[int]], pad: int) -> Tensor:
     """Lines of ids as a table (B, N), padded at the end."""
-    ids = torch.full((len(lines), max(map(len, lines))), pad)
-    for row, line in zip(ids, lines, strict=True):
-        row[: len(line)] = torch.tensor(line)
-    return ids
+    return nn.utils.rnn.pad_sequence([torch.tensor(line) for line in lines], True, pad)
 
 
-def following_loss(
-    logits: Tensor, ids: Tensor, pad: int, n_prompt: int = 1, smoothing: float = 0.0
-) -> Tensor:
-    """The mean cross-entropy of ids (B, N) from position `n_prompt` on, without padding; logits (B, N, V) of
-    the token after each."""
-    ids, logits = ids[:, n_prompt:], logits[:, n_prompt - 1 : -1]
-    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=pad, label_smoothing=smoothing)
+def following_loss(logits: Tensor, ids: Tensor, pad: int) -> Tensor:
+    """The mean cross-entropy of ids (B, N) after the first, without padding; logits (B, N, V) of the token
+    after each."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -162,8 +156,9 @@ def train_plain(folder: Path, world: World, recipe: Recipe, seed: int) -> dict:
 
     def loss(rows: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         ids = padded([lines[i] for i in rows], pad)
-        logits = model(batch_of(world.images, rows), ids)
-        return {"loss": following_loss(logits, ids, pad, n_prompt, SMOOTHING)}
+        losses = model.loss(batch_of(world.images, rows), ids, n_prompt, SMOOTHING)
+        counts = (ids != pad).sum(dim=1) - n_prompt
+        return {"loss": (losses * counts).sum() / counts.sum()}  # the mean over all tokens, BLIP's
 
     minutes = MiniTrainer("plain", model, loss, n, recipe, seed).fit()
     tensors = weights.from_home("blip", model.state_dict(), "hf")

@@ -100,11 +100,11 @@ def test_the_image_half_starts_as_the_first_layers_of_the_vit():
     torch.testing.assert_close(*states, atol=5e-3, rtol=0)  # the epsilons differ: 1e-6 and 1e-5
 
 
-def test_the_loss_leaves_out_prompt_and_padding():
+def test_the_loss_of_text_leaves_out_its_first_token_and_padding():
     logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
     logs, ids = logits.log_softmax(dim=-1), torch.tensor([[2, 4, 3, 0], [2, 4, 3, 4]])
-    by_hand = -(logs[0, 1, 3] + logs[1, 1, 3] + logs[1, 2, 4]) / 3
-    torch.testing.assert_close(captioning.following_loss(logits, ids, pad=0, n_prompt=2), by_hand)
+    of_rows = [logs[0, 0, 4] + logs[0, 1, 3], logs[1, 0, 4] + logs[1, 1, 3] + logs[1, 2, 4]]
+    torch.testing.assert_close(captioning.following_loss(logits, ids, pad=0), -sum(of_rows) / 5)
 
 
 def test_a_document_is_about_one_scene(world: World):
