@@ -69,7 +69,7 @@ from reverse_sd import (
     vocabulary_loss,
 )
 from schema import read_json
-from training.captioner import CaptionerTrainer
+from training.caption_trainer import CaptionerTrainer
 from training.config import TrainConfig, parse_args, resolve
 from training.evaluate import evaluate
 from training.folder import new_folder, read_cosines, save_cosines, saved_fields, write_run

@@ -72,6 +72,7 @@ from mini.write import write_card
 from models import blip, clip
 from reverse_sd import Vocabulary
 from training import captioner
+from training.caption_trainer import CaptionerTrainer
 from training.captions import written_prompts
 from training.config import TrainConfig, resolve
 from training.inputs import Distinct, Images, Prepared
@@ -192,7 +193,7 @@ def write_vocabulary(parts: int) -> None:
 
 
 def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train blip-mini from scratch by `captioner.CaptionerTrainer`, and write its folder.
+    """Train blip-mini from scratch by `CaptionerTrainer`, and write its folder.
 
     The card also reports its quality: the mean cosine between the sentence embeddings of its captions of
     held-out pictures and of the true prompts, and that of one vector for all pictures.
@@ -208,7 +209,7 @@ def train_captioner(parts: int, epochs: int, batch_size: int, lr: float, seed: i
     inputs, unused = (Images(pairs, preprocessing),), Distinct(np.empty((0, 384)), rows)
     prepared = Prepared(pairs, splits, unused, inputs, preprocessing, identity)
     arguments = config, folder, Process(), prepared, Vocabulary([])
-    captioner.CaptionerTrainer(*arguments, model=model).fit()
+    CaptionerTrainer(*arguments, model=model).fit()
     captioner.write_captioner(model, captioner.BLIP_MINI, captioner.BLIP_MINI, torch.float16)
 
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

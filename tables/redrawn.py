@@ -57,7 +57,7 @@ from tables.prompts import (
     rows_of,
 )
 from tables.runs import Plan
-from training.captioner import open_captioner_run
+from training.captions import open_captioner_run
 from training.metrics import (
     RESAMPLES,
     bootstrap_interval,

@@ -25,11 +25,14 @@ from mini import pretrain
 from models import blip, blip2
 from reverse_sd import Vocabulary, load_run
 from training import captioner
-from training.captioner import Captioner, CaptionerTrainer, load_model, open_captioner_run
+from training.caption_trainer import CaptionerTrainer
+from training.captioner import Captioner, load_model
+from training.captions import open_captioner_run
 from training.config import TrainConfig, resolve
 from training.folder import saved_config
 from training.inputs import prepare
 from training.loop import Checkpoint, Process, epoch_batches
+from training.reading import Captioner as Captions
 from weights.kinds import blip2 as blip2_files
 
 KINDS = ["blip", "blip2"]
@@ -374,6 +377,7 @@ def test_a_run_ends_with_captions_their_scores_and_predictions(run: Path):
         tensors = torch.stack([data.image_tensor(x, opened.preprocessing) for x in images[split]])
         captions = [line["caption"] for line in mine]
         assert opened.captions(tensors) == captions
+        assert Captions(str(run), "cpu").captions(images[split]) == captions
         array = np.load(run / "predictions" / f"{split}.npy", allow_pickle=False)
         np.testing.assert_allclose(array, minilm.encode(captions), atol=1e-5)
     targets = np.load(run / "predictions" / "train-targets.npy")

@@ -307,16 +307,16 @@ def test_the_newest_run_is_that_of_a_regressor(tmp_path: Path, monkeypatch):
     assert reading.newest_run() == Path("runs/unet")
 
 
-def test_the_run_of_a_blip_writes_texts_of_its_length(tmp_path: Path):
-    shutil.copytree(ROOT / "mini" / "blip-mini", tmp_path / "run" / "blip")
-    (tmp_path / "run" / "config.json").write_text("{}")
+def test_a_published_captioner_writes_texts_of_its_own_length():
     model, images = weights.load("blip", "blip-mini"), [picture(k, (64, 64)) for k in range(3)]
     preprocessing = data.Preprocessing(**weights.preprocessing("blip", "blip-mini"))
     tensors = torch.stack([data.image_tensor(image, preprocessing) for image in images])
-    for source, length in ((str(tmp_path / "run"), 77), ("blip-mini", 20)):
-        captions = Captions(source, "cpu").captions(images)
-        places = model.config.text_max_position_embeddings
-        assert captions == model.generate(tensors, max_length=min(length, places))
+    assert Captions("blip-mini", "cpu").captions(images) == model.generate(tensors, max_length=20)
+
+
+def test_a_regressors_run_is_no_captioner():
+    with pytest.raises(DataError, match="not a captioner's run, its --backbone is unet"):
+        Captions(str(ROOT / "tests" / "made_at_24701ab" / "finished"), "cpu")
 
 
 @pytest.mark.parametrize("source", ["nowhere", "clip-mini"])

@@ -1,5 +1,5 @@
-"""Captioners that learn to write the prompt (section 4.4): BLIP (Li et al., 2022) and BLIP-2 (2023), with a
-vocabulary head and the curriculum, by the loop of train.py.
+"""Captioners that write the prompt (section 4.4), BLIP (Li et al., 2022) and BLIP-2 (2023), with a vocabulary
+head; loaded, also from a run of train.py, and written.
 
 Paper: the placement of the vocabulary head on a captioner is not stated. Here it is one linear layer on
 states of the image alone, head (1) of figure 3: a state that has read the prompt would give its words away.
@@ -8,16 +8,13 @@ states of the image alone, head (1) of figure 3: a state that has read the promp
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -26,11 +23,6 @@ import weights
 from backbones import CAPTIONERS
 from files import atomic_write, write_json
 from models.blip import BLIP, CONFIGS
-from reverse_sd import Vocabulary, joint_loss, read_vocabulary, vocabulary_loss
-from training.config import TrainConfig, read_run
-from training.inputs import Prepared, Samples
-from training.loop import Process
-from training.trainer import PairsTrainer, uses_bf16
 from weights.kinds.blip import load_tokenizer, published
 from weights.preprocessing import from_files
 from weights.sources import read
@@ -153,155 +145,13 @@ def load_model(kind: str, source: str, bf16: bool) -> nn.Module:
     return weights.load(kind, source, dtype=dtype)
 
 
-# ============================================================================================================
-# Training
-# ============================================================================================================
+def trained_model(folder: Path, config: dict[str, Any], n_words: int = 0, device: str = "cpu") -> Captioner:
+    """The captioner of a run with the weights that were best on validation, in eval mode; without `n_words`
+    without its vocabulary head. `config`: the run's, by training.config.read_run.
 
-
-class CaptionSamples(Samples):
-    """Rows as tensors: image, tokens of the prompt, vocabulary targets, row number. `counts` (n,): tokens
-    that the loss counts."""
-
-    def __init__(self, prepared: Prepared, rows: np.ndarray, vocabulary: Vocabulary, captioner: Captioner):
-        super().__init__(prepared, rows, vocabulary)
-        ids = captioner.tokens([prepared.pairs.prompts[i] for i in rows])
-        self.ids, self.counts = ids.int(), captioner.counts(ids).numpy()
-
-    def __getitem__(self, i: int) -> tuple[Tensor | int, ...]:
-        row, (images,) = int(self.rows[i]), self.prepared.inputs
-        words = self.vocabulary.targets([self.prepared.pairs.prompts[row]])[0]
-        return torch.from_numpy(images[row]), self.ids[i], words, row
-
-
-class CaptionerTrainer(PairsTrainer):
-    """Trains a captioner to write the prompt: L = L_caption + lambda L_mlc.
-
-    L_caption is the mean over all counted tokens of a batch, as in the originals. The score of a sample, of
-    which the mean on validation selects the best weights, and which phase 1 records, is the mean token
-    likelihood of its true prompt, exp(-mean negative log-likelihood). Paper: phase 1 records the cosine of
-    predicted and true embedding, which takes a caption: --difficulty-by caption.
-
-    `chunks` as in PairsTrainer; `model`: in place of the one that config.weights names.
+    Raises weights.WeightsError if the run is not a captioner's, and if the source of its weights has other
+    sizes than when it was trained.
     """
-
-    score = "likelihood"
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        process: Process,
-        prepared: Prepared,
-        vocabulary: Vocabulary,
-        chunks: list[np.ndarray] | None = None,
-        model: nn.Module | None = None,
-    ):
-        if model is None:
-            model = load_model(config.backbone, config.weights, uses_bf16(config, process.device))
-        torch.manual_seed(config.seed)
-        captioner = Captioner(config.backbone, model, len(vocabulary) if config.heads else 0)
-        captioner.to(process.device)
-        self.prepared = prepared
-        train, val = (
-            CaptionSamples(prepared, prepared.splits[split], vocabulary, captioner)
-            for split in ("train", "val")
-        )
-        trained = {name: p for name, p in captioner.named_parameters() if p.requires_grad}
-        super().__init__(config, folder, process, prepared, captioner, {1.0: trained}, (train, val), chunks)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.model.trained()
-
-    def on_device(self, batch: list[Tensor], whole: np.ndarray) -> list[Tensor]:
-        """Images, tokens, words, each sample's weight in the head's loss, and in the caption's: its number of
-        tokens over the mean of the whole batch."""
-        images, ids, words, rows = batch
-        share = self.model.counts(ids) / float(self.train_samples.counts[whole].mean())
-        *tensors, weight = super().on_device([images, trimmed(ids, self.model.pad), words, rows], whole)
-        return [*tensors, weight, weight * share.to(weight)]
-
-    def loss(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The terms of the loss, each summed over the samples, times their weights."""
-        images, ids, words, weight, share = batch
-        with self.autocast():
-            caption, logits = self.parallel(images, ids)
-        caption, vocabulary = caption * share, torch.zeros_like(caption)
-        if logits is not None:
-            vocabulary = vocabulary_loss(logits.float(), words) * weight  # (2), (3)
-        joint = joint_loss(caption, vocabulary, self.config.mlc_weight)  # (4)
-        return {"caption_loss": caption.sum(), "vocabulary_loss": vocabulary.sum(), "loss": joint.sum()}
-
-    def scores_of(self, samples: Samples) -> np.ndarray:
-        """The mean token likelihood of each sample's true prompt."""
-
-        def likelihood(batch: list[Tensor]) -> Tensor:
-            images, ids, *_ = batch
-            with self.autocast():
-                losses, _ = self.model(*self.sent(images, trimmed(ids, self.model.pad)))
-            return torch.exp(-losses)
-
-        return self.gathered(samples, likelihood)
-
-    def recorded_scores(self) -> np.ndarray:
-        if self.config.difficulty_by == "likelihood":
-            return super().recorded_scores()
-
-        def cosine(batch: list[Tensor]) -> Tensor:
-            images, *_, rows = batch
-            written = self.model.captions(*self.sent(images), num_beams=1)
-            targets = torch.from_numpy(self.prepared.targets[rows.numpy()])
-            return F.cosine_similarity(*self.sent(self.minilm.encode(written), targets))
-
-        return self.gathered(self.train_samples, cosine)
-
-    @functools.cached_property
-    def minilm(self) -> nn.Module:
-        return weights.load("minilm", device=self.process.device)
-
-    def sent(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.to(self.process.device) for tensor in tensors]
-
-
-def trimmed(ids: Tensor, pad: int) -> Tensor:
-    """The ids (B, N) without the columns of padding at the end."""
-    return ids[:, : int((ids != pad).sum(dim=1).max())].long()
-
-
-# ============================================================================================================
-# A trained captioner
-# ============================================================================================================
-
-
-@dataclass
-class CaptionerRun:
-    """A loaded run: the captioner with the weights that were best on validation, in eval mode on `device`."""
-
-    folder: Path
-    config: dict[str, Any]
-    captioner: Captioner
-    vocabulary: Vocabulary
-    preprocessing: data.Preprocessing
-    device: str
-
-    def captions(self, images: Tensor) -> list[str]:
-        """Captions of images (B, 3, H, W), by `preprocessing`."""
-        return self.captioner.captions(images.to(self.device))
-
-    def probabilities(self, images: Tensor) -> np.ndarray | None:
-        """The probability of each word (B, V); None without a vocabulary head."""
-        if self.captioner.vocabulary is None:
-            return None
-        return self.captioner.probabilities(images.to(self.device)).cpu().numpy()
-
-
-def open_captioner_run(folder: str | Path, device: str = "cpu") -> CaptionerRun:
-    """A captioner's run that train.py wrote.
-
-    Raises weights.WeightsError, in one line, if the folder is not one, and if the source of the weights has
-    other sizes than when the run was trained.
-    """
-    folder = Path(folder)
-    config = read_run(folder)
     kind, source = config["backbone"], config["weights"]
     if kind not in CAPTIONERS:
         raise weights.WeightsError(f"{folder}: not a captioner's run, its --backbone is {kind}; give another")
@@ -309,15 +159,20 @@ def open_captioner_run(folder: str | Path, device: str = "cpu") -> CaptionerRun:
         raise weights.WeightsError(
             f"{folder}: {source} had other sizes when this run was trained; train it again"
         )
-    vocabulary = read_vocabulary(folder, config)
     bf16 = device.startswith("cuda") and config["precision"] != "float32"
-    captioner = Captioner(kind, load_model(kind, source, bf16), len(vocabulary) if config["heads"] else 0)
+    captioner = Captioner(kind, load_model(kind, source, bf16), n_words)
     path = folder / "model.safetensors"
     whole, trained = captioner.state_dict(), captioner.trained()
-    frozen = {name: value for name, value in whole.items() if name not in trained}
-    weights.load_strict(captioner, frozen | weights.read_tensors(path), source=str(path), copy=False)
-    preprocessing = data.Preprocessing(**config["preprocessing"])
-    return CaptionerRun(folder, config, captioner.to(device).eval(), vocabulary, preprocessing, device)
+    tensors = {name: value for name, value in whole.items() if name not in trained}
+    tensors |= weights.read_tensors(path)
+    ignore = {} if n_words else {r"vocabulary\..*": "the head is not wanted"}
+    weights.load_strict(captioner, tensors, ignore=ignore, source=str(path), copy=False)
+    return captioner.to(device).eval()
+
+
+def trimmed(ids: Tensor, pad: int) -> Tensor:
+    """The ids (B, N) without the columns of padding at the end."""
+    return ids[:, : int((ids != pad).sum(dim=1).max())].long()
 
 
 # ============================================================================================================

@@ -1,4 +1,4 @@
-"""Evaluation of a captioner's run: captions of the validation and test pairs, and their scores."""
+"""A captioner's run, loaded and evaluated: captions of the validation and test pairs, and their scores."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import clipscore
 import data
 import weights
 from files import atomic_write
+from reverse_sd import Vocabulary, read_vocabulary
 from training.cache import Encoder, as_bytes, as_texts, cached_images
-from training.captioner import Captioner, CaptionerRun, open_captioner_run, write_captioner
+from training.captioner import Captioner, trained_model, write_captioner
+from training.config import read_run
 from training.inputs import Prepared
 from training.loop import Process
 from training.metrics import average_precision, bootstrap_interval, cosines
@@ -31,6 +35,41 @@ log = logging.getLogger("train")
 
 GENERATE_AT_ONCE = 32  # images
 SPLITS = "val", "test"  # that are captioned
+
+
+@dataclass
+class CaptionerRun:
+    """A loaded run: the captioner with the weights that were best on validation, in eval mode on `device`."""
+
+    folder: Path
+    config: dict[str, Any]
+    captioner: Captioner
+    vocabulary: Vocabulary
+    preprocessing: data.Preprocessing
+    device: str
+
+    def captions(self, images: Tensor) -> list[str]:
+        """Captions of images (B, 3, H, W), by `preprocessing`."""
+        return self.captioner.captions(images.to(self.device))
+
+    def probabilities(self, images: Tensor) -> np.ndarray | None:
+        """The probability of each word (B, V); None without a vocabulary head."""
+        if self.captioner.vocabulary is None:
+            return None
+        return self.captioner.probabilities(images.to(self.device)).cpu().numpy()
+
+
+def open_captioner_run(folder: str | Path, device: str = "cpu") -> CaptionerRun:
+    """A captioner's run that train.py wrote.
+
+    Raises weights.WeightsError, in one line, if the folder is not one, and as `trained_model`.
+    """
+    folder = Path(folder)
+    config = read_run(folder)
+    vocabulary = read_vocabulary(folder, config)
+    captioner = trained_model(folder, config, len(vocabulary) if config["heads"] else 0, device)
+    preprocessing = data.Preprocessing(**config["preprocessing"])
+    return CaptionerRun(folder, config, captioner, vocabulary, preprocessing, device)
 
 
 def written_prompts(

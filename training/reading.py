@@ -40,6 +40,8 @@ from models.bert import MAX_TOKENS
 from schema import TEXT, many, read_json, read_value, record
 from training.bank import Bank, bank_of, open_bank
 from training.calibration import read_calibration
+from training.captioner import trained_model
+from training.config import read_run
 from training.report import Outputs, lines, stamp_of
 from weights.fetch import missing
 from weights.registry import ENTRIES
@@ -47,7 +49,6 @@ from words import is_content_word, words
 
 BATCH, BATCH_PIXELS = 8, 1 << 26  # images that are read together, at most, and their pixels
 LIKELY = 10  # words of a record
-PROMPT_TOKENS = 77  # Stable Diffusion's limit, of texts by a trained captioner
 PRESENT = 0.5  # probability from which on --add-words adds a word
 QUIET = 10  # images without a progress bar
 
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
     add("--run", type=Path, help="a run's folder (default: the newest under runs/)")
     add("--prompt", type=text, help="a prompt to judge, word by word")
-    captioner = "a BLIP, BLIP-2 or evaluated run of a BLIP that writes the text, or none (default: the run's "
+    captioner = "a BLIP, a BLIP-2 or a run of either that writes the text, or none (default: the run's "
     captioner += "captioner, or blip-mini for a miniature)"
     add("--captioner", metavar="SOURCE", help=captioner)
     add("--add-words", type=positive, default=0, metavar="N", help="add up to N likely words to the text")
@@ -152,20 +153,20 @@ def read_training_prompts(folder: Path) -> tuple[list[str], np.ndarray]:
 
 
 class Captioner:
-    """A BLIP or BLIP-2 that writes the text of images. `source`: one of `weights.load`, or the evaluated run
-    of a BLIP, whose texts are as long as in its evaluation. Raises weights.WeightsError as `weights.load`."""
+    """A BLIP or BLIP-2 that writes the text of images. `source`: one of `weights.load`, or a run of train.py,
+    whose texts are as long as in its evaluation. Raises weights.WeightsError as `weights.load`."""
 
     def __init__(self, source: str, device: str):
-        kind, self.settings = captioner_kind(source), {}
-        trained = Path(source) / "blip"  # eval.py writes it
-        if trained.is_dir():
-            kind, source = "blip", str(trained)
-        weights.require_fed(source, kind)
+        self.device, self.settings = device, {}
+        if (Path(source) / "vocabulary.json").is_file():  # a run
+            config = read_run(Path(source))
+            captioner = trained_model(Path(source), config, device=device)
+            self.model, self.settings = captioner.model, captioner.settings
+            self.preprocessing = data.Preprocessing(**config["preprocessing"])
+            return
+        weights.require_fed(source, kind := captioner_kind(source))
         self.preprocessing = data.Preprocessing(**weights.preprocessing(kind, source))
-        self.model, self.device = weights.load(kind, source, device=device), device
-        if trained.is_dir():
-            places = self.model.config.text_max_position_embeddings
-            self.settings = {"max_length": min(PROMPT_TOKENS, places)}
+        self.model = weights.load(kind, source, device=device)
 
     @torch.no_grad()
     def captions(self, images: Sequence[Image.Image]) -> list[str]:
