@@ -92,9 +92,9 @@ def test_texts_of_denoised_targets(few_scenes: Path, tmp_path: Path):
     assert len(lines["paraphrases"]) == 84
 
 
-@pytest.mark.slow
 def test_the_tables(make: Callable[..., Path], monkeypatch):  # noqa: F811
     monkeypatch.setattr(denoised, "FROZEN_SEEDS", (0,))
+    monkeypatch.setattr(denoised, "TEXTS", 2)
     monkeypatch.setattr(budget, "WORDINGS", 3)
     folder = make("--table", "budget,denoised", "--seeds", "0", *QUICK)
     assert len(Here.started) == 5

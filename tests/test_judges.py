@@ -166,7 +166,6 @@ def two_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, name, value)
 
 
-@pytest.mark.slow
 def test_the_table_of_the_probes(make: Callable[..., Path], two_probes: None):  # noqa: F811
     folder = make("--table", "probe", "--seeds", "0", *QUICK)
     result = read(folder, "table-probe")

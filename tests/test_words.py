@@ -1,12 +1,14 @@
 """Single words and the expected cosine: their metrics, the calibration, tables words and confidence."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_tables import QUICK, make, read, trained_here  # noqa: F401  (fixtures)
 
 import eval
 from files import DataError
@@ -210,23 +212,20 @@ def test_estimates_of_the_cosine_and_their_measures():
 # -- both tables from trainings ----------------------------------------
 
 
-@pytest.mark.slow
-def test_both_tables_from_trainings(few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch):
+def test_both_tables_from_trainings(make: Callable[..., Path], monkeypatch):  # noqa: F811
     monkeypatch.setattr(words, "PARTS", 1)
-    monkeypatch.setattr(words, "PER_PART", 150)
+    monkeypatch.setattr(words, "PER_PART", 40)
     monkeypatch.setattr(words, "RESAMPLES", 30)
     monkeypatch.setitem(eval.NEEDS, "drawn", (lambda plan: True, ""))
-    flags = ["--data", str(few_scenes), "--seeds", "0,1", "--jobs", "1", "--device", "cpu", "--epochs", "1"]
-    flags += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    assert eval.main(["--table", "words,confidence", *flags]) == 0
-    result = json.loads((tmp_path / "table-words.json").read_text())
+    folder = make("--table", "words,confidence", "--seeds", "0,1", *QUICK)
+    result = read(folder, "table-words")
     areas = {
         (row["backbone"], row["score"]): row["per_seed"]
         for row in result["rows"]
         if row["in vocabulary"] and row["measure"] == "all words"
     }
-    assert len(areas) == 14 and result["counts"]["scenes"] == 150
+    assert len(areas) == 14 and result["counts"]["scenes"] == 40
     assert min(areas["swin", "probe"]) > 0.9 and areas["swin", "probe"] != areas["swin", words.OURS]
-    rows = json.loads((tmp_path / "table-confidence.json").read_text())["rows"]
+    rows = read(folder, "table-confidence")["rows"]
     assert len(rows) == 24 and len(rows[0]["bins"]) == 10
     assert all(len(row["per_seed"]) == 2 for row in rows)
