@@ -27,6 +27,7 @@ from tables.exhibit import (
     comparison,
     interval,
     markdown,
+    one_by_one,
     p_text,
     page,
     percent,
@@ -35,7 +36,7 @@ from tables.exhibit import (
 )
 from tables.generation import spread
 from tables.methods import Member, members_of, tensor
-from tables.runs import Plan, RunName
+from tables.runs import Plan, RunName, last_quarter, validation_curve
 from tables.words import predicted_by
 from training.captioner import Captioner, load_model
 from training.captions import written_prompts
@@ -334,6 +335,10 @@ def compute_table_3(plan: Plan) -> dict:
             for metric, found in scores.of(row.texts(pairs)).items():
                 values.setdefault(row.name, {}).setdefault(metric, []).append(found)
     paper = {(name, PAPERS_SCALE): value for name, value in PAPER.items()}
+    curves = {
+        name: [validation_curve(plan.run_folder(run, seed)) for seed in plan.seeds]
+        for name, run in RUNS.items()
+    }
     return {
         "clip": clip_of(plan),
         "n_test": [len(group) for group in groups],
@@ -341,6 +346,14 @@ def compute_table_3(plan: Plan) -> dict:
         "decoders": len(plan.seeds),
         "rows": [{"name": row.name, "paper": row.paper} | means_of(values[row.name]) for row in rows],
         "tests": comparisons(values, groups, COMPARISONS, TESTED, paper),
+        "trained": {
+            name: {
+                "steps": by_seed[0][0],
+                "likelihood": [max(curve) for _, curve in by_seed],
+                "last_quarter": [last_quarter(curve) for _, curve in by_seed],
+            }
+            for name, by_seed in curves.items()
+        },
     }
 
 
@@ -374,6 +387,11 @@ def table_3_text(result: dict) -> str:
         "prompts alone. With the true embedding it tests whether the embedding suffices to write the prompt.",
         "The paper's p-threshold is not legible in the copy we used. Its numbers are of DiffusionDB.",
     )
+    trained = [
+        (name, of["steps"], f"{short(float(np.mean(of['likelihood'])))} "
+         f"({interval(student_interval(of['likelihood']))})", one_by_one(of["last_quarter"]))
+        for name, of in result["trained"].items()
+    ]  # fmt: skip
     counts = ", ".join(f"{n:,}" for n in result["n_test"])
     return page(
         "Table 3: texts for the test images",
@@ -381,6 +399,8 @@ def table_3_text(result: dict) -> str:
         f"{result['trainings']} trainings and {result['decoders']} of decoders.",
         markdown(f"text | {' | '.join(METRICS)} | exact | words | paper", rows),
         comparisons_text(result["tests"], lambda test: seeds_p(test["per_seed"])),
+        "The trainings: mean token likelihood of the validation pairs' prompts; of CL the second phase.",
+        markdown("fine-tuned | steps | token likelihood | its gain in the last quarter, by seed", trained),
         bullets(notes),
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ TUNED: dict[str, dict[str, Any]] = {
 RECIPES |= {f"{recipe}-tuned": RECIPES[recipe] | values for recipe, values in TUNED.items()}
 # The recipe whose recorded cosines a curriculum uses.
 PHASE_1 = {"mlc-cl": "mlc", "cl": "plain", "cl-tuned": "plain"}
+
+# A training is flat if the last quarter of its epochs gains less on validation
+FLAT = 0.002
 
 # Options that apply only to runs of one curriculum or backbone.
 OPTIONS_OF = {
@@ -167,6 +171,19 @@ class Plan:
                     "the flags of the first call"
                 )
         return (folder / "result.json").exists()
+
+
+def validation_curve(folder: Path) -> tuple[int, list[float]]:
+    """(the steps of a run, the mean score on validation after each epoch: a regressor's cosine, a captioner's
+    likelihood)."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    scores = [entry.get("val_cosine", entry.get("val_likelihood")) for entry in entries]
+    return entries[-1]["step"], [score for score in scores if score is not None]
+
+
+def last_quarter(curve: Sequence[float]) -> float:
+    """The gain of a curve in the last quarter of its epochs, and at least in the last one."""
+    return curve[-1] - curve[min(math.ceil(len(curve) * 3 / 4), len(curve) - 1) - 1]
 
 
 def with_phase_1(runs: Iterable[RunName]) -> list[RunName]:

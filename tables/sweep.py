@@ -6,8 +6,6 @@ seed that no table uses: `python eval.py --table sweep --seeds 100`.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,10 +14,9 @@ from typing import Any
 import data
 from schema import TEXT, read_value, record
 from tables.exhibit import Exhibit, bullets, markdown, page, provenance_text, short
-from tables.runs import MODELS, Plan, RunName, train_missing
+from tables.runs import FLAT, MODELS, Plan, RunName, last_quarter, train_missing, validation_curve
 
 Changes = dict[str, Any]
-FLAT = 0.002  # a longer training is chosen only for this gain, and one is flat below it in its last quarter
 
 
 def grid(**values: Sequence[Any]) -> tuple[Changes, ...]:
@@ -65,18 +62,15 @@ def named(sweep: Sweep, best: Changes) -> RunName:
 
 def outcome(plan: Plan, run: RunName) -> dict:
     """Validation cosines of a run, best and by epoch, averaged over the seeds; its steps and device."""
-    curves, steps, device = [], 0, ""
+    curves = []
     for seed in plan.seeds:
-        device = read_value(plan.run_folder(run, seed) / "config.json", record({"device": TEXT}))["device"]
-        lines = (plan.run_folder(run, seed) / "log.jsonl").read_text().splitlines()
-        entries = [json.loads(line) for line in lines]
-        curves.append([entry["val_cosine"] for entry in entries if "val_cosine" in entry])
-        steps = entries[-1]["step"]
+        folder = plan.run_folder(run, seed)
+        device = read_value(folder / "config.json", record({"device": TEXT}))["device"]
+        steps, curve = validation_curve(folder)
+        curves.append(curve)
     by_epoch = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-    quarter = by_epoch[math.ceil(len(by_epoch) * 3 / 4) - 1]
-    best = sum(map(max, curves)) / len(curves)
-    gain = by_epoch[-1] - quarter
-    return {"val": best, "val_by_epoch": by_epoch, "steps": steps, "last_quarter": gain, "device": device}
+    found = {"val": sum(map(max, curves)) / len(curves), "val_by_epoch": by_epoch, "steps": steps}
+    return found | {"last_quarter": last_quarter(by_epoch), "device": device}
 
 
 def compute(plan: Plan) -> dict:

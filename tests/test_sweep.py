@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tables import sweep
-from tables.runs import SOURCES, Plan
+from tables.runs import SOURCES, Plan, last_quarter
 from training.config import CHOSEN
 
 COSINE = {  # of validation, by field and value; what they lack adds nothing
@@ -52,6 +52,14 @@ def test_each_axis_is_tried_with_the_best_of_those_before_it(made: tuple[dict, l
     assert rows[0]["last_quarter"] == pytest.approx(0.0004)
     text = sweep.text(result | {"command": "x", "date": "today", "seeds": [100], "data": "mini"})
     assert "| Swin | lr 0.001, head_lr 0.0002 | 752 | .7500 | +.0004 | cpu | chosen |" in text
+
+
+@pytest.mark.parametrize("curve, gain", [
+    ([0.1, 0.2, 0.4], 0.2), ([0.1, 0.2, 0.4, 0.5], 0.1), ([0.1, 0.2, 0.4, 0.5, 0.6, 0.65], 0.05),
+    ([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9], 0.4),
+])  # fmt: skip
+def test_the_gain_in_the_last_quarter(curve: list[float], gain: float):
+    assert last_quarter(curve) == pytest.approx(gain)
 
 
 def test_the_defaults_of_the_miniatures_are_those_of_the_results_file():
