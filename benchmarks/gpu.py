@@ -171,7 +171,7 @@ def step(bench: Bench, name: str, compiled: bool) -> dict:
     for tensor in [*regressor.parameters(), *regressor.buffers()]:
         tensor.data.normal_(std=0.02) if tensor.is_floating_point() else tensor.data.zero_()
     optimizer = plan.optimizer_of(regressor, config)
-    inputs = plan.random_batch(config, sizes, bench.device)
+    inputs = plan.random_batch(config, sizes, regressor, bench.device)
     with FlopCounterMode(display=False) as counter:
         plan.training_step(regressor, optimizer, inputs, config, 1)
     network = torch.compile(regressor) if compiled else regressor

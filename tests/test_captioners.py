@@ -464,7 +464,6 @@ def test_the_defaults_are_those_of_the_authors_fine_tuning():
         (["--activation-checkpointing"], "--activation-checkpointing"),
         (["--image-size", "64"], "--image-size"),
         (["--curriculum", "lerac"], "--curriculum lerac: not for captioners"),
-        (["--plan"], "--plan"),
         (["--weights", "sd-mini"], "sd-mini"),
         (["--backbone", "vit", "--difficulty-by", "caption"], "--difficulty-by caption: only captioners"),
     ],

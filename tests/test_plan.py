@@ -11,6 +11,7 @@ from conftest import ROOT, environment, train_here
 
 import train
 import weights
+from backbones import BACKBONES
 from training import plan
 from training.config import TrainConfig, resolve
 from training.plan import GIB, LiveBytes, least_parts, sizes_of, step_bytes
@@ -85,7 +86,21 @@ def test_the_flags_of_a_variant():
     assert plan.Variant("float32", False, 9, None).flags() == "none"
 
 
-@pytest.mark.parametrize("backbone", ["unet", "vit"])
+@pytest.mark.parametrize("source, batch, most", [("blip2-mini", 1, 1.5), ("blip2-opt-2.7b", 64, 3.0)])
+def test_the_frozen_parts_of_a_captioner_have_no_gradients(source: str, batch: int, most: float, cache: Path):
+    """And no moments; with bf16 they take half the room."""
+    options = {"backbone": "blip2", "weights": source, "batch_size": batch, "heads": 0}
+    config = resolve(TrainConfig(**options, precision="float32"))
+    network = plan.on_meta(config, sizes_of(config).model)
+    trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in network.parameters()) - trained
+    least = frozen + 4 * trained
+    assert least < step_bytes(config, sizes_of(config)) < most * least
+    half = plan.on_meta(dataclasses.replace(config, precision="bf16"), sizes_of(config).model)
+    assert sum(p.nbytes for p in half.parameters()) == trained + frozen / 2
+
+
+@pytest.mark.parametrize("backbone", ["unet", "vit", "blip", "blip2"])
 def test_the_command_plans_the_run_that_follows_and_starts_nothing(
     backbone: str, few_scenes: Path, cache: Path, tmp_path: Path, capsys
 ):
@@ -97,7 +112,7 @@ def test_the_command_plans_the_run_that_follows_and_starts_nothing(
     first = capsys.readouterr().out
     assert "84 found, 84 kept: 60 train, 12 val, 12 test" in first
     assert "steps    10 of 12 samples: 2 epochs of 5" in first
-    assert "--precision bf16 --activation-checkpointing" in first
+    assert ("--precision bf16 --activation-checkpointing" in first) == (backbone in BACKBONES)
 
     run = train_here(few_scenes, tmp_path / "run", "--backbone", backbone)
     capsys.readouterr()
@@ -142,7 +157,7 @@ before = resident("VmRSS")
 model = model.to_empty(device="cpu")
 for tensor in [*model.parameters(), *model.buffers()]:
     tensor.data.uniform_(-0.02, 0.02) if tensor.is_floating_point() else tensor.data.zero_()
-optimizer, batch = optimizer_of(model, config), random_batch(config, sizes)
+optimizer, batch = optimizer_of(model, config), random_batch(config, sizes, model)
 for _ in range(2):
     training_step(model, optimizer, batch, config, parts=1)
 measured = resident("VmHWM") - before
@@ -151,7 +166,9 @@ print(measured, step_bytes(config, sizes, cuda=False))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "source", "batch"), [("unet", "sd-1", 8), ("vit", "vit-b-16", 16)])
+@pytest.mark.parametrize(("backbone", "source", "batch"), [
+    ("unet", "sd-1", 8), ("vit", "vit-b-16", 16), ("blip", "blip-base", 4),
+])  # fmt: skip
 def test_the_plan_is_within_a_tenth_of_a_real_step(backbone: str, source: str, batch: int, cache: Path):
     """Peak resident memory of the step's process, less what it held before.
 

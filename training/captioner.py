@@ -8,6 +8,7 @@ states of the image alone, head (1) of figure 3: a state that has read the promp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,10 +86,14 @@ class Captioner(nn.Module):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.original.trains(name))
         self.vocabulary = nn.Linear(getattr(model.config, self.original.width), n_words) if n_words else None
-        prompt = model.tokenizer.encode(self.original.prompt, add_special_tokens=False).ids
-        self.n_prompt = 1 + len(prompt) if prompt else 0  # tokens before the text, its first one included
         places = model.config.text_max_position_embeddings - getattr(model.config, "num_query_tokens", 0)
         self.max_tokens, self.pad = min(MAX_TOKENS, places), model.config.text_pad_token_id
+
+    @functools.cached_property
+    def n_prompt(self) -> int:
+        """The number of tokens before the text, its first one included."""
+        prompt = self.model.tokenizer.encode(self.original.prompt, add_special_tokens=False).ids
+        return 1 + len(prompt) if prompt else 0
 
     def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images and texts (B, N) -> the mean cross-entropy of each text's tokens (B,), with the original's

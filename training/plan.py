@@ -35,10 +35,11 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import weights
-from backbones import BACKBONES, CAPTIONERS, as_backbone, captioner_of
+from backbones import BACKBONES, CAPTIONERS, READERS, as_backbone, captioner_of
 from files import atomic_write, json_object, write_json
 from reverse_sd import EMBEDDING_WIDTH, Regressor, cosine_loss, joint_loss, vocabulary_loss
 from training.cache import CAPTION_BYTES
+from training.captioner import Captioner
 from training.config import TrainConfig, resolve
 from training.inputs import pairs_folder, split_pairs
 from weights.fetch import missing
@@ -137,8 +138,10 @@ def absent(kind: str, source: str) -> bool:
 
 def sizes_of(config: TrainConfig) -> Sizes:
     """The sizes of a resolved configuration. Raises WeightsError as `weights.config`."""
-    backbone = BACKBONES[config.backbone]
+    backbone = READERS[config.backbone]
     model = model_sizes(backbone.kind, config.weights)
+    if config.backbone in CAPTIONERS:
+        return Sizes(model, ((3, model.vision_image_size, model.vision_image_size),))
     if config.train_blocks == 0:
         whole = on_meta(dataclasses.replace(config, train_blocks=None), model)
         return Sizes(model, ((whole.backbone.width,),))
@@ -150,10 +153,17 @@ def sizes_of(config: TrainConfig) -> Sizes:
     return Sizes(model, ((channels, side, side), (77, width)))
 
 
-def on_meta(config: TrainConfig, model: Any) -> Regressor:
-    """The run's regressor without values; with a frozen backbone only its heads."""
+def on_meta(config: TrainConfig, model: Any) -> nn.Module:
+    """The run's regressor or captioner without values; with a frozen backbone only the regressor's heads."""
     with torch.device("meta"):
-        network = weights.build(BACKBONES[config.backbone].kind, model)
+        network = weights.build(READERS[config.backbone].kind, model)
+        if config.backbone in CAPTIONERS:
+            captioner = Captioner(config.backbone, network, config.words * config.heads)
+            captioner.n_prompt = 0  # needs no tokenizer
+            for parameter in captioner.parameters():
+                if config.precision == "bf16" and not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+            return captioner.train()
         network.checkpointing = config.activation_checkpointing
         backbone = as_backbone(config.backbone, network, config.unet_features)
         return Regressor(
@@ -174,46 +184,58 @@ def step_bytes(
     configuration. `cuda`: as CUDA's kernels save activations, else the CPU's. `groups` freezes the parameters
     that do not train (train.py's `parameter_groups`). Workspaces of the kernels are not counted.
     """
-    regressor = on_meta(config, sizes.model)
+    network = on_meta(config, sizes.model)
     kernels = cuda_kernels() if cuda else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, kernels:
-        regressor.to_empty(device="cpu")
-        if groups:
-            groups(regressor, config)
-        optimizer = optimizer_of(regressor, config, foreach=cuda)
-        batch = random_batch(config, sizes)
+        network.to_empty(device="cpu")
+        if groups and config.backbone in BACKBONES:
+            groups(network, config)
+        optimizer = optimizer_of(network, config, foreach=cuda)
+        batch = random_batch(config, sizes, network)
         for _ in range(2):  # Adam's moments exist from the second step on
-            training_step(regressor, optimizer, batch, config, parts=min(config.accumulate, 2))
+            training_step(network, optimizer, batch, config, parts=min(config.accumulate, 2))
         return live.peak
 
 
-def optimizer_of(regressor: nn.Module, config: TrainConfig, foreach: bool | None = None) -> Any:
-    trained = [parameter for parameter in regressor.parameters() if parameter.requires_grad]
+def optimizer_of(network: nn.Module, config: TrainConfig, foreach: bool | None = None) -> Any:
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(trained, lr=1e-4, foreach=foreach)
 
 
-def random_batch(config: TrainConfig, sizes: Sizes, device: str = "cpu") -> list[Tensor]:
-    """Inputs, target embeddings and words of one part of a batch: batch_size / accumulate samples."""
+def random_batch(
+    config: TrainConfig, sizes: Sizes, network: nn.Module, device: str = "cpu"
+) -> list[Tensor]:
+    """Inputs, target embeddings or the longest texts' tokens, and words of one part of a batch: batch_size /
+    accumulate samples."""
     samples = math.ceil(config.batch_size / config.accumulate)
-    shapes = (*sizes.inputs, (EMBEDDING_WIDTH,), (config.words,))
-    return [torch.rand(samples, *shape, device=device) for shape in shapes]
+    target = torch.rand(samples, EMBEDDING_WIDTH)
+    if isinstance(network, Captioner):
+        target = torch.randint(network.pad + 1, sizes.model.text_vocab_size, (samples, network.max_tokens))
+    inputs = [torch.rand(samples, *shape) for shape in sizes.inputs]
+    return [tensor.to(device) for tensor in (*inputs, target, torch.rand(samples, config.words))]
 
 
 def training_step(
-    regressor: Callable, optimizer: Any, batch: list[Tensor], config: TrainConfig, parts: int
+    network: Callable, optimizer: Any, batch: list[Tensor], config: TrainConfig, parts: int
 ) -> None:
     """A step like train.py's, with the same batch for each of its parts."""
     *inputs, target, words = batch
     optimizer.zero_grad(set_to_none=True)
     for _ in range(parts):  # gradients exist from the second part on
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            prediction = regressor(*inputs)
-        loss = cosine_loss(prediction.embedding.float(), target)
-        if prediction.logits is not None:
-            loss = joint_loss(loss, vocabulary_loss(prediction.logits.float(), words))
+        with torch.autocast(words.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            if isinstance(network, Captioner):
+                loss, logits = network(*inputs, target)
+            else:
+                prediction = network(*inputs)
+                loss, logits = prediction.embedding, prediction.logits
+                del prediction
+        if not isinstance(network, Captioner):
+            loss = cosine_loss(loss.float(), target)
+        if logits is not None:
+            loss = joint_loss(loss, vocabulary_loss(logits.float(), words))
         torch.autograd.backward(loss.sum())
-        del prediction, loss
+        del loss, logits
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
 
@@ -245,6 +267,8 @@ def variants(
     measure = functools.partial(step_bytes, sizes=sizes, cuda=cuda, groups=groups)
     result = []
     for precision, checkpointing in WAYS:
+        if checkpointing and config.backbone in CAPTIONERS:
+            continue
         variant = dataclasses.replace(config, precision=precision, activation_checkpointing=checkpointing)
         nbytes = measure(variant)
         fitting = least_parts(variant, nbytes, room, measure)
@@ -287,7 +311,7 @@ class CachePlan:
 def cache_plans(config: TrainConfig, pairs: data.Pairs) -> list[CachePlan]:
     """The caches of a resolved configuration, in the order in which they are filled."""
     n, distinct = len(pairs), len(set(pairs.prompts))
-    backbone, source, plans = BACKBONES[config.backbone], config.weights, []
+    backbone, source, plans = READERS[config.backbone], config.weights, []
 
     def add(name: str, rows: int, shape: tuple[int, ...], dtype: Any, kind: str, origin: str) -> None:
         done = 0 if kind and absent(kind, origin) else rows_done(name, rows, shape, kind, origin)
@@ -329,8 +353,9 @@ def rows_done(name: str, rows: int, shape: tuple[int, ...], kind: str, source: s
 
 def run_bytes(config: TrainConfig) -> int:
     """The most that a run's folder takes while it trains: the best weights, and two checkpoints with Adam's
-    moments."""
-    parameters = sum(p.numel() for p in on_meta(config, sizes_of(config).model).parameters())
+    moments; of a captioner those of its trained part."""
+    network = on_meta(config, sizes_of(config).model)
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return 4 * parameters * (1 + 2 * 3)
 
 
@@ -352,10 +377,7 @@ def plan_lines(
     config: TrainConfig, memory: float | None, groups: Callable[..., dict] | None = None
 ) -> Iterator[str]:
     """The plan of a resolved configuration, line by line. Raises DataError and WeightsError as the run
-    would, and for a captioner. With `memory`, in GiB, the step is that of such a card, else that of the run's
-    device."""
-    if config.backbone in CAPTIONERS:
-        raise data.DataError(f"--plan: does not count a captioner's step, --backbone {config.backbone}")
+    would. With `memory`, in GiB, the step is that of such a card, else that of the run's device."""
     device = weights.resolve_device(config.device)
     cuda = device.startswith("cuda") or (memory is not None and config.device != "cpu")
     found, pairs, splits = split_pairs(config, pairs_folder(config.data))
@@ -390,7 +412,7 @@ def disk_lines(config: TrainConfig, pairs: data.Pairs) -> Iterator[str]:
         yield (f"  {plan.name:16}{plan.nbytes / GB:9,.2f} GB  {plan.rows:,} rows of {plan.row_bytes:,} "
                f"bytes, {plan.done:,} done")  # fmt: skip
     yield f"  {'run folder':16}{phases * run_bytes(config) / GB:9,.2f} GB  under runs/ or --out, at most"
-    backbone = BACKBONES[config.backbone]
+    backbone = READERS[config.backbone]
     kinds = {backbone.kind: config.weights}
     if backbone.white_box:
         kinds |= {"vae": config.weights, "clip-text": config.weights}
