@@ -151,7 +151,7 @@ def load_model(kind: str, source: str, bf16: bool) -> nn.Module:
 
 
 def trained_model(folder: Path, config: dict[str, Any], n_words: int = 0, device: str = "cpu") -> Captioner:
-    """The captioner of a run with the weights that were best on validation, in eval mode; without `n_words`
+    """The captioner of a run with the weights that were best on validation, in eval mode; with 0 `n_words`
     without its vocabulary head. `config`: the run's, by training.config.read_run.
 
     Raises weights.WeightsError if the run is not a captioner's, and if the source of its weights has other
@@ -170,7 +170,7 @@ def trained_model(folder: Path, config: dict[str, Any], n_words: int = 0, device
     whole, trained = captioner.state_dict(), captioner.trained()
     tensors = {name: value for name, value in whole.items() if name not in trained}
     tensors |= weights.read_tensors(path)
-    ignore = {} if n_words else {r"vocabulary\..*": "the head is not wanted"}
+    ignore = {r"vocabulary\..*": "the head is not wanted"} if config["heads"] and not n_words else {}
     weights.load_strict(captioner, tensors, ignore=ignore, source=str(path), copy=False)
     return captioner.to(device).eval()
 
