@@ -19,7 +19,7 @@ import weights
 from backbones import CAPTIONERS
 from files import records
 from mini import scenes
-from reverse_sd import load_run, nearest_rows
+from reverse_sd import nearest_rows, read_vocabulary
 from tables.exhibit import (
     COMPARED,
     Exhibit,
@@ -37,9 +37,10 @@ from tables.exhibit import (
 from tables.generation import spread
 from tables.methods import Member, members_of, tensor
 from tables.runs import Plan, RunName, last_quarter, validation_curve
-from tables.words import predicted_by
+from training.calibration import require_calibration
 from training.captioner import Captioner, load_model
 from training.captions import written_prompts
+from training.config import read_run
 from training.decoder import DecoderConfig, DecoderTrainer, decoded
 from training.inputs import Prepared, prepare, prompt_targets
 from training.metrics import cosines, holm, paired_by_group, seeds_p, student_interval
@@ -132,13 +133,15 @@ def before_training(kind: str, source: str, pairs: SeedPairs) -> list[str]:
 
 
 def with_likely_words(run: RunName, reader: RunName, pairs: SeedPairs) -> list[str]:
-    """A captioner's texts, each followed by the words that a reader's vocabulary head finds likely and that
-    it lacks."""
-    loaded = load_run(pairs.plan.run_folder(reader, pairs.seed), pairs.plan.device)
-    _, probabilities = predicted_by(loaded, pairs.prepared, pairs.prepared.splits["test"], pairs.plan)
+    """A captioner's texts, each followed by the words that it lacks and that are probably in the prompt, by a
+    reader's predicted embedding."""
+    folder = pairs.plan.run_folder(reader, pairs.seed)
+    vocabulary = read_vocabulary(folder, read_run(folder)).words
+    calibration = require_calibration(folder, len(vocabulary))
     texts = []
-    for text, row in zip(written_by(run, pairs), probabilities, strict=True):
-        likely = [loaded.vocabulary.words[j] for j in np.argsort(-row) if row[j] > LIKELY]
+    for text, embedding in zip(written_by(run, pairs), pairs.member(reader).predicted("test"), strict=True):
+        p = calibration.in_prompt(embedding)
+        likely = [vocabulary[j] for j in np.argsort(-p) if p[j] > LIKELY]
         texts.append(", ".join([text, *(word for word in likely if word not in words(text))]))
     return texts
 
@@ -380,11 +383,12 @@ def table_3_text(result: dict) -> str:
         "Captioners that are not fine-tuned are the pretrained ones. blip-mini was pretrained on drawings "
         "and prompts of this grammar, blip-plain-mini and the Q-Former of blip2-mini on plain descriptions "
         "of the drawings; the language model of blip2-mini has read prompts.",
-        f"Likely words: those to which {SWIN.name} gives a probability above {LIKELY:g} and which the "
-        "caption lacks. Nearest prompt: among the training prompts, by the embedding that the run predicts. "
-        "Decoder: BLIP's text decoder on a projected embedding, trained on the training prompts and, with "
-        f"the miniature, on some {SENTENCES:,} sentences of the same grammar; one training for each seed, of "
-        "prompts alone. With the true embedding it tests whether the embedding suffices to write the prompt.",
+        "Likely words: those that the caption lacks and that are in the prompt with a probability above "
+        f"{LIKELY:g}, by {SWIN.name}, calibrated (training/calibration.py). Nearest prompt: among the "
+        "training prompts, by the embedding that the run predicts. Decoder: BLIP's text decoder on a "
+        "projected embedding, trained on the training prompts and, with the miniature, on some "
+        f"{SENTENCES:,} sentences of the same grammar; one training for each seed, of prompts alone. With "
+        "the true embedding it tests whether the embedding suffices to write the prompt.",
         "The paper's p-threshold is not legible in the copy we used. Its numbers are of DiffusionDB.",
     )
     trained = [

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import data
 from mini import naming, scenes
 from reverse_sd import Run, load_run
 from tables.exhibit import (
@@ -30,7 +29,7 @@ from tables.exhibit import (
 )
 from tables.probe import readings
 from tables.runs import MODELS, Plan, RunName
-from training.calibration import fit_words, log_odds, logit, own_and_other, read_calibration, sigmoid
+from training.calibration import fit_words, log_odds, logit, own_and_other, require_calibration, sigmoid
 from training.evaluate import shared_predictions
 from training.inputs import Prepared, Samples, cache_folder, prepare, prompt_targets, sample_readers
 from training.loop import Process
@@ -126,8 +125,7 @@ def scores_of(world: World, plan: Plan, name: RunName, seed: int) -> tuple[dict[
     """Scores of all items (k,), higher for shown words, by name, with their "column" in the run's vocabulary
     (-1 outside it); and the reliability of P(shown)."""
     run = load_run(plan.run_folder(name, seed), plan.device)
-    if (calibration := read_calibration(run.folder, len(run.vocabulary))) is None:
-        raise data.DataError(f"{run.folder}: lacks its calibration; run: python eval.py {run.folder}")
+    calibration = require_calibration(run.folder, len(run.vocabulary))
     prepared, scene = world.prepared[name.backbone], world.items.scene
     embedding, probabilities = predicted_by(run, prepared, np.arange(len(world.prompts)), plan)
     shown = calibration.shown(embedding)

@@ -40,14 +40,14 @@ def assert_text(page: Image.Image, at: tuple[int, int], text: str, colour: str, 
     assert page.crop((*at, at[0] + box[0], at[1] + box[1])).tobytes() == expected.tobytes(), text
 
 
-@pytest.mark.parametrize("probabilities", [None, np.array([[0.25, 0.875]] * 2)])
-def test_examples_show_each_image_beside_its_prompts_and_words(tmp_path: Path, probabilities: np.ndarray):
+def test_examples_show_each_image_beside_its_prompts_and_words(tmp_path: Path):
     prepared = SimpleNamespace(
         pairs=pairs(), targets=EMBEDDINGS, splits={"train": np.arange(4), "test": np.array([4, 5])}
     )
     run = SimpleNamespace(vocabulary=Vocabulary(["cat", "owl"]))
     predicted = EMBEDDINGS[[4, 2]] + 0.3 * EMBEDDINGS[[0, 3]]
-    pictures.examples_picture(tmp_path / "examples.png", run, prepared, predicted, probabilities)
+    words = np.array([[0.25, 0.875]] * 2)
+    pictures.examples_picture(tmp_path / "examples.png", run, prepared, predicted, words)
     page = Image.open(tmp_path / "examples.png")
     assert page.size == (980, 2 * 156 + 12)
     order = np.random.default_rng(0).choice(2, size=2, replace=False)
@@ -65,9 +65,8 @@ def test_examples_show_each_image_beside_its_prompts_and_words(tmp_path: Path, p
             ("true prompt", PROMPTS[row], "black"),
             ("", f"cosine {predicted[i] @ EMBEDDINGS[row]:.3f}", GREY),
             *((f"nearest {n}", f"{PROMPTS[j]} ({cosines[j]:.2f})", BLUE) for n, j in enumerate(nearest, 1)),
+            ("likely words", "owl 88%, cat 25%", BROWN),
         ]  # fmt: skip
-        if probabilities is not None:
-            lines.append(("likely words", "owl 88%, cat 25%", BROWN))
         for n, (label, text, colour) in enumerate(lines):
             assert_text(page, (144 + 28, y + 19 * n), label, GREY, 12)
             assert_text(page, (144 + 112, y + 19 * n), text, colour, 12)
@@ -80,7 +79,8 @@ def test_examples_show_eight_images_at_most_and_two_lines_of_a_text(tmp_path: Pa
     long = SimpleNamespace(prompts=["word " * 200] * 9, image=lambda i: image(0))
     splits = dict.fromkeys(("train", "test"), np.arange(9))
     prepared = SimpleNamespace(pairs=long, targets=np.eye(9), splits=splits)
-    pictures.examples_picture(tmp_path / "a.png", None, prepared, np.eye(9), None)
+    run = SimpleNamespace(vocabulary=Vocabulary(["cat"]))
+    pictures.examples_picture(tmp_path / "a.png", run, prepared, np.eye(9), np.ones((9, 1)))
     page = Image.open(tmp_path / "a.png")
     assert page.size == (980, 8 * 156 + 12)
     lines = pictures.wrap("word " * 200, ImageFont.load_default(size=12), 980 - 144 - 132)

@@ -24,6 +24,7 @@ from backbones import BACKBONES
 from command import run_command
 from files import DataError
 from training import reading
+from training.calibration import Calibration, write_calibration
 from training.reading import Captioner as Captions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -145,6 +146,19 @@ def test_a_line_of_json_for_each_image(n: int, added: list[str], read, images: P
         "expected_cosine": None,
         "judged": None,
     }  # fmt: skip
+
+
+def test_likely_words_are_calibrated(read, run: SimpleNamespace, images: Path, capsys):
+    """By the predicted embedding, .8 of the picture's axis and .6 of axis 5, not by the vocabulary head."""
+    maps = np.zeros((385, 388), np.float32)
+    maps[6, 384 + WORDS.index("star")], maps[1, 384 + WORDS.index("dog")] = 0.9 / 0.6, 0.6 / 0.8
+    calibration = Calibration([0.0] * 101, 1.0, [1.0] * 5, [1.0, 0, 0, 0, 0], maps)
+    write_calibration(run.folder, calibration)
+    assert read(images / "a.png", images / "b.png", "--captioner", "x", "--add-words", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (line for line in lines if line.startswith("  words"))
+    assert first == "  words  star 90%, dog 60%, cat 1%, moon 1%"
+    assert second == "  words  star 90%, cat 1%, dog 1%, moon 1%"
 
 
 def test_words_of_the_caption_are_not_added():

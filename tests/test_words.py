@@ -105,6 +105,21 @@ def test_words_of_the_picture_are_probable_and_others_not(two_kinds):
     assert shown[[0, 1], [0, 1]].min() > 0.95 and shown[[0, 1], [1, 0]].max() < 0.05
 
 
+def test_one_of_two_words_that_fit_equally_is_in_the_prompt():
+    """Both are shown, surely; in the prompt each is with one half, and with the rate of any prompt unseen."""
+    rng, n = np.random.default_rng(0), 3000
+    kind = rng.integers(0, 8, n)
+    scores = np.where(kind[:, None] == np.arange(8).repeat(2), 0.5, 0.0) + 0.01 * rng.normal(size=(n, 16))
+    present = np.zeros((n, 16), bool)
+    present[np.arange(n), 2 * kind + rng.integers(0, 2, n)] = True
+    base = calibration.log_odds(present.sum(axis=0), n)
+    slope, offsets = fit_words(scores, present, base)
+    assert sigmoid(slope * 0.5 + offsets).min() > 0.9
+    slope, offsets = calibration.fit_in_prompt(scores, present, base)
+    p = sigmoid(slope * calibration.score_odds(np.array([[0.5], [0.0]])) + offsets)
+    assert p[0] == pytest.approx(np.full(16, 0.5), abs=0.05) and p[1].max() < 0.01
+
+
 def test_the_rank_of_a_cosine_among_validation_pairs(two_kinds):
     assert two_kinds.rank(-1) == 0 and two_kinds.rank(1.01) == 1
     assert two_kinds.rank(0.8) == pytest.approx(0.5, abs=0.02)
@@ -115,6 +130,13 @@ def test_a_calibration_is_read_as_written_and_refused_if_damaged(two_kinds, tmp_
     calibration.write_calibration(tmp_path, two_kinds)
     same = calibration.read_calibration(tmp_path, 2)
     assert (same.maps == two_kinds.maps).all() and same.cosines == two_kinds.cosines
+    assert (same.to_shown, same.to_prompt) == (two_kinds.to_shown, two_kinds.to_prompt)
+    older = json.loads((tmp_path / "calibration.json").read_text())
+    (tmp_path / "calibration.json").write_text(json.dumps({k: older[k] for k in ("cosines", "slope")}))
+    assert calibration.read_calibration(tmp_path, 2) is None
+    with pytest.raises(DataError, match="lacks its calibration; run: python eval.py"):
+        calibration.require_calibration(tmp_path, 2)
+    calibration.write_calibration(tmp_path, two_kinds)
     with pytest.raises(DataError, match="calibration.npy.*python eval.py"):
         calibration.read_calibration(tmp_path, 3)
     (tmp_path / "calibration.npy").write_bytes(b"\x93NUMPY")

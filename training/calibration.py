@@ -6,11 +6,13 @@ All is computed from a unit-length predicted embedding f(x), by two ridge regres
   own cosine: if m(x) is the mean of the embeddings of all prompts that fit image x, the mean of cos(m(x), y)
   over them is |m(x)|. A slope, fitted on the validation pairs, corrects the length. (The length of the
   trained prediction itself is of no use, since the loss is the cosine; tables/confidence.py.)
-* To the words of the prompts: a score for each word. P(shown) = sigmoid(a score_j + b log-odds of the word's
-  base rate + c) is the probability that the word is from the image's own prompt and not from another pair's,
-  both equally likely beforehand. Logistic regression on the validation pairs fits a, b and c (Platt 1999,
-  with the base rate as a second variable). The vocabulary head is not used: a short training leaves it far
-  from its optimum (tables/words.py).
+* To the words of the prompts: a score for each word, which estimates the probability that a prompt has it.
+  P(shown) = sigmoid(a score_j + b log-odds of the word's base rate + c) is the probability that the word is
+  from the image's own prompt and not from another pair's, both equally likely beforehand. Logistic regression
+  on the validation pairs fits a, b and c (Platt 1999, with the base rate as a second variable). P(in the
+  prompt) has the score's log-odds in place of the score, and no such premise: of "lamp" and "lantern", both
+  shown, a prompt has one. The vocabulary head is not used: a short training leaves it far from its optimum
+  (tables/words.py).
 """
 
 from __future__ import annotations
@@ -29,17 +31,23 @@ from schema import many, number, read_json
 from training.metrics import cosines
 
 FILES = "calibration.json", "calibration.npy"
+FIELDS = "cosines", "slope", "to_shown", "to_prompt"  # of calibration.json
 QUANTILES = np.linspace(0, 1, 101)
 BLOCK = 1024  # training pairs at once
+WORDS_FITTED = 1 << 22  # words of validation pairs that P(in the prompt) is fitted on, at most
 
 
 @dataclass(frozen=True)
 class Calibration:
     """`cosines`: the QUANTILES of the validation pairs' cosines; `slope`: of the cosine on the length;
-    `maps` (1 + E, E + V): constant and weights of both regressions, of the second as log-odds of P(shown)."""
+    `to_shown`, `to_prompt` (1 + V,): slope and offsets from the words' scores, or their log-odds, to the
+    log-odds of P(shown) and P(in the prompt); `maps` (1 + E, E + V): constant and weights of both
+    regressions."""
 
     cosines: list[float]
     slope: float
+    to_shown: list[float]
+    to_prompt: list[float]
     maps: np.ndarray
 
     @property
@@ -55,9 +63,19 @@ class Calibration:
         """The share of the validation pairs with a lower cosine."""
         return float(np.interp(cosine, self.cosines, QUANTILES))
 
+    def scores(self, embedding: np.ndarray) -> np.ndarray:
+        """The scores of every word (..., V) for predictions (..., E)."""
+        return mapped(self.maps[:, self.width :], embedding)
+
     def shown(self, embedding: np.ndarray) -> np.ndarray:
         """P(shown) of every word (..., V) for predictions (..., E)."""
-        return sigmoid(mapped(self.maps[:, self.width :], embedding))
+        slope, *offsets = self.to_shown
+        return sigmoid(slope * self.scores(embedding) + np.array(offsets))
+
+    def in_prompt(self, embedding: np.ndarray) -> np.ndarray:
+        """P(in the prompt) of every word (..., V) for predictions (..., E)."""
+        slope, *offsets = self.to_prompt
+        return sigmoid(slope * score_odds(self.scores(embedding)) + np.array(offsets))
 
 
 def mapped(affine: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -115,12 +133,34 @@ def log_odds(counts: np.ndarray, n: int) -> np.ndarray:
     return np.log(counts + 0.5) - np.log(n - counts + 0.5)
 
 
+def score_odds(scores: np.ndarray) -> np.ndarray:
+    """The log-odds of scores as probabilities, at least .01 away from 0 and 1."""
+    return logit(scores.clip(0.01, 0.99))
+
+
 def fit_words(scores: np.ndarray, present: np.ndarray, base: np.ndarray) -> tuple[float, np.ndarray]:
     """(slope, offset of each word (V,)) such that P(shown) = sigmoid(slope * score + offset), from validation
     pairs: scores (n, V), the words of each prompt (n, V) bool, the log-odds of the words' base rates (V,)."""
     pair, word, own = own_and_other(present)
-    x = np.stack([scores[pair, word], base[word], np.ones(len(word))], axis=1)
-    slope, of_base, constant = logistic_regression(x, own)
+    return fit_line(scores[pair, word], base, word, own)
+
+
+def fit_in_prompt(scores: np.ndarray, present: np.ndarray, base: np.ndarray) -> tuple[float, np.ndarray]:
+    """The same such that P(in the prompt) = sigmoid(slope * score_odds(score) + offset); of the pairs at most
+    WORDS_FITTED / V are used, evenly spread."""
+    rows = slice(None, None, -(-scores.size // WORDS_FITTED))
+    scores, present = scores[rows], present[rows]
+    word = np.tile(np.arange(len(base)), len(scores))
+    return fit_line(score_odds(scores).ravel(), base, word, present.ravel())
+
+
+def fit_line(
+    x: np.ndarray, base: np.ndarray, word: np.ndarray, truth: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """(slope, offset of each word (V,)) by logistic regression of `truth` (k,) on x (k,) and the log-odds
+    `base` (V,) of the words (k,)."""
+    rows = np.stack([x, base[word], np.ones(len(word))], axis=1)
+    slope, of_base, constant = logistic_regression(rows, truth)
     return float(slope), of_base * base + constant
 
 
@@ -141,13 +181,13 @@ def fit_calibration(
     blocks = (words_of(prompts["train"][start : start + BLOCK]) for start in range(0, n, BLOCK))
     to_words = affine_ridge(x, blocks, present)
     # Ridge regression with a constant maps the mean of the rows to the mean of the targets: the base rates.
-    counts = n * mapped(to_words, x["train"].double().mean(dim=0).numpy()).clip(0, 1)
-    scores = mapped(to_words, predicted["val"])
-    slope, offsets = fit_words(scores, present.numpy() > 0, log_odds(counts, n))
-    to_words *= slope
-    to_words[0] += offsets
+    base = log_odds(n * mapped(to_words, x["train"].double().mean(dim=0).numpy()).clip(0, 1), n)
+    scores, true_words = mapped(to_words, predicted["val"]), present.numpy() > 0
+    lines = [fit(scores, true_words, base) for fit in (fit_words, fit_in_prompt)]
+    to_shown, to_prompt = ([line_slope, *offsets.tolist()] for line_slope, offsets in lines)
     maps = np.concatenate([to_embedding, to_words], axis=1).astype(np.float32)
-    return Calibration(np.quantile(true, QUANTILES).tolist(), length_slope(lengths, true), maps)
+    slope = length_slope(lengths, true)
+    return Calibration(np.quantile(true, QUANTILES).tolist(), slope, to_shown, to_prompt, maps)
 
 
 def length_slope(lengths: np.ndarray, cosines: np.ndarray) -> float:
@@ -157,7 +197,7 @@ def length_slope(lengths: np.ndarray, cosines: np.ndarray) -> float:
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
     write_array(folder / FILES[1], calibration.maps)
-    write_json(folder / FILES[0], {"cosines": calibration.cosines, "slope": calibration.slope})
+    write_json(folder / FILES[0], {name: getattr(calibration, name) for name in FIELDS})
 
 
 def read_calibration(folder: Path, n_words: int) -> Calibration | None:
@@ -167,6 +207,7 @@ def read_calibration(folder: Path, n_words: int) -> Calibration | None:
     if not path.exists():
         return None
     fields = {"cosines": many(number(), len(QUANTILES), len(QUANTILES)), "slope": number()}
+    fields |= dict.fromkeys(FIELDS[2:], many(number(), 1 + n_words, 1 + n_words).or_else(None))
     try:
         maps = np.load(array, allow_pickle=False)
         fits = maps.dtype == np.float32 and maps.ndim == 2 and maps.shape[1] == len(maps) - 1 + n_words
@@ -174,4 +215,12 @@ def read_calibration(folder: Path, n_words: int) -> Calibration | None:
             raise ValueError(f"{maps.dtype} {maps.shape}")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{array}: cannot be read ({error}); run: python eval.py {folder}") from error
-    return Calibration(**read_json(path, fields, closed=True), maps=maps)
+    saved = read_json(path, fields, closed=True)
+    return Calibration(**saved, maps=maps) if saved["to_prompt"] and saved["to_shown"] else None
+
+
+def require_calibration(folder: Path, n_words: int) -> Calibration:
+    """`read_calibration`. Raises DataError, too, if there is none."""
+    if (calibration := read_calibration(folder, n_words)) is None:
+        raise DataError(f"{folder}: lacks its calibration; run: python eval.py {folder}")
+    return calibration

@@ -92,8 +92,10 @@ def regressor_predictions(
         by_split = prepared.splits.items()
         prompts = {split: [prepared.pairs.prompts[i] for i in rows] for split, rows in by_split}
         targets = {split: prepared.targets[rows] for split, rows in by_split}
-        write_calibration(folder, fit_calibration(predictions, targets, prompts, run.vocabulary.targets))
-        examples_picture(folder / "examples.png", run, prepared, predictions["test"], probabilities)
+        calibration = fit_calibration(predictions, targets, prompts, run.vocabulary.targets)
+        write_calibration(folder, calibration)
+        likely = calibration.in_prompt(predictions["test"])
+        examples_picture(folder / "examples.png", run, prepared, predictions["test"], likely)
         if probabilities is None:
             return {}
         truth = run.vocabulary.targets(prompts["test"]).numpy() > 0

@@ -31,9 +31,10 @@ def examples_picture(
     run: Run,
     prepared: Prepared,
     embedding: np.ndarray,
-    probabilities: np.ndarray | None,
+    probabilities: np.ndarray,
 ) -> None:
-    """Test images with the true prompt, the nearest training prompts, the likely words."""
+    """Test images with the true prompt, the training prompts nearest to the predicted embeddings (n, E), the
+    likely words by their probabilities (n, V)."""
     test, train_rows = prepared.splits["test"], prepared.splits["train"]
     train_targets = np.asarray(prepared.targets[train_rows])
 
@@ -44,8 +45,7 @@ def examples_picture(
         for rank, (j, similarity) in enumerate(nearest(embedding[i], train_targets, 3)):
             text = f"{prepared.pairs.prompts[train_rows[j]]}  ({similarity:.2f})"
             found.append(Line(f"nearest {rank + 1}", text, "#1b4f8a"))
-        if probabilities is not None:
-            found.append(Line("likely words", run.vocabulary.likely(probabilities[i], 8), "#8a3b1b"))
+        found.append(Line("likely words", run.vocabulary.likely(probabilities[i], 8), "#8a3b1b"))
         return found
 
     examples_sheet(path, prepared, lines)

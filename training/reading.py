@@ -8,7 +8,8 @@ A record is JSON, also a line of --jsonl; null or [] where a run has nothing to 
     caption, added    its two parts
     clip_score, clip  CLIPScore of `prompt`, and the CLIP that gave it
     nearest           [{prompt, cosine}], of the training prompts or of --prompts
-    words             [{word, p}], the most probable words by the vocabulary head
+    words             [{word, p}], the words that are most probably in the prompt: calibrated, by the
+                      predicted embedding; of a run that lacks its calibration by the vocabulary head
     expected_cosine   of the predicted embedding with the true prompt's
     judged            {prompt, cosine, rank, clip_score, words: [{word, shown}]} of --prompt
 """
@@ -278,6 +279,8 @@ class Reader:
         captions = self.captioner.captions(images) if self.captioner else [None] * n
         fed = [args.caption] * n if args.caption is not None else captions if self.feeds else None
         embeddings, probabilities = self.predict_images(images, fed)
+        if self.judge.calibration:
+            probabilities = self.judge.calibration.in_prompt(embeddings)
         likely = [[]] * n if probabilities is None else [self.likely(p) for p in probabilities]
         added = [words_to_add(c or "", w, args.add_words) for c, w in zip(captions, likely, strict=True)]
         prompts = [
