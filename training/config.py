@@ -170,8 +170,8 @@ class TrainConfig:
         "at --lr, the U-Net's middle block", ("default", "paper")
     )
     epochs: int | None = option(
-        "optimisation", None, "passes over the training pairs (default: 4 for miniatures, else 3, the "
-        "paper's)", least=1, most=10**6
+        "optimisation", None, "passes over the training pairs (default: 4 or 6 for miniatures, else 3, "
+        "the paper's)", least=1, most=10**6
     )
     batch_size: int | None = option(
         "optimisation", None, "samples per step over all processes (default: 32 for miniatures, else 64, "
@@ -186,9 +186,10 @@ class TrainConfig:
         ("adam", "adamw")
     )
     lr: float | None = option(
-        "optimisation", None, "peak learning rate of the cosine schedule (default: 1e-3 for miniatures, "
-        "blip-mini 1e-4, else 1e-4, the paper's; captioners 1e-5, blip-large 2e-6, their authors')", above=0,
-        most=1e3
+        "optimisation", None, "peak learning rate of the cosine schedule (default: 3e-4 to 2e-3 for "
+        "miniatures, blip-mini 1e-4, else 1e-4, the paper's; captioners 1e-5, blip-large 2e-6, by their "
+        "authors)",
+        above=0, most=1e3
     )
     head_lr: float | None = option(
         "optimisation", None, "peak learning rate of the embedding head (default: 5e-5 for miniatures, "
@@ -291,8 +292,9 @@ PAPER_DEFAULTS = {
     "weight_decay": 0.0,
     "image_size": 256, "captions": "blip-base", "unet_features": "middle", "layer_decay": 1.0,
 }  # fmt: skip
-# Chosen on validation: results/table-sweep.json. clip-mini's are not chosen yet.
+# Chosen on validation: results/table-sweep.json.
 CHOSEN = {
+    "clip-mini": {"epochs": 6, "head_lr": 5e-05, "layer_decay": 1.0, "lr": 0.0003},
     "sd-mini": {"epochs": 4, "head_lr": 5e-05, "layer_decay": 1.0, "lr": 0.002},
     "swin-mini": {"epochs": 4, "head_lr": 5e-05, "layer_decay": 1.0, "lr": 0.001},
     "vit-mini": {"epochs": 4, "head_lr": 5e-05, "layer_decay": 1.0, "lr": 0.001},
