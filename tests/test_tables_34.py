@@ -16,10 +16,10 @@ import clipscore
 import data
 import inversion
 import weights
-from reverse_sd import Vocabulary
 from tables import generation, prompts, redrawn
 from tables.prompts import BEST, TRUE, SeedPairs
 from tables.runs import SOURCES, Plan, RunName
+from training.calibration import Calibration, write_calibration
 from training.decoder import DecoderConfig, DecoderTrainer, decoded
 from training.inputs import prompt_targets
 from training.metrics import bootstrap_interval, paired_by_group, seeds_p, signed_rank_p
@@ -137,10 +137,13 @@ def test_captions_are_those_of_the_test_pairs_in_their_order(pairs: SeedPairs):
 
 def test_likely_words_that_a_caption_lacks_follow_it(pairs: SeedPairs, monkeypatch):
     write_captions(pairs, ("test", "a red kitten", "a red cat"), ("test", "a green car", "a Car"))
-    run = SimpleNamespace(vocabulary=Vocabulary(["cat", "snow", "car", "red"]))
-    probabilities = np.array([[0.9, 0.6, 0.5, 0.95], [0.2, 0.7, 0.9, 0.8]])
-    monkeypatch.setattr(prompts, "load_run", lambda *_: run)
-    monkeypatch.setattr(prompts, "predicted_by", lambda *_: (None, probabilities))
+    folder = pairs.plan.run_folder(prompts.SWIN, 3)
+    (folder / "vocabulary.json").write_text(json.dumps(["cat", "snow", "car", "red"]))
+    monkeypatch.setattr(prompts, "read_run", lambda _: {"vocabulary": None})
+    maps = np.zeros((3, 6), np.float32)  # from the embeddings to these probabilities
+    probabilities = np.array([[0.9, 0.6, 0.49, 0.95], [0.2, 0.7, 0.9, 0.8]])
+    maps[1:, 2:] = np.linalg.solve(np.load(folder / "predictions" / "test.npy"), probabilities)
+    write_calibration(folder, Calibration([0.0] * 101, 1.0, [1.0] * 5, [1.0, 0, 0, 0, 0], maps))
     texts = prompts.with_likely_words(RUN, prompts.SWIN, pairs)
     assert texts == ["a red cat, snow", "a Car, red, snow"]
 

@@ -32,6 +32,7 @@ from files import exclusive
 from mini import scenes
 from models import blip
 from training import loop
+from training.calibration import require_calibration
 from training.config import EMBEDDED, RESUMABLE, TrainConfig, parse_args, resolve
 from training.folder import new_folder, saved_config
 from training.inputs import cleaned, pairs_folder, prepare
@@ -107,8 +108,10 @@ def test_reverse_sd_reads_an_image(uninterrupted: Path, few_scenes: Path, tmp_pa
     }
     assert {line.split(maxsplit=1)[1] for line in lines[1:4]} <= train_prompts
     predictor = reverse_sd.image_predictor(reverse_sd.load_run(uninterrupted), "cpu")
-    embedding, probabilities = (part[0] for part in predictor([pairs.image(0)]))
-    likely = reverse_sd.load_run(uninterrupted).vocabulary.likely(probabilities, 10)
+    embedding = predictor([pairs.image(0)])[0][0]
+    vocabulary = reverse_sd.load_run(uninterrupted).vocabulary
+    calibration = require_calibration(uninterrupted, len(vocabulary))
+    likely = vocabulary.likely(calibration.in_prompt(embedding), 10)
     cosine = float(weights.load("minilm").encode(pairs.prompts[:1])[0].numpy() @ embedding)
     val, val_targets = (np.load(uninterrupted / f"predictions/val{end}.npy") for end in ("", "-targets"))
     below = np.mean((val * val_targets).sum(axis=1) < cosine)
