@@ -148,12 +148,17 @@ def test_a_line_of_json_for_each_image(n: int, added: list[str], read, images: P
     }  # fmt: skip
 
 
-def test_likely_words_are_calibrated(read, run: SimpleNamespace, images: Path, capsys):
-    """By the predicted embedding, .8 of the picture's axis and .6 of axis 5, not by the vocabulary head."""
+def test_likely_words_are_calibrated(read, run: SimpleNamespace, images: Path, tmp_path: Path, capsys):
+    """By the predicted embedding, .8 of the picture's axis and .6 of axis 5, not by the vocabulary head; with
+    the run's evaluation earlier lines of --jsonl become those of other options."""
+    lines_before = images / "a.png", "--jsonl", tmp_path / "out.jsonl"
+    assert read(*lines_before) == read(*lines_before) == 0 and read.images == []
     maps = np.zeros((385, 388), np.float32)
     maps[6, 384 + WORDS.index("star")], maps[1, 384 + WORDS.index("dog")] = 0.9 / 0.6, 0.6 / 0.8
     calibration = Calibration([0.0] * 101, 1.0, [1.0] * 5, [1.0, 0, 0, 0, 0], maps)
     write_calibration(run.folder, calibration)
+    assert read(*lines_before) == 2
+    capsys.readouterr()
     assert read(images / "a.png", images / "b.png", "--captioner", "x", "--add-words", 2) == 0
     lines = capsys.readouterr().out.splitlines()
     first, second = (line for line in lines if line.startswith("  words"))

@@ -271,8 +271,10 @@ class Reader:
         self.clip = clip_source(args, run)
         self.scorer = Scorer(self.clip, device) if self.clip else None
         options = [args.prompt, args.caption, args.add_words, args.n, source, self.clip]
-        files = [stamp(run.folder / "model.safetensors"), args.prompts and stamp(args.prompts)]
-        self.settings = sha256(json.dumps([str(run.folder.resolve()), files, options]))[:16]
+        files = [run.folder / "model.safetensors", run.folder / "calibration.json"]
+        files += [args.prompts, source and Path(source) / "model.safetensors"]
+        stamps = [file and stamp(file) for file in files]
+        self.settings = sha256(json.dumps([str(run.folder.resolve()), stamps, options]))[:16]
 
     def records(self, paths: Sequence[Path], images: Sequence[Image.Image]) -> list[dict]:
         n, args = len(images), self.args
