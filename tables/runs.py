@@ -68,9 +68,6 @@ RECIPES |= {f"{recipe}-tuned": RECIPES[recipe] | values for recipe, values in TU
 # The recipe whose recorded cosines a curriculum uses.
 PHASE_1 = {"mlc-cl": "mlc", "cl": "plain", "cl-tuned": "plain"}
 
-# A training is flat if the last quarter of its epochs gains less on validation
-FLAT = 0.002
-
 # Options that apply only to runs of one curriculum or backbone.
 OPTIONS_OF = {
     "difficulty": ("chunks", "order", "easy_share", "hard_share", "epoch_weights"),

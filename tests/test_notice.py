@@ -36,7 +36,7 @@ SETTINGS = {
         "SHARES": (0.1, 0.25, 0.5, 0.75, 1.0), "RANDOM_SHARES": (0.25, 1.0), "RATES": (1e-3, 1e-4),
         "NOISE_WEIGHT": 1.0,
     },
-    "runs": {"FLAT": 0.002},
+    "sweep": {"FLAT": 0.002},
     "votes": {"LOSSLESS": 256, "PAPER_AGREEMENTS": (21, 2, 14), "PAPER_AVERAGE": ("39.6", "15.0", "45.4")},
     "words": {"SEED": 7_000_003, "PARTS": 6, "PER_PART": 1000, "RESAMPLES": 500},
 }  # fmt: skip

@@ -103,6 +103,8 @@ def test_the_expected_cosine_is_the_length_of_the_mean_embedding(two_kinds):
 def test_words_of_the_picture_are_probable_and_others_not(two_kinds):
     shown = two_kinds.shown(np.eye(3)[:2])
     assert shown[[0, 1], [0, 1]].min() > 0.95 and shown[[0, 1], [1, 0]].max() < 0.05
+    in_prompt = two_kinds.in_prompt(np.eye(3)[:2])
+    assert in_prompt == pytest.approx(np.eye(2), abs=0.03)
 
 
 def test_one_of_two_words_that_fit_equally_is_in_the_prompt():

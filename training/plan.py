@@ -221,21 +221,19 @@ def training_step(
 ) -> None:
     """A step like train.py's, with the same batch for each of its parts."""
     *inputs, target, words = batch
+    captions = isinstance(network, Captioner)
     optimizer.zero_grad(set_to_none=True)
     for _ in range(parts):  # gradients exist from the second part on
         with torch.autocast(words.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            if isinstance(network, Captioner):
-                loss, logits = network(*inputs, target)
-            else:
-                prediction = network(*inputs)
-                loss, logits = prediction.embedding, prediction.logits
-                del prediction
-        if not isinstance(network, Captioner):
-            loss = cosine_loss(loss.float(), target)
+            outputs = network(*inputs, target) if captions else network(*inputs)
+        if captions:
+            loss, logits = outputs
+        else:
+            loss, logits = cosine_loss(outputs.embedding.float(), target), outputs.logits
         if logits is not None:
             loss = joint_loss(loss, vocabulary_loss(logits.float(), words))
         torch.autograd.backward(loss.sum())
-        del loss, logits
+        del outputs, loss, logits
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
 
