@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from test_tables import QUICK, Here, make, read, trained_here  # noqa: F401  (fixtures)
 
 import data
+import weights
 from mini import scenes
 from tables import crossed
 from tables.cells import MEAN, part
@@ -73,6 +75,31 @@ def test_pictures_of_other_prompts_are_refused(tmp_path: Path):
     crossed.require_same_pairs(same)
     with pytest.raises(data.DataError, match=r"c/generated: its prompts or their split are not those of"):
         crossed.require_same_pairs(plan_of(a, other))
+
+
+def test_both_parts_have_their_own_cosines_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Trained runs with the seeds of the plan, frozen features with five; the fingerprints of both U-Nets."""
+
+    def known(offset: float) -> Callable[..., dict[str, np.ndarray]]:
+        def of(plan: Plan, cells: dict, seed: int) -> dict[str, np.ndarray]:
+            return {c: np.array([0.01 * i, 0.03 * i]) + offset + seed for i, c in enumerate([MEAN, *cells])}
+
+        return of
+
+    monkeypatch.setattr(crossed, "trained_cosines", known(0.5))
+    monkeypatch.setattr(crossed, "frozen_cosines", known(0.25))
+    shutil.copytree(ROOT / "mini" / "sd-mini", tmp_path / "sd-mini")
+    result = crossed.compute(plan_of(Path("mini"), tmp_path))
+    for i, name in enumerate([MEAN, *CELLS]):
+        trained, frozen = result["rows"][i], result["frozen"]["rows"][i]
+        assert trained["name"] == frozen["name"] == name
+        assert trained["per_seed"] == pytest.approx([0.5 + 0.02 * i])
+        assert frozen["per_seed"] == pytest.approx([0.25 + 0.02 * i + seed for seed in range(5)])
+    assert result["unets"]["A"] == result["unets"]["B"] == weights.fingerprint("unet", "sd-mini")
+    other = load_file(path := next((tmp_path / "sd-mini" / "unet").glob("*.safetensors")))
+    save_file({name: value + 1 for name, value in other.items()}, path)
+    changed = crossed.compute(plan_of(Path("mini"), tmp_path))["unets"]
+    assert changed["A"] == result["unets"]["A"] != changed["B"]
 
 
 @pytest.mark.slow

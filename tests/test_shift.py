@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,11 @@ from test_tables import make, read, trained_here  # noqa: F401  (fixtures)
 import data
 import reverse_sd
 from tables import shift
+from tables.exhibit import short
 from tables.methods import Member, tensor
 from tables.runs import RECIPES, SOURCES, Plan, RunName
-from tables.shift import Shift, cosines_of, require_unseen, require_unseen_prompts, shifts_of
+from tables.shift import READERS, Shift, cosines_of, require_unseen, require_unseen_prompts, shifts_of
+from training.config import TrainConfig
 from training.metrics import cosines
 
 SMALL = {"val_size": 12, "test_size": 12}
@@ -114,6 +116,44 @@ def test_the_numbers_of_a_shift_by_hand(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["source", "DAKL, exact"] == pytest.approx(methods[0], abs=0.01)
 
 
+def test_the_table_of_known_cosines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each row and comparison holds its own reader, shift, labels and methods, seed by seed."""
+    plan = dataclasses.replace(plan_of(Path("mini"), tmp_path), seeds=(0, 1))
+    shifts, labels = shifts_of(plan), ("source", "target")
+    keys = [("", name) for name in shift.REFERENCES] + list(product(labels, shift.METHODS))
+    places = ((reader, of.name, *key) for reader, of, key in product(READERS, shifts, keys))
+    value = {place: i / 1000 for i, place in enumerate(places)}
+
+    def known(plan: Plan, reader: str, of: Shift, seed: int) -> dict[tuple[str, str], np.ndarray]:
+        spread = np.array([0, 0.001, 0.002]) + 0.2 * seed
+        return {key: (1 + (key[1] == "ridge") * seed) * value[reader, of.name, *key] + spread for key in keys}
+
+    monkeypatch.setattr(shift, "cosines_of", known)
+    monkeypatch.setattr(shift, "saved_config", lambda folder: TrainConfig(data=folder.name, epochs=7))
+    monkeypatch.setattr(shift, "Member", lambda folder: Known(0))
+    result = shift.compute(plan)
+    for row in result["rows"]:
+        at = value[row["reader"], row["shift"], row["labels"], row["method"]]
+        second = at * (2 if row["method"] == "ridge" else 1) + 0.201
+        assert row["per_seed"] == pytest.approx([at + 0.001, second]) and row["n_test"] == [3, 3]
+    assert len(result["rows"]) == len(value)
+    for test in result["tests"]:
+        other = test["labels"] if test["against"] != "as predicted" else ""
+        a, b = (value[test["reader"], test["shift"], *key] for key in (
+            (test["labels"], test["method"]), (other, test["against"])))  # fmt: skip
+        twice = (1 + (name == "ridge") for name in (test["method"], test["against"]))
+        assert test["per_seed"] == pytest.approx([a - b, next(twice) * a - next(twice) * b])
+    assert len(result["tests"]) == len(READERS) * len(shifts) * 2 * len(shift.COMPARISONS)
+    assert result["n_train"] == [60, 60]
+    assert {name: run["data"] for name, run in result["runs"].items()} == {
+        run.name: f"{run.name}-seed0" for run in shift.RUNS
+    }
+    text = shift.text(result | {"seeds": [0, 1], "command": "", "date": "", "data": "mini"})
+    first = value["Swin", "mini → drawn", "source", "ridge"]
+    row = next(line for line in text.splitlines() if line.startswith("| Swin | mini → drawn | source |"))
+    assert short(1.5 * first + 0.101) in row.split(" | ")
+
+
 @pytest.mark.slow
 def test_the_table_on_few_scenes(make, few_scenes: Path, two_sets: None, monkeypatch):  # noqa: F811
     monkeypatch.setattr(shift, "STEPS", 2)
@@ -124,7 +164,7 @@ def test_the_table_on_few_scenes(make, few_scenes: Path, two_sets: None, monkeyp
     assert len(result["runs"]) == 4 and result["runs"]["swin-mlc-drawn"]["data"].endswith("negatives0")
     rows = {(r["reader"], r["shift"], r["labels"], r["method"]): r for r in result["rows"]}
     names = [s.name for s in shifts_of(plan_of(few_scenes, folder))]
-    for reader, (backbone, recipe) in shift.READERS.items():
+    for reader, (backbone, recipe) in READERS.items():
 
         def own(end: str, name: str = f"{backbone}-{recipe}") -> list[float]:
             folders = [folder / "runs" / f"{name}{end}-seed{seed}" for seed in (0, 1)]
@@ -140,7 +180,7 @@ def test_the_table_on_few_scenes(make, few_scenes: Path, two_sets: None, monkeyp
         run = folder / "runs" / f"{backbone}-{recipe}-seed0"
         again = shift.predicted_for_run(plan_of(few_scenes, folder), run, run)["test"]
         assert again == pytest.approx(Member(run).predicted("test"), abs=1e-5)
-    assert len(result["tests"]) == len(shift.READERS) * len(names) * 2 * len(shift.COMPARISONS)
+    assert len(result["tests"]) == len(READERS) * len(names) * 2 * len(shift.COMPARISONS)
     kept = sorted((folder / "runs" / "kept").glob("guidance-*.npy"))
     assert len(kept) == 8  # two scales, two seeds, validation and test
     text = (folder / "results" / "table-shift.md").read_text()

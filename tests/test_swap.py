@@ -13,6 +13,7 @@ import generate
 from mini import scenes
 from models.unet import UNet, UNetConfig, UNetEncoder
 from tables import swap
+from tables.runs import SOURCES, Plan
 from training.config import TrainConfig, resolve
 from training.inputs import Distinct, Prepared
 
@@ -189,3 +190,38 @@ def test_every_contrast_is_of_two_conditions():
     titles = [condition.title for condition in swap.CONDITIONS]
     assert len(set(titles)) == len(titles) == 19
     assert {title for pair in swap.CONTRASTS for title in pair} <= set(titles) and len(swap.CONTRASTS) == 6
+
+
+def test_the_table_of_known_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each condition is measured once a seed, by the next seed's run, and keeps its own numbers."""
+    plan = Plan("mini", SOURCES["mini"], (3, 5, 8), tmp_path, 1, "cpu", {})
+    numbers = {condition.title: i / 100 for i, condition in enumerate(swap.CONDITIONS)}
+    tasks = []
+
+    def known(plan: Plan, condition: swap.Condition, seed: int, reader: int, sets: dict) -> dict:
+        tasks.append((condition.title, seed, reader))
+        judged = {judge: j + seed * numbers[condition.title] for j, judge in enumerate(swap.JUDGES)}
+        values = {key: numbers[condition.title] for key in ("change", "val", "test", "noise")}
+        return values | {name: judged | {"probe": judged["probe"] + len(of)} for name, of in sets.items()}
+
+    sets = {"DrawBench": [swap.Request("a")], "test prompts": [swap.Request("a"), swap.Request("b")]}
+    monkeypatch.setattr(swap, "prompt_sets", lambda plan, seed: sets)
+    monkeypatch.setattr(swap, "material", lambda config, device: None)
+    monkeypatch.setattr(swap, "measure", known)
+    result = swap.compute(plan)
+    expected = {(title, *pair) for title in numbers for pair in ((3, 5), (5, 8), (8, 3))}
+    assert set(tasks) == expected and len(tasks) == len(expected)
+    assert list(result["conditions"]) == list(numbers)
+    for row in result["rows"]:
+        per = numbers[row["condition"]] - numbers[row["against"]]
+        assert row["per_seed"] == pytest.approx([3 * per, 5 * per, 8 * per]), row
+        start = list(swap.JUDGES).index(row["judge"])
+        start += len(sets[row["prompts"]]) if row["judge"] == "probe" else 0
+        assert row["mean"] == pytest.approx(start + 16 / 3 * numbers[row["condition"]])
+    pairs = [(row["condition"], row["against"]) for row in result["rows"]]
+    family = [(title, "original") for title in numbers if title != "original"] + swap.CONTRASTS
+    assert pairs == family * len(sets) * len(swap.JUDGES)
+    assert result["prompts"] == {"DrawBench": 1, "test prompts": 2}
+    text = swap.text(result | {"seeds": [3, 5, 8], "command": "", "date": "", "data": "mini"})
+    assert all(f"| {title} |" in text for title in numbers if title != "original")
+    assert all(f"| {a} − {b} |" in text for a, b in swap.CONTRASTS)
