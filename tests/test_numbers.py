@@ -50,32 +50,49 @@ def test_a_changed_digit_is_seen(pattern: re.Pattern):
     assert wrong_numbers(README[:place] + digit + README[place + 1 :])
 
 
-# -- AUDIT.md: each number of a paragraph or table row stands in a results file that it links
+# -- AUDIT.md and mini/README.md: each number of a paragraph or table row stands in a results file or a card
+# that it or the header of its table links
 
-NUMBER = re.compile(r"[+-]?\.\d{3,4}\b|\d+\.\d(?= ?%)")
-LINK = re.compile(r"\]\((results/[^)]+\.md)\)")
+NUMBER = re.compile(r"[+-]?\.\d{3,4}\b|\d+\.\d(?= ?%)|\d+\.\d+(?= dB)")
+LINK = re.compile(r"\]\(([^)]+\.(?:md|json))\)")
+SECTIONS = {name: (ROOT / name).read_text() for name in ("AUDIT.md", "mini/README.md")}
+_, _, runs = SECTIONS["AUDIT.md"].partition("\n## What the miniature confirms")
+SECTIONS["AUDIT.md"], _, _ = runs.partition("\n## ")  # the part about the project's own runs
 
 
-def results_section(text: str) -> str:
-    """AUDIT.md's part about the project's own runs."""
-    return text.partition("\n## What the miniature confirms")[2].partition("\n## ")[0]
+def values(card: object) -> list[float]:
+    if isinstance(card, dict | list):
+        return [v for part in (card.values() if isinstance(card, dict) else card) for v in values(part)]
+    return [card] if isinstance(card, float) else []
 
 
-def unsupported(section: str) -> list[str]:
-    """The numbers of a section that no results file linked in their paragraph or row has."""
-    blocks = re.split(r"\n\n|\n(?=[|*])", section.replace("−", "-"))
+def numbers_of(path: Path) -> set[str]:
+    """The numbers of a results file, with and without sign; of a card, as decimals and as percentages."""
+    if path.suffix == ".json":
+        shown = [(short(v), f"{100 * v:.1f}", f"{v:.2f}") for v in values(json.loads(path.read_text()))]
+        return {number for of in shown for number in of}
+    found = NUMBER.findall(path.read_text().replace("−", "-"))
+    return {*found, *(number.lstrip("+-") for number in found)}
+
+
+def unsupported(section: str, folder: Path) -> list[str]:
+    """The numbers of a section that no file linked in their paragraph, their row or its header has."""
     wrong = []
-    for block in blocks:
-        text = " ".join((ROOT / file).read_text().replace("−", "-") for file in LINK.findall(block))
-        there = set(NUMBER.findall(text)) | {number.lstrip("+-") for number in NUMBER.findall(text)}
-        wrong += [f"{number}: {block[:60]}" for number in NUMBER.findall(block) if number not in there]
+    for block in section.replace("−", "-").split("\n\n"):
+        rows = re.split(r"\n(?=[|*])", block)
+        above = LINK.findall(rows[0]) if rows[0].startswith("|") else []
+        for row in rows:
+            there = {n for file in {*LINK.findall(row), *above} for n in numbers_of(folder / file)}
+            wrong += [f"{number}: {row[:60]}" for number in NUMBER.findall(row) if number not in there]
     return wrong
 
 
-def test_each_number_of_the_audit_stands_in_a_linked_results_file():
-    section = results_section((ROOT / "AUDIT.md").read_text())
-    assert len(NUMBER.findall(section)) > 50
-    assert unsupported(section) == []
-    first = NUMBER.search(section.replace("−", "-"))[0]
-    changed = first[:-1] + ("0" if first[-1] != "0" else "7")
-    assert unsupported(section.replace("−", "-").replace(first, changed, 1))
+@pytest.mark.parametrize("name", SECTIONS)
+def test_each_number_stands_in_a_linked_file(name: str):
+    section, folder = SECTIONS[name].replace("−", "-"), (ROOT / name).parent
+    numbers = NUMBER.findall(section)
+    assert len(numbers) > 40
+    assert unsupported(section, folder) == []
+    for number in (numbers[0], numbers[-1]):
+        changed = number[:-1] + ("0" if number[-1] != "0" else "7")
+        assert unsupported(section.replace(number, changed, 1), folder)
