@@ -405,7 +405,7 @@ class Denoising:
     def loss(self, slots: Tensor) -> Tensor:
         """The error (B,) of slots (B, L, D) at new draws; the crop changes at every 20th evaluation."""
         if self.evaluations % 20 == 0:
-            self.mean, self.deviation = self.moments(self.images if self.o.crop == 1 else self.cropped())
+            self.mean, self.deviation = self.moments(self.cropped())
         self.evaluations += 1
         latents = self.mean
         if self.o.posterior == "sample":

@@ -68,10 +68,13 @@ def test_every_flag_has_a_help_text(command: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         argparse._ActionsContainer, "_add_action", lambda self, a: actions.append(a) or add(self, a)
     )
+    module = importlib.import_module(command)
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(command).main(["--help"])
+        module.main(["--help"])
     assert end.value.code == 0 and actions
     assert [action.option_strings for action in actions if action.option_strings and not action.help] == []
+    if command != "reverse_sd":  # the others print their examples, line by line
+        assert getattr(module, "EPILOG", module.__doc__).strip() in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -83,13 +86,18 @@ def test_random_crops_are_squares_of_every_place_and_side():
     coordinates = torch.stack(torch.meshgrid(torch.arange(12.0), torch.arange(16.0), indexing="ij"))
     draws = [torch.Generator().manual_seed(seed) for seed in range(300)]
     images = coordinates.expand(len(draws), -1, -1, -1)
-    crops = Denoising.cropped(SimpleNamespace(images=images, draws=draws, o=SimpleNamespace(crop=0.5)))
+
+    def cropped(images: torch.Tensor, crop: float) -> torch.Tensor:
+        return Denoising.cropped(SimpleNamespace(images=images, draws=draws, o=SimpleNamespace(crop=crop)))
+
+    crops = cropped(images, 0.5)
     assert crops.shape == images.shape
     first, last = crops.amin(dim=(2, 3)), crops.amax(dim=(2, 3))  # (B, 2): (y, x) of a square's corners
     side = last - first + 1
     torch.testing.assert_close(side[:, 0], side[:, 1])
     assert (side.min().round(), side.max().round()) == (6, 12)
     assert first.amin(dim=0).tolist() == [0, 0] and last.amax(dim=0).round().tolist() == [11, 15]
+    assert torch.equal(cropped(images[..., :12], 1), images[..., :12])  # of a square: no crop
 
 
 def test_log_odds_are_finite_at_both_ends():
