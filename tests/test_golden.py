@@ -83,6 +83,8 @@ def test_golden_files_are_what_the_model_makes(kind: str, source: str, folders):
     assert len(files["activations"]) > 20
     assert {value.dtype for value in files["activations"].values()} == {torch.float64}
     assert CONSTANTS.get(kind, set()) <= set(files["constants"])
+    if kind in ("unet", "unet-encoder"):
+        assert files["inputs"]["context"].shape[1] == 77  # as many tokens as CLIP's text tower reads
     model = weights.build(kind, index["config"])
     weights.load_strict(model, files["weights"])
     if kind == "vae":
