@@ -83,6 +83,8 @@ def test_golden_files_are_what_the_model_makes(kind: str, source: str, folders):
     assert len(files["activations"]) > 20
     assert {value.dtype for value in files["activations"].values()} == {torch.float64}
     assert CONSTANTS.get(kind, set()) <= set(files["constants"])
+    if kind in ("unet", "unet-encoder"):
+        assert files["inputs"]["context"].shape[1] == 77  # as many tokens as CLIP's text tower reads
     model = weights.build(kind, index["config"])
     weights.load_strict(model, files["weights"])
     if kind == "vae":
@@ -235,6 +237,15 @@ def test_an_epsilon_that_float32_cannot_show_is_named(folders, tmp_path: Path):
     port = port_of("unet-encoder", "sd-mini", folder, change, torch.float64)
     status, lines = compared(folder, port, tmp_path)
     assert status == 1 and lines[0].startswith("middle_block.1.norm is the first that differs")
+
+
+def test_noise_within_the_tolerance_is_not_taken_for_an_epsilon(vit: Path, tmp_path: Path):
+    port = load_file(vit / "activations.safetensors") | load_file(vit / "outputs.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    for value in port.values():
+        value += 1e-4 * value.abs().max() * torch.randn(value.shape, generator=draw, dtype=value.dtype)
+    status, lines = compared(vit, port, tmp_path, tolerance=1e-3)
+    assert status == 0 and "in float64 an epsilon that is 10% wrong cannot be seen at" in lines[-1]
 
 
 def test_lacking_and_unknown_tensors(folders, tmp_path: Path):

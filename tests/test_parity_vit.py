@@ -290,6 +290,8 @@ def test_sizes_of_timm_s_architectures(architecture: str, flat: bool) -> None:
     assert found.img_size == theirs.patch_embed.img_size
     assert found.global_pool == theirs.global_pool
     assert {m.eps for m in theirs.modules() if isinstance(m, nn.LayerNorm)} == {found.norm_eps}
+    if found.img_size == (224, 224):  # a file that states no size
+        assert sizes(stated | {"pretrained_cfg": {}, "input_size": None}, parameters(theirs)) == found
 
 
 def test_only_published_sizes_are_read_without_config_json(monkeypatch: pytest.MonkeyPatch) -> None:

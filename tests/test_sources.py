@@ -49,10 +49,11 @@ def fake_pip(monkeypatch, members: dict[str, bytes] | None) -> list[list[str]]:
     """A `pip download` that writes a wheel with these members, or fails for None; the commands run."""
     commands = []
 
-    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+    def run(command: list[str], capture_output: bool = False, **_) -> subprocess.CompletedProcess:
         commands.append(command)
         if members is None:
-            return subprocess.CompletedProcess(command, 1, "", "WARNING\nERROR: No matching distribution\n")
+            printed = ("", "WARNING\nERROR: No matching distribution\n") if capture_output else (None, None)
+            return subprocess.CompletedProcess(command, 1, *printed)
         folder = Path(command[command.index("-d") + 1])
         with zipfile.ZipFile(folder / "some_thing-1.0-py3-none-any.whl", "w") as wheel:
             for name, data in members.items():

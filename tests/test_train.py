@@ -493,7 +493,7 @@ def test_the_embedded_pairs_go_by_name(cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(scenes, "build", built.append)
     assert pairs_folder("mini") == ROOT / "mini" / "generated"
     assert pairs_folder("somewhere/mini") == Path("somewhere/mini") and built == []
-    assert pairs_folder("drawn") == built[0] and cache in built[0].parents
+    assert pairs_folder("drawn") == built[0] == pairs_folder("drawn") and cache in built[0].parents
     assert TrainConfig().data == "mini" and set(EMBEDDED) == {"mini", "drawn"}
 
 

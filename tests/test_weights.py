@@ -312,8 +312,12 @@ FINGERPRINTS = {
 
 
 @pytest.mark.parametrize("kind, source", FINGERPRINTS)
-def test_fingerprints_do_not_change(kind: str, source: str):
+def test_fingerprints_and_sizes_do_not_change(kind: str, source: str):
     assert weights.fingerprint(kind, source) == FINGERPRINTS[kind, source]
+    shipped, table = weights.config(kind, source), KINDS[kind].configs[source]
+    if kind == "vae":  # measured on the trained one
+        table = dataclasses.replace(table, scale_factor=shipped.scale_factor)
+    assert shipped == table
 
 
 def test_a_source_is_parsed_once_until_it_changes(tmp_path: Path, autoencoder: nn.Module):
@@ -452,6 +456,7 @@ def test_values_too_large_for_half_precision_are_refused(tmp_path: Path, autoenc
     ("unet", "class_embed_type", "timestep"), ("unet", "norm_num_groups", 16), ("unet", "norm_eps", 1e-6),
     ("unet", "act_fn", "gelu"), ("unet", "some_future_option", 3), ("unet", "layers_per_block", [1, 2]),
     ("unet", "attention_head_dim", [8, 4]), ("unet", "block_out_channels", [32, 48]),
+    ("unet", "attention_head_dim", 5),
     ("unet", "down_block_types", ["DownBlock2D", "DownBlock2D"]),
     ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.0] * 4), ("vae", "use_quant_conv", False),
     ("vae", "_class_name", "AutoencoderTiny"), ("vae", "down_block_types", ["Other"] * 2),

@@ -116,7 +116,7 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) 
         raise WeightsError(f"{where}: neither the number of heads ({heads}) nor their width is constant")
     attended, same = _attention_levels(config, where), len(set(heads)) == 1
     for level in {*attended, len(widths) - 1}:
-        if heads[level] < 1 or widths[level] % heads[level]:
+        if widths[level] % heads[level]:
             raise WeightsError(f"{where}: {widths[level]} channels are not {heads[level]} equal heads; a "
                                f"config.json must state the attention_head_dim of these weights")
     return sizes | {

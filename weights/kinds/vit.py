@@ -119,7 +119,7 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) 
     mean = "fc_norm.weight" in tensors or "cls_token" not in tensors
     pools = (args.get("global_pool"), pretrained.get("global_pool"), config.get("global_pool"))
     options = dict(zip(("embed_dim", "depth", "num_heads"), own, strict=True)) | args | {
-        "img_size": args.get("img_size") or (pretrained.get("input_size") or [224])[-2:],
+        "img_size": args.get("img_size") or (pretrained.get("input_size") or [3, 224, 224])[-2:],
         "global_pool": next((pool for pool in pools if pool is not None), "avg" if mean else "token"),
     }
     options = {name: value for name, value in options.items() if value is not None}
