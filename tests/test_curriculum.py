@@ -155,6 +155,7 @@ def test_undrawn_words_of_mini_scenes_are_at_hand(recorded: Path):
 
 def test_phase_1_is_the_plain_run(learned: Path, recorded: Path):
     assert_same_end(learned / "phase-1", recorded)
+    assert saved_fields(learned / "phase-1") == saved_fields(recorded)
     for name in ("cosines.npy", "easiness.npy"):
         np.testing.assert_array_equal(np.load(learned / name), np.load(recorded / name))
 
@@ -412,7 +413,7 @@ def test_with_a_rate_of_the_heads_lerac_falls_over_the_blocks_alone(
     assert trainer.group_rate(1e-3, rates["heads.embedding.bias"]) == pytest.approx(2e-4)
     trainer.step = 5
     assert trainer.group_rate(5e-4, rates["heads.embedding.bias"]) == pytest.approx(1e-4)
-    assert trainer.group_rate(5e-4, rates["backbone.norm.bias"]) == 5e-4
+    assert [trainer.group_rate(5e-4, rates[f"backbone.{name}"]) for name in expected] == [5e-4] * 2
 
 
 def trainer_of(few_scenes: Path, folder: Path, **fields: object) -> train.RegressorTrainer:

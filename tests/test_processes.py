@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,8 +23,9 @@ import files
 import train
 from data import Pairs, Preprocessing
 from training import cache as caches
+from training import inputs
 from training.cache import Encoder, ImageRows, as_bytes, as_texts, cached_texts, image_caches, readers
-from training.config import TrainConfig
+from training.config import TrainConfig, resolve
 from training.inputs import encoder_autocast
 from training.loop import Process
 from training.rows import BLOCK
@@ -99,11 +101,21 @@ def test_processes_go_on_where_others_were_killed(tmp_path: Path, first: int, th
 
 
 def test_a_share_of_a_killed_process_is_taken_over_by_one_that_runs(tmp_path: Path):
-    victim, other = fill(tmp_path), fill(tmp_path)
-    killed(victim, 2)
-    other.communicate()
-    assert other.returncode == 0
-    assert np.array_equal(fill_here(tmp_path, none_missing), fill_here(tmp_path / "one"))
+    """This one, which begins with the next share."""
+    victim, events = fill(tmp_path), []
+    victim.stdout.readline()
+    victim.send_signal(signal.SIGSTOP)  # within its first share
+
+    def kill(event: str) -> None:
+        events.append(event)
+        victim.kill()
+
+    late = threading.Timer(20, kill, ["only waited"])
+    late.start()
+    rows = fill_here(tmp_path, lambda texts: kill("encoded") or of_batch(texts))
+    late.cancel()
+    victim.communicate()
+    assert events[0] == "encoded" and np.array_equal(rows, fill_here(tmp_path / "one"))
 
 
 def test_without_locks_each_process_encodes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -172,6 +184,19 @@ def test_where_encoders_run_in_bf16():
     assert set(on.values()) == {"", "cuda"}
     assert encoder_autocast(TrainConfig(train_blocks=0), "cuda") == ""
     assert encoder_autocast(TrainConfig(backbone="vit", train_blocks=0), "cuda") == "cuda"
+
+
+def test_what_is_encoded_in_bf16(pictures: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on CUDA, by the CPU's autocast."""
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(inputs, "encoder_autocast", lambda config, device: "cpu")
+    white = resolve(TrainConfig(captions="empty"))
+    black = resolve(TrainConfig(backbone="vit", train_blocks=0))
+    for config, read in ((white, inputs.unet_inputs), (black, inputs.image_inputs)):
+        read(config, pictures, inputs.preprocessing_of(config), "cpu")
+    keys = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/key.json")]
+    halves = {key["name"] for key in keys if key.get("precision") == "bf16"}
+    assert halves == {"latents", "captions", "vit-features"}
 
 
 def test_bf16_rows_have_a_cache_of_their_own_unless_float32_ones_were_begun(tmp_path: Path):

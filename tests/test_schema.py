@@ -318,8 +318,8 @@ def test_a_vocabulary_is_that_of_its_run(run: Path):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("step", -5), ("step", 5), ("step", 6.5), ("best", "x"), ("total", None), ("data", 5),
-    ("tensors", "../model.safetensors"),
+    ("step", -5), ("step", 5), ("step", 6.5), ("best", "x"), ("best", -1.1), ("best", 1.1), ("total", None),
+    ("data", 5), ("tensors", "../model.safetensors"),
 ])  # fmt: skip
 def test_a_checkpoints_state_fits_its_tensors(field: str, value, tmp_path: Path):
     last = Path(shutil.copytree(MADE / "stopped" / "last", tmp_path / "last"))
