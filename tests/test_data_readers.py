@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import logging
+import os
 import struct
 import sys
 import threading
@@ -234,7 +235,8 @@ def test_more_archives_than_are_held_open_from_threads_and_workers(tmp_path, mon
     assert not wrong and len(pairs._zips._open) <= 2
     copied = copy.deepcopy(pairs)
     assert np.array_equal(np.asarray(copied.image(13)), np.asarray(pairs.image(13)))
-    # after the parent opened archives, forked workers must not share its file offsets
+    # after the parent opened archives, forked workers must not share its file offsets: none moves
+    assert {os.lseek(descriptor, 0, os.SEEK_CUR) for descriptor in pairs._zips._open.values()} == {0}
     images = ImageRows(pairs, [Preprocessing.square(8)])
     loader = torch.utils.data.DataLoader(images, 4, num_workers=2, collate_fn=list)
     for row, (tensor,) in (item for batch in loader for item in batch):

@@ -171,6 +171,8 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
         path = tmp_path / f"a.{form.lower()}"
         (image if kind.startswith("png") else image.convert("RGB")).save(path, form, lossless=True)
         assert embedded_prompt(path) == (WANT, settings)
+    Image.new("RGB", (1, 40)).save(path, form)
+    assert embedded_prompt(path) is None
 
 
 # the kinds of texts -----------------------------------------------------------------------------------------
@@ -472,6 +474,12 @@ def test_pixels_and_prompt_survive_other_texts(tmp_path, kind):
             path = png(tmp_path / "a.png", bad, chunk(b"tEXt", b"parameters\0" + INFOTEXT.encode()))
             assert load_image(path).getpixel((0, 0)) == (255, 0, 0)
             assert embedded_prompt(path) == (WANT, META)
+
+
+def test_a_packed_text_that_is_too_large_is_left_out_and_not_cut(tmp_path):
+    packed = zlib.compress(INFOTEXT.encode() + b" " * 9_000_000)
+    path = png(tmp_path / "a.png", chunk(b"zTXt", b"parameters\0\0" + packed))
+    assert embedded_prompt(path) is None
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage

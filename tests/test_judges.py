@@ -184,6 +184,10 @@ def test_the_table_of_the_probes(make: Callable[..., Path], two_probes: None):  
     assert second["sensitivity"]["drawing"] == pytest.approx(np.mean(of["subject"]))
     text = (folder / "results" / "table-probe.md").read_text()
     assert "## Rates of the second probe, `train probe-vit`" in text and "kappa" in text
+    alone = judges.text(result | {"probes": {"probe": result["probes"]["probe"]}})
+    assert "second probe" not in alone
+    of_both, of_one = (whole.rpartition("\n\n")[2].splitlines() for whole in (text, alone))
+    assert all(a.startswith(b.removesuffix(" |")) for a, b in zip(of_both, of_one, strict=True))
 
 
 def test_the_table_of_difficulty(make: Callable[..., Path], two_probes: None, monkeypatch):  # noqa: F811

@@ -220,6 +220,16 @@ def trained(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return train
 
 
+@pytest.mark.parametrize("name", sorted(pretrain.PARTS.keys() - {"probe-vit"}))
+def test_the_shipped_parts_were_trained_by_the_recipes_that_a_user_repeats(name: str):
+    part = pretrain.PARTS[name]
+    card = json.loads((pretrain.MINI / part.card / "card.json").read_text())
+    card = card["language_model"] if name == "opt" else card
+    of = part.recipe
+    settings = f"--steps {of.steps} --batch-size {of.batch_size} --lr {of.lr:g} --seed 0"
+    assert card["command"] == f"python -m mini.pretrain {name} --parts 48 {settings}"
+
+
 def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 

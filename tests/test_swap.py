@@ -1,5 +1,6 @@
 """Table swap: changes of the encoder half, its trainings, judging."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,6 +191,10 @@ def test_every_contrast_is_of_two_conditions():
     titles = [condition.title for condition in swap.CONDITIONS]
     assert len(set(titles)) == len(titles) == 19
     assert {title for pair in swap.CONTRASTS for title in pair} <= set(titles) and len(swap.CONTRASTS) == 6
+    for arm in (condition.arm for condition in swap.ARMS):
+        losses = arm.name.removeprefix("noisy ").split(" + ")
+        assert (arm.reading, arm.noise) == ("reading" in losses, "noise" in losses)
+        assert arm.drawn == arm.name.startswith("noisy ")
 
 
 def test_the_table_of_known_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -225,3 +230,5 @@ def test_the_table_of_known_measures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = swap.text(result | {"seeds": [3, 5, 8], "command": "", "date": "", "data": "mini"})
     assert all(f"| {title} |" in text for title in numbers if title != "original")
     assert all(f"| {a} − {b} |" in text for a, b in swap.CONTRASTS)
+    alone = swap.compute(replace(plan, seeds=(3,)))
+    assert [row["per_seed"] for row in alone["rows"]] == [row["per_seed"][:1] for row in result["rows"]]

@@ -39,6 +39,7 @@ from training.config import TrainConfig, parse_args
 from training.folder import saved_fields
 from training.inputs import prepare
 from training.metrics import (
+    bootstrap_interval,
     cosines,
     holm,
     paired_test,
@@ -138,6 +139,7 @@ def test_table_2_is_what_its_runs_say_and_a_second_call_trains_nothing(make, cap
     oracle = scipy.stats.ttest_rel(*pairs)
     assert (test["t"], test["p"]) == pytest.approx((oracle.statistic, oracle.pvalue), rel=1e-4)
     assert test["difference"] == pytest.approx((pairs[0] - pairs[1]).mean())
+    assert result["rows"][5]["cosine_95"] == pytest.approx(bootstrap_interval(pairs[0], resamples=2000))
 
     text = (folder / "results" / "table-2.md").read_text()
     assert text in capsys.readouterr().out

@@ -188,6 +188,12 @@ def test_areas_within_words_and_prompts_by_hand():
     assert areas["same prompt", "s"] == pytest.approx(1)
 
 
+def test_an_interval_over_scenes_holds_all_resamples_and_not_the_estimate():
+    found = words.summary([np.array([0.5, 0.1, 0.3]), np.array([0.7, 0.3, 0.5])])
+    assert found["mean"] == pytest.approx(0.6) and found["per_seed"] == [0.5, 0.7]
+    assert found["scenes_95"] == pytest.approx((0.205, 0.395))
+
+
 def test_table_words_needs_drawn_scenes(capsys):
     assert eval.main(["--table", "words", "--device", "cpu"]) == 2
     assert "--table words: only drawn scenes record the words" in capsys.readouterr().err
