@@ -496,6 +496,10 @@ def test_a_captioner_is_opened_with_its_own_preprocessing(untrained: Path, tmp_p
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
     model, preprocessing, folder = captioner.open_captioner(str(new))
     assert preprocessing.mean == (0.1, 0.2, 0.3) and folder == new and not model.training
+    first, second = (captioner.new_captioner(seed)[0].state_dict() for seed in (0, 1))
+    tensors = model.state_dict().items()
+    assert all(torch.equal(x, first[name]) for name, x in tensors)
+    assert not all(torch.equal(x, second[name]) for name, x in tensors)
 
 
 def test_the_miniature_is_trained_from_random_values_and_written_as_published(

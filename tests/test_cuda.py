@@ -1,4 +1,4 @@
-"""CUDA without a GPU: models, heads, losses, DAKL, k-means and samplers on fake tensors of device "cuda".
+"""CUDA without a GPU: models, heads, losses, DAKL, k-means, ridge, samplers on fake tensors of device "cuda".
 
 Fake tensors have a shape, dtype and device, and no values: a tensor that a function leaves on the CPU, or a
 dtype that an operator refuses, fails. Models run under CUDA's bf16 autocast. Not reached, because they need
@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import reverse_sd
 import weights
 from backbones import BACKBONES, as_backbone
-from baselines import Smoothing
+from baselines import PENALTIES, RidgeSums, Smoothing, ridge
 from models.search import beam_search
 from weights.kinds import KINDS
 
@@ -266,6 +266,18 @@ def test_dakl_with_a_given_alpha(form: str, centred: bool):
         dakl = reverse_sd.Dakl(alpha=0.1, form=form, centred=centred, block=16)
         dakl.fit(random(20, 8), random(20, 4), random(30, 8))
         assert all_on_cuda(dakl.predict(random(5, 8)))
+
+
+def test_ridge_but_for_its_choice_of_the_penalty():
+    """Sums, solution, predictions; the best penalty and the cosines to report are answered here."""
+    with (
+        on_cuda(bf16=False),
+        patch.object(torch.Tensor, "__int__", lambda _: 0),
+        patch.object(FakeTensor, "tolist", lambda _: [0.0] * len(PENALTIES)),
+    ):
+        sums = RidgeSums(6, 4, "cuda")
+        sums.add(random(20, 6), random(20, 4))
+        assert all_on_cuda(ridge(sums, random(5, 6), random(5, 4)).predict(random(3, 6)))
 
 
 # -- the test itself ----------------------------------------

@@ -121,6 +121,10 @@ def test_the_cosine_is_that_of_the_printed_prompt(
         text = F.normalize(clip.text.pooled(TOKENIZER([row["prompt"]])), dim=1)[0]
         assert row["cosine"] == pytest.approx(float(text @ target), abs=2e-6)
     assert any(abs(row["cosine"] - row["slots_cosine"]) > 1e-3 for row in rows)  # tokens that do not survive
+    options.keep, by = "last", "cosine" if keep == "text" else "slots_cosine"
+    last = inversion.inverter(options)(images(pictures[:3]))
+    gains = [row[by] - other[by] for row, other in zip(rows, last, strict=True)]
+    assert min(gains) > -2e-6 and max(gains) > 1e-3
 
 
 def test_swaps_only_improve_and_their_tokens_survive(
@@ -256,6 +260,25 @@ def test_ph2p_states_the_error_of_the_prompt_that_it_keeps(
     (alone,) = inversion.inverter(options)(images(pictures[1:2]))
     assert alone["prompt"] == rows[1]["prompt"] and alone["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5)
     assert all(0 < row["loss"] < 2 and row["prompt"] for row in rows)
+
+
+def test_ph2p_keeps_the_prompt_whose_drawing_is_nearest(
+    clip: inversion.Clip, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inversion, "load_clip", lambda *_: clip)
+    texts, seen, real, sample = [], [], clip.images, generate.Pipeline.sample
+
+    def quick(self, some, noise):
+        texts.extend(some)
+        return sample(self, some, noise, steps=1, guidance=1.0)
+
+    monkeypatch.setattr(generate.Pipeline, "sample", quick)
+    monkeypatch.setattr(clip, "images", lambda some: seen.append(real(some)) or seen[-1], raising=False)
+    options = inversion.settings("ph2p", steps=4, draws=1, keep="drawing", keep_every=1)
+    (row,) = inversion.inverter(options)(images(pictures[:1]))
+    target, *drawings = torch.cat(seen)
+    cosines = torch.stack(drawings) @ target
+    assert len(set(texts)) == len(cosines) > 1 and row["prompt"] == texts[cosines.argmax()]
 
 
 def test_the_first_slots_are_a_text_and_end_marks(clip: inversion.Clip):

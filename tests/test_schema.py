@@ -336,3 +336,4 @@ def test_a_caption_that_is_cut_is_mentioned(few_scenes: Path, cache: Path, tmp_p
     for caption, mentioned in (("a star", False), ("star " * 100, True), ("a star", False)):
         predict([image], [caption])
         assert ("was cut to 75 tokens" in capsys.readouterr().err) == mentioned
+    assert np.array_equal(predict([image])[0], predict([image], [""])[0])  # this run's captions are empty

@@ -79,7 +79,7 @@ def test_calibrated_words_do_not_depend_on_their_frequency():
 
 
 @pytest.fixture
-def two_kinds() -> calibration.Calibration:
+def two_kinds(monkeypatch: pytest.MonkeyPatch) -> calibration.Calibration:
     """Pictures of two kinds: the first has one prompt embedding, the second either of two opposite ones."""
     rng = np.random.default_rng(0)
     kind = {"train": np.arange(400) % 2, "val": np.arange(200) % 2}
@@ -91,6 +91,7 @@ def two_kinds() -> calibration.Calibration:
     targets = {s: axes[np.where(k == 0, 0, rng.integers(1, 3, len(k)))] for s, k in kind.items()}
     prompts = {s: [("a star", "an owl")[i] for i in k] for s, k in kind.items()}
     words_of = lambda texts: torch.tensor([["star" in text, "owl" in text] for text in texts]).float()  # noqa: E731
+    monkeypatch.setattr(calibration, "BLOCK", 150)  # three blocks, the last one shorter
     return fit_calibration(predicted, targets, prompts, words_of)
 
 
