@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from command import Parser, positive, run_command
+from command import number as number_of
 from data import clean
 from files import atomic_write
 from mini.backdrops import GROUNDS, SKIES
@@ -519,7 +520,7 @@ def main() -> None:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", metavar="PNG", help="draw pictures with their prompts and [undrawn words]")
     parser.add_argument("--n", type=positive, default=64, help="scenes on the sheet (default 64)")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--seed", type=number_of(int, 0), default=0,
                         help="which world: the same seed gives the same scenes everywhere (default 0)")
     parser.add_argument("--build", metavar="FOLDER",
                         help="write 8 parts of 1,000 pairs to FOLDER/images; what is there already is kept")
