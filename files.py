@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
+from tokenize import TokenError  # by NumPy, for a damaged header
 from typing import IO, Any, TextIO
 
 import numpy as np
@@ -129,6 +130,25 @@ def read_text(path: Path, limit: int) -> str:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from error
+
+
+def read_array(
+    path: Path, dtype: Any, shape: tuple[int | None, ...], mode: str | None = None
+) -> np.ndarray:
+    """The array of a .npy file, or a memory map of it by NumPy's `mode`. Raises DataError unless it is a
+    regular file with that dtype and shape, None for any length; OSError for one that may not be read.
+    """
+    require_file(path)
+    try:
+        array = np.load(path, mode, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, TokenError, MemoryError) as error:
+        raise DataError(f"{path}: is no sound .npy file ({error}); restore it") from error
+    found = getattr(array, "shape", ()), getattr(array, "dtype", None)  # neither has the .npz of several
+    if len(found[0]) != len(shape) or any(b not in (None, a) for a, b in zip(found[0], shape, strict=True)):
+        raise DataError(f"{path}: has the shape {found[0]}, not {shape}; restore it")
+    if found[1] != dtype:
+        raise DataError(f"{path}: holds {found[1]}, not {np.dtype(dtype)}; restore it")
+    return array
 
 
 def unzip(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:

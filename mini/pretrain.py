@@ -249,7 +249,8 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, help="optimizer steps (default: the part's own)")
     parser.add_argument("--epochs", type=positive, default=12, help="of the captioner (default 12)")
     parser.add_argument("--batch-size", type=positive, help="(default: the part's own)")
-    parser.add_argument("--lr", type=number(float, 1e-12, 1e3), help="peak of the schedule (default: the part's own)")
+    rate = number(float, 1e-12, 1e3)
+    parser.add_argument("--lr", type=rate, help="peak of the schedule (default: the part's own)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument(
         "--folder", type=Path, help=f"of {', '.join(MOVABLE)}: where they are written (default mini)"

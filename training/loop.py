@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import DataError
-from files import atomic_write, json_object, read_text, write_json
+from files import atomic_write, json_object, read_text, require_file, write_json
 from schema import TEXT, Rule, check, number, one_of, read_json
 
 log = logging.getLogger("train")
@@ -146,11 +146,15 @@ class Checkpoint:
         try:
             state = read_json(path, STATE | fields, closed=True)
             check(state, {"tensors": one_of(self.tensors_of(state["step"]))}, path)
+            require_file(self.folder / state["tensors"])
             return state, load_file(self.folder / state["tensors"])
         except Exception as error:  # safetensors, JSON and the disk raise different exceptions
             raise DataError(
                 f"{self.folder}: the checkpoint cannot be read ({error}); remove it to start the run again"
             ) from error
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -164,8 +168,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
     """Restore the optimizer from the tensors of `optimizer_tensors`."""
     slots = optimizer.state_dict()
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for name, parameter in zip(names, parameters, strict=True):
+        if any(tensors[f"optimizer.{slot}.{name}"].shape != parameter.shape for slot in MOMENTS):
+            raise KeyError(f"the optimizer's moments of {name} have another shape")
     slots["state"] = {
-        i: {slot: tensors[f"optimizer.{slot}.{name}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
+        i: {slot: tensors[f"optimizer.{slot}.{name}"] for slot in ("step", *MOMENTS)}
         for i, name in enumerate(names)
     }
     optimizer.load_state_dict(slots)
@@ -247,8 +255,9 @@ class Trainer(ABC):
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         # Copied in place, because the optimizer holds the parameters.
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        if missing := self.tensors().keys() - own.keys():
-            raise KeyError(", ".join(sorted(missing)))
+        held = {name: value.dtype for name, value in own.items()}
+        if unfit := [name for name, value in self.tensors().items() if held.get(name) != value.dtype]:
+            raise KeyError(f"missing or of another dtype: {', '.join(unfit)}")
         self.model.load_state_dict(self.model.state_dict() | own)
         load_optimizer(self.optimizer, self.names, tensors)
         if "rng.cpu" in tensors:
@@ -337,7 +346,7 @@ class Trainer(ABC):
                 )
             try:
                 self.load_state(state, tensors)
-            except (KeyError, RuntimeError) as error:
+            except (KeyError, RuntimeError, TypeError) as error:
                 raise DataError(
                     f"{self.folder}: the checkpoint does not fit its config.json ({error}); restore that"
                 ) from error
