@@ -6,7 +6,6 @@ import argparse
 import io
 import math
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +15,9 @@ from safetensors import SafetensorError
 
 from data import DataError
 from weights.strict import WeightsError
+
+
+LINE = 900  # most characters of an error's text
 
 
 def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> int:
@@ -48,8 +50,9 @@ def failed(error: object) -> int:
 
 
 def one_line(error: object) -> str:
-    """The error's text on one line, with the middle left out of long words."""
-    return re.sub(r"(\S{500})\S{500,}(\S{100})", r"\1...\2", " ".join(str(error).split("\n")))
+    """The error's text on one line, without the middle of a long one."""
+    line = " ".join(str(error).split("\n"))
+    return line if len(line) <= LINE else f"{line[: LINE - 300]} ... {line[-295:]}"
 
 
 class Parser(argparse.ArgumentParser):

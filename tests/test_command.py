@@ -19,7 +19,8 @@ from weights import WeightsError, load_tokenizer, resolve_device
         (DataError("a.png: broken; replace it"), "error: a.png: broken; replace it"),
         (WeightsError("two\nlines"), "error: two lines"),
         (SafetensorError("truncated"), "error: truncated"),
-        (DataError("x" * 9000 + ": no"), "error: " + "x" * 500 + "..." + "x" * 99 + ":" + " no"),
+        (DataError("x" * 9000 + ": no"), "error: " + "x" * 600 + " ... " + "x" * 291 + ": no"),
+        (DataError("a b " * 225), "error: " + "a b " * 225),
         (PermissionError(13, "Permission denied", "runs"), "error: [Errno 13] Permission denied: 'runs'"),
     ],
 )

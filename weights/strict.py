@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from files import DataError
 from schema import shown
 
-LISTED = 4  # names shown of each sort of mistake
+LISTED = 12  # names shown of each sort of mistake
 WeightsError = DataError  # one line with the file, the fault and the remedy
 
 
