@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from data import DataError
 from weights.strict import WeightsError
 
-
 LINE = 900  # most characters of an error's text
 
 
