@@ -6,6 +6,7 @@ import argparse
 import io
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -20,7 +21,8 @@ LINE = 900  # most characters of an error's text
 
 
 def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> int:
-    """The exit status of `command()`: its own, 2 after an error of the input or the disk, 130 after Ctrl-C.
+    """The exit status of `command()`: its own, 2 after an error of the input, the disk or for lack of memory,
+    130 after Ctrl-C.
 
     Such an error prints one line on standard error; Ctrl-C and SIGTERM print `stopped`. Other errors keep
     their traceback. Characters that the terminal cannot show are escaped.
@@ -38,6 +40,10 @@ def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> 
         return failed("standard output was closed")
     except (DataError, WeightsError, SafetensorError, OSError) as error:
         return failed(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            raise
+        return failed(f"not enough memory ({error}); make batches or pictures smaller")
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130

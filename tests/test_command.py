@@ -20,6 +20,10 @@ from weights import WeightsError, load_tokenizer, resolve_device
         (WeightsError("two\nlines"), "error: two lines"),
         (SafetensorError("truncated"), "error: truncated"),
         (DataError("x" * 9000 + ": no"), "error: " + "x" * 600 + " ... " + "x" * 291 + ": no"),
+        (
+            RuntimeError("can't allocate: 9"),
+            "error: not enough memory (can't allocate: 9); make batches or pictures smaller",
+        ),
         (DataError("a b " * 225), "error: " + "a b " * 225),
         (PermissionError(13, "Permission denied", "runs"), "error: [Errno 13] Permission denied: 'runs'"),
     ],

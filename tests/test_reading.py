@@ -204,6 +204,10 @@ def test_other_files_are_not_replaced(read, images: Path, tmp_path: Path, capsys
         assert message in capsys.readouterr().err and (tmp_path / "mine").read_text() == "mine\n"
     assert read(images, "--html", tmp_path / "mine", "--overwrite") == 0
     assert (tmp_path / "mine").read_text().startswith("<!doctype html>")
+    os.mkfifo(tmp_path / "pipe")
+    for flag in ("--jsonl", "--html"):  # it would be replaced, or read without end
+        assert read(images, flag, tmp_path / "pipe", "--overwrite") == 2
+        assert "pipe: is no regular file" in capsys.readouterr().err
 
 
 def test_a_text_is_written_beside_each_image_that_has_none(read, images: Path, capsys):
