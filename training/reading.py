@@ -260,6 +260,8 @@ class Reader:
     """The records of images by a run (reverse_sd.Run) and its predictor."""
 
     def __init__(self, args: argparse.Namespace, run: Any, predict_images: Predictor, device: str):
+        if args.caption is not None and not run.backbone.white_box:
+            raise DataError(f"--caption: {run.folder} reads no text; leave it out")
         self.args, self.words, self.predict_images = args, run.vocabulary.words, predict_images
         self.judge = Judge(run.folder, self.words, args.prompt)
         self.bank: Bank = open_bank(args.prompts, device) if args.prompts else bank_of(
