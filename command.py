@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from data import DataError
 from weights.strict import WeightsError
 
-LINE = 900  # most characters of an error's text
+LINE = 800  # most characters of an error's text
 
 
 def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> int:
@@ -27,6 +27,7 @@ def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> 
     Such an error prints one line on standard error; Ctrl-C and SIGTERM print `stopped`. Other errors keep
     their traceback. Characters that the terminal cannot show are escaped.
     """
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -36,7 +37,6 @@ def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> 
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # Python flushes it again at exit
         return failed("standard output was closed")
     except (DataError, WeightsError, SafetensorError, OSError) as error:
         return failed(error)
@@ -50,6 +50,10 @@ def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> 
 
 
 def failed(error: object) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # Python flushes it again at exit
     print("error: " + one_line(error), file=sys.stderr)
     return 2
 

@@ -205,16 +205,15 @@ class Pipeline:
         """Pictures, uint8 (n, H, W, 3), of prompts with a seed each, `batch_size` at a time; options as for
         `sample`. on_batch is called with each batch of pictures and the index of its first one."""
         parts = []
-        bar = tqdm(total=len(prompts), desc=title, unit="picture")
-        for start in range(0, len(prompts), batch_size):
-            some = slice(start, start + batch_size)
-            noise = self.noise(seeds[some], size)
-            with threads_for(noise[:, 0].numel()):
-                parts.append(self.decode(self.sample(prompts[some], noise, **options)))
-            if on_batch:
-                on_batch(start, parts[-1])
-            bar.update(len(noise))
-        bar.close()
+        with tqdm(total=len(prompts), desc=title, unit="picture") as bar:
+            for start in range(0, len(prompts), batch_size):
+                some = slice(start, start + batch_size)
+                noise = self.noise(seeds[some], size)
+                with threads_for(noise[:, 0].numel()):
+                    parts.append(self.decode(self.sample(prompts[some], noise, **options)))
+                if on_batch:
+                    on_batch(start, parts[-1])
+                bar.update(len(noise))
         return torch.cat(parts)
 
 

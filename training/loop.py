@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -103,7 +104,10 @@ def process_group(device: str) -> Iterator[Process]:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write safetensors atomically: temporary file, fsync, rename."""
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    except SafetensorError as error:
+        raise DataError(f"{path}: cannot be written ({error}); make room") from error
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
