@@ -314,6 +314,8 @@ def nearest_rows(queries: Tensor, rows: Tensor, block: int = 1024) -> tuple[Tens
 
     Distances come from matrix products, `block` queries and 2 x `block` rows at a time. Ties go to the first.
     """
+    if not len(rows):
+        raise ValueError("there are no rows of which one could be nearest")
     half = rows.square().sum(dim=1) / 2
     positions, distances = [], []
     for query in queries.split(block):

@@ -25,8 +25,17 @@ from training import cache as caches
 from training.cache import Encoder, ImageRows, as_bytes, as_texts, cached_texts, image_caches, readers
 from training.config import TrainConfig
 from training.inputs import encoder_autocast
-from training.loop import Process
+from training.loop import Process, process_group
 from training.rows import BLOCK
+
+
+@pytest.mark.parametrize("rank, world", [("0", ""), ("x", "2"), ("0", "x"), ("5", "2"), ("-1", "1")])
+def test_a_place_among_processes_that_cannot_be_is_refused(rank: str, world: str, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(data.DataError, match="RANK, WORLD_SIZE.*unset RANK"), process_group("cpu"):
+        pass
+
 
 # -- caches ------------------------------------------------------------------------------------------------
 

@@ -144,6 +144,13 @@ def test_diffusers_folder(pipeline: Path, unet: nn.Module, autoencoder: nn.Modul
     assert_same_text(load64("clip-text", pipeline), text)
 
 
+def test_dtypes_and_devices_that_no_model_can_have_are_refused():
+    with pytest.raises(weights.WeightsError, match="floating"):
+        weights.load("vit", "vit-mini", dtype=torch.int8)
+    with pytest.raises(weights.WeightsError, match="--device x: not available"):
+        weights.load("vit", "vit-mini", device="x")
+
+
 def test_loaded_model_is_ready(pipeline: Path):
     model = weights.load("unet", pipeline)
     assert not model.training

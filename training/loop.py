@@ -82,11 +82,20 @@ def process_group(device: str) -> Iterator[Process]:
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # One process may write the results, or draw the data, for long while the others wait.
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        # One process may write the results, or draw the data, for long while the others wait.
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: not as torchrun sets them ({error}); start the "
+            "command by torchrun, or unset RANK"
+        ) from error
     try:
         process = Process(dist.get_rank(), dist.get_world_size(), device)
         logging.getLogger().setLevel(logging.INFO if process.first else logging.ERROR)

@@ -63,6 +63,9 @@ def load(
     Raises WeightsError, one line, for anything that is not as it should be; nothing is half-loaded. A part of
     this repository's own that is not in it yet is initialised instead, and a warning states it.
     """
+    if not dtype.is_floating_point:
+        raise WeightsError(f"{dtype}: a model's numbers are floating ones; give torch.float32 or smaller")
+    device = "meta" if str(device) == "meta" else resolve_device(str(device))
     source = _source(kind, source)
     if entry := missing_miniature(kind, source):
         return _initialised(KINDS[kind], entry).to(device, dtype).eval()
