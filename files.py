@@ -49,6 +49,14 @@ def cache_dir() -> Path:
     return expanded(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd")
 
 
+def number_in_environment(name: str, least: int) -> int:
+    """The whole number in a variable, `least` where it is not set. Raises DataError for less and for others."""
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise DataError(f"{name}={text}: must be a whole number from {least} on; unset it")
+    return int(text)
+
+
 def expanded(path: str | os.PathLike) -> Path:
     """The path with the home folder for its ~. Raises DataError where there is none."""
     try:

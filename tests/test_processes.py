@@ -33,8 +33,16 @@ from training.rows import BLOCK
 def test_a_place_among_processes_that_cannot_be_is_refused(rank: str, world: str, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(data.DataError, match="RANK, WORLD_SIZE.*unset RANK"), process_group("cpu"):
         pass
+
+
+@pytest.mark.parametrize("text", ["x", "", "-1", "1.5"])
+def test_numbers_of_torchrun_that_cannot_be_are_refused(text: str, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", text)
+    with pytest.raises(data.DataError, match="TORCHELASTIC_RESTART_COUNT=.*: must be a whole number from 0"):
+        Process().restarted()
 
 
 # -- caches ------------------------------------------------------------------------------------------------

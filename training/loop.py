@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import DataError
-from files import atomic_write, json_object, read_text, require_file, write_json
+from files import atomic_write, json_object, number_in_environment, read_text, require_file, write_json
 from schema import TEXT, Rule, check, number, one_of, read_json
 
 log = logging.getLogger("train")
@@ -71,7 +72,7 @@ class Process:
 
     def restarted(self) -> bool:
         """Whether torchrun has started one of the processes again, after a failure."""
-        count = torch.tensor([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], device=self.device)
+        count = torch.tensor([number_in_environment("TORCHELASTIC_RESTART_COUNT", 0)], device=self.device)
         return bool(self.gathered(count, np.zeros(1, int), 1))
 
 
@@ -86,12 +87,13 @@ def process_group(device: str) -> Iterator[Process]:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # an unknown name would be tried for two days
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         # One process may write the results, or draw the data, for long while the others wait.
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
         raise DataError(
             f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: not as torchrun sets them ({error}); start the "
             "command by torchrun, or unset RANK"
