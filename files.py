@@ -50,7 +50,7 @@ def cache_dir() -> Path:
 
 
 def number_in_environment(name: str, least: int) -> int:
-    """The whole number in a variable, `least` where it is not set. Raises DataError for less and for others."""
+    """The whole number in a variable, `least` where it is not set. Raises DataError for any other text."""
     text = os.environ.get(name, str(least))
     if not text.isdecimal() or int(text) < least:
         raise DataError(f"{name}={text}: must be a whole number from {least} on; unset it")
