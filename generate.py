@@ -456,7 +456,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance", type=number(float, -1e6, 1e6), default=7.5, help=scale)
     add("--negative", type=decodable, default="", metavar="TEXT", help="negative prompt")
     sides = "height and width in pixels, multiples of 8 (default: the training size)"
-    add("--size", type=number(int, 8, 4096), nargs=2, metavar=("H", "W"), help=sides)
+    add("--size", type=number(int, 8, 2048), nargs=2, metavar=("H", "W"), help=sides)
     add("--batch-size", type=count, default=8, help="pictures per batch (default 8)")
     runs = "draw with the U-Net of this train.py run; repeat for --grid runs"
     add("--swap", action="append", metavar="RUN", help=runs)
