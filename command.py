@@ -17,13 +17,17 @@ from safetensors import SafetensorError
 from data import DataError
 from weights.strict import WeightsError
 
+LINE = 800  # most characters of an error's text
+
 
 def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> int:
-    """The exit status of `command()`: its own, 2 after an error of the input or the disk, 130 after Ctrl-C.
+    """The exit status of `command()`: its own, 2 after an error of the input, the disk or for lack of memory,
+    130 after Ctrl-C.
 
     Such an error prints one line on standard error; Ctrl-C and SIGTERM print `stopped`. Other errors keep
     their traceback. Characters that the terminal cannot show are escaped.
     """
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -33,23 +37,31 @@ def run_command(command: Callable[[], int | None], stopped: str = "stopped") -> 
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # Python flushes it again at exit
         return failed("standard output was closed")
     except (DataError, WeightsError, SafetensorError, OSError) as error:
         return failed(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            raise
+        return failed(f"not enough memory ({error}); make batches or pictures smaller")
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
 
 
 def failed(error: object) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # Python flushes it again at exit
     print("error: " + one_line(error), file=sys.stderr)
     return 2
 
 
 def one_line(error: object) -> str:
-    """The error's text on one line, with the middle left out of long words."""
-    return re.sub(r"(\S{500})\S{500,}(\S{100})", r"\1...\2", " ".join(str(error).split("\n")))
+    """The error's text on one line, without the middle of a long one."""
+    line = " ".join(str(error).split("\n"))
+    return line if len(line) <= LINE else f"{line[: LINE - 300]} ... {line[-295:]}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -652,6 +652,7 @@ class Preprocessing:
         box = box if isinstance(box, tuple) else (box, box)
         good = (len(self.size) == len(box) == 2 and len(self.mean) == len(self.std) == 3
                 and min(*self.size, *box) > 0 and min(self.std) > 0
+                and all(map(math.isfinite, (*self.mean, *self.std)))
                 and self.filter in ("bicubic", "bilinear", "lanczos")
                 and self.rules in ("torchvision", "transformers")
                 and not (self.squash and isinstance(self.resize, int)))

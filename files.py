@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
+from tokenize import TokenError  # by NumPy, for a damaged header
 from typing import IO, Any, TextIO
 
 import numpy as np
@@ -46,6 +47,14 @@ class DataError(ValueError):
 def cache_dir() -> Path:
     """The folder of everything that is built or fetched once: $REVERSE_SD_CACHE, or ~/.cache/reverse-sd."""
     return expanded(os.environ.get("REVERSE_SD_CACHE") or "~/.cache/reverse-sd")
+
+
+def number_in_environment(name: str, least: int) -> int:
+    """The whole number in a variable, `least` where it is not set. Raises DataError for any other text."""
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise DataError(f"{name}={text}: must be a whole number from {least} on; unset it")
+    return int(text)
 
 
 def expanded(path: str | os.PathLike) -> Path:
@@ -129,6 +138,25 @@ def read_text(path: Path, limit: int) -> str:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from error
+
+
+def read_array(
+    path: Path, dtype: Any, shape: tuple[int | None, ...], mode: str | None = None
+) -> np.ndarray:
+    """The array of a .npy file, or a memory map of it by NumPy's `mode`. Raises DataError unless it is a
+    regular file with that dtype and shape, None for any length; OSError for one that may not be read.
+    """
+    require_file(path)
+    try:
+        array = np.load(path, mode, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, TokenError, MemoryError) as error:
+        raise DataError(f"{path}: is no sound .npy file ({error}); restore it") from error
+    found = getattr(array, "shape", ()), getattr(array, "dtype", None)  # neither has the .npz of several
+    if len(found[0]) != len(shape) or any(b not in (None, a) for a, b in zip(found[0], shape, strict=True)):
+        raise DataError(f"{path}: has the shape {found[0]}, not {shape}; restore it")
+    if found[1] != dtype:
+        raise DataError(f"{path}: holds {found[1]}, not {np.dtype(dtype)}; restore it")
+    return array
 
 
 def unzip(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -250,6 +278,9 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk's error names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -143,6 +143,8 @@ class Pipeline:
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         """The latents to start from, one seed for each: (B, 4, h, w) for `size` (height, width) in pixels."""
+        if min(size) < 8 or size[0] % 8 or size[1] % 8:
+            raise ValueError(f"pictures of {size} pixels: height and width must be multiples of 8")
         like, shape = next(self.unet.parameters()), (self.unet.config.in_channels, size[0] // 8, size[1] // 8)
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(draws).to(like)
@@ -162,8 +164,11 @@ class Pipeline:
 
         guidance: classifier-free guidance scale; 1 = off, the negative prompt is not computed. unet_at: the
         U-Net of step 0, 1, ... (default: the pipeline's own in all). on_step is called with each step's
-        latents.
+        latents. Raises ValueError for noise of another number or shape, and for values that are not finite.
         """
+        wanted = (len(prompts), self.unet.config.in_channels)
+        if noise.shape[:2] != wanted or not math.isfinite(guidance) or not noise.isfinite().all():
+            raise ValueError(f"noise {(*noise.shape,)} is not {(*wanted, 'h', 'w')}, or not finite")
         precise = torch.promote_types(noise.dtype, torch.float32)  # in half precision 1 - alpha is 0
         alphas, timesteps = self.alphas.to(noise.device, precise), ddim_timesteps(steps)
         context, latents = self.states(prompts), noise
@@ -204,17 +209,18 @@ class Pipeline:
     ) -> Tensor:
         """Pictures, uint8 (n, H, W, 3), of prompts with a seed each, `batch_size` at a time; options as for
         `sample`. on_batch is called with each batch of pictures and the index of its first one."""
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
         parts = []
-        bar = tqdm(total=len(prompts), desc=title, unit="picture")
-        for start in range(0, len(prompts), batch_size):
-            some = slice(start, start + batch_size)
-            noise = self.noise(seeds[some], size)
-            with threads_for(noise[:, 0].numel()):
-                parts.append(self.decode(self.sample(prompts[some], noise, **options)))
-            if on_batch:
-                on_batch(start, parts[-1])
-            bar.update(len(noise))
-        bar.close()
+        with tqdm(total=len(prompts), desc=title, unit="picture") as bar:
+            for start in range(0, len(prompts), batch_size):
+                some = slice(start, start + batch_size)
+                noise = self.noise(seeds[some], size)
+                with threads_for(noise[:, 0].numel()):
+                    parts.append(self.decode(self.sample(prompts[some], noise, **options)))
+                if on_batch:
+                    on_batch(start, parts[-1])
+                bar.update(len(noise))
         return torch.cat(parts)
 
 
@@ -450,7 +456,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance", type=number(float, -1e6, 1e6), default=7.5, help=scale)
     add("--negative", type=decodable, default="", metavar="TEXT", help="negative prompt")
     sides = "height and width in pixels, multiples of 8 (default: the training size)"
-    add("--size", type=number(int, 8, 8192), nargs=2, metavar=("H", "W"), help=sides)
+    add("--size", type=number(int, 8, 2048), nargs=2, metavar=("H", "W"), help=sides)
     add("--batch-size", type=count, default=8, help="pictures per batch (default 8)")
     runs = "draw with the U-Net of this train.py run; repeat for --grid runs"
     add("--swap", action="append", metavar="RUN", help=runs)

@@ -579,22 +579,23 @@ def run(args: argparse.Namespace, o: Options) -> int:
             show(line)
         waiting.clear()
 
-    for path in args.images:
-        try:
-            picture = data.load_image(path)
-        except data.DataError as error:
-            skipped.append(f"skipped: {one_line(error)}")
-            bar.update()
-            continue
-        key = digest(picture)
-        if row := done.get((str(path), key)):
-            show(row)
-        else:
-            waiting.append((path, key, picture))
-        if len(waiting) == args.batch_size:
-            invert_waiting()
-    invert_waiting()
-    bar.close()
+    with bar:
+        invert_waiting()  # a file that cannot be written is refused before the search
+        for path in args.images:
+            try:
+                picture = data.load_image(path)
+            except data.DataError as error:
+                skipped.append(f"skipped: {one_line(error)}")
+                bar.update()
+                continue
+            key = digest(picture)
+            if row := done.get((str(path), key)):
+                show(row)
+            else:
+                waiting.append((path, key, picture))
+            if len(waiting) == args.batch_size:
+                invert_waiting()
+        invert_waiting()
     if skipped:
         print(*skipped, f"{len(skipped)} of {len(args.images)} images skipped", sep="\n", file=sys.stderr)
     return 2 if skipped else 0

@@ -60,6 +60,8 @@ class Vocabulary:
     def __init__(self, vocabulary: Sequence[str]):
         self.words = [word.lower() for word in vocabulary]
         self._column = {word: j for j, word in enumerate(self.words)}
+        if len(self._column) < len(self.words):
+            raise DataError("a vocabulary holds each word once; remove the others")
 
     @classmethod
     def of(cls, training_prompts: Iterable[str], size: int) -> Vocabulary:
@@ -67,6 +69,8 @@ class Vocabulary:
         counts = Counter(
             word for prompt in training_prompts for word in set(words(prompt)) if is_content_word(word)
         )
+        if size < 0:
+            raise ValueError(f"a vocabulary has at least 0 words, not {size}")
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         return cls([word for word, _ in ranked[:size]])
 
@@ -186,12 +190,15 @@ def easiness(cosines: np.ndarray, weights: Sequence[float] | None = None) -> np.
     """The easiness of each training sample: its mean cosine over the epochs of phase 1.
 
     cosines (epochs, n) -> (n,) float64. `weights`, one for each epoch, make it a weighted mean, as in the
-    authors' code. Raises ValueError if their number is not `epochs` or their sum is not above 0.
+    authors' code. Raises ValueError if their number is not `epochs` or their sum is not above 0, and for
+    cosines of no epoch or that are not finite.
 
     Paper: the difficulty score, although high means easy.
     """
-    if weights is not None and (len(weights) != len(cosines) or sum(weights) <= 0):
+    if weights is not None and (len(weights) != len(cosines) or not 0 < sum(weights) < math.inf):
         raise ValueError(f"{len(weights)} weights for {len(cosines)} epochs, or none above 0")
+    if not len(cosines) or not np.isfinite(cosines).all():
+        raise ValueError("the cosines of an epoch are missing or not finite")
     return np.average(cosines.astype(np.float64), axis=0, weights=weights)
 
 
@@ -242,10 +249,12 @@ def curriculum_batches(
     """The samples of steps `start` to `stop` - 1 out of `total`: a pure function of its arguments.
 
     Each stage makes passes over its pool, each in another shuffled order. As in plain training, the last
-    batch of a pass may be smaller.
+    batch of a pass may be smaller. Raises ValueError for a stage without samples.
     """
     batches = []
     for number, (first, end, pool) in enumerate(curriculum_stages(chunks, total)):
+        if not len(pool) or batch_size < 1:
+            raise ValueError(f"curriculum: {len(pool)} samples cannot make batches of {batch_size}")
         begin, finish = max(start, first) - first, min(stop, end) - first  # requested steps within this stage
         steps = math.ceil(len(pool) / batch_size)  # of a pass
         for k in range(begin // steps, math.ceil(finish / steps)):
@@ -268,7 +277,7 @@ def ensemble(
     Each is L2-normalised first, then "mean" or "median" is taken coordinate by coordinate. Section 4.9 uses
     the mean, the introduction the median. `weights`, one for each model, make it a weighted mean, as in the
     authors' code (see tables/methods.py). Raises ValueError for another `average`, for weights with the
-    median, and for shapes that do not match.
+    median, for shapes that do not match, and where a result is zero or not finite.
     """
     shapes = {tuple(p.shape) for p in predictions}
     if len(shapes) != 1:
@@ -279,13 +288,20 @@ def ensemble(
             raise ValueError("weights are for the mean; the median takes none")
         m = len(members)
         ranked = members.sort(dim=0).values
-        return F.normalize((ranked[(m - 1) // 2] + ranked[m // 2]) / 2, dim=-1)
+        return _directions((ranked[(m - 1) // 2] + ranked[m // 2]) / 2)
     if average != "mean":
         raise ValueError(f'average must be "mean" or "median", not {average!r}')
     weights = torch.ones(len(members)) if weights is None else torch.as_tensor(weights)
     if weights.shape != (len(members),):
         raise ValueError(f"{len(members)} predictions need as many weights, not {tuple(weights.shape)}")
-    return F.normalize(torch.einsum("m,mne->ne", weights.to(members), members), dim=-1)
+    return _directions(torch.einsum("m,mne->ne", weights.to(members), members))
+
+
+def _directions(rows: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(rows, dim=-1)
+    if not bool(((lengths > 0) & lengths.isfinite()).all()):
+        raise ValueError("an ensemble's predictions or weights are zero or not finite, or cancel out")
+    return F.normalize(rows, dim=-1)
 
 
 # ============================================================================================================
@@ -298,6 +314,8 @@ def nearest_rows(queries: Tensor, rows: Tensor, block: int = 1024) -> tuple[Tens
 
     Distances come from matrix products, `block` queries and 2 x `block` rows at a time. Ties go to the first.
     """
+    if not len(rows):
+        raise ValueError("there are no rows of which one could be nearest")
     half = rows.square().sum(dim=1) / 2
     positions, distances = [], []
     for query in queries.split(block):
@@ -376,13 +394,15 @@ def kmeans(
     nearest centroid, repairs empty clusters, and moves the centroids to the means; it ends when the mean
     squared distance falls by less than `tolerance` of itself, or after `max_iterations`. The labels are those
     of the centroids that are returned. The same rows and seed give the same result on the same device. Beside
-    the rows, memory holds blocks, the sample and (k, E). Raises ValueError unless 1 <= k <= n and all is
-    finite.
+    the rows, memory holds blocks, the sample and (k, E). Raises ValueError unless 1 <= k <= n, E >= 1 and all
+    is finite.
 
     Paper: k = 10,000; initialisation and iterations are not stated. The authors' code uses bisecting k-means.
     """
-    if not 1 <= k <= len(rows):
-        raise ValueError(f"k-means: {len(rows):,} rows cannot make {k:,} clusters")
+    if rows.ndim != 2 or not rows.shape[1] or rows.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"k-means: rows are (n, E) float32 or float64, not {rows.dtype} {(*rows.shape,)}")
+    if not 1 <= k <= len(rows) or max_iterations < 0:
+        raise ValueError(f"k-means: {len(rows):,} rows cannot make {k:,} clusters, or iterations below 0")
     if not torch.isfinite(rows.sum()):
         raise ValueError("k-means: the rows hold values that are not finite")
     generator = torch.Generator().manual_seed(seed)
@@ -403,6 +423,8 @@ def centroid_targets(centroids: Tensor, rows: Tensor, targets: Tensor) -> Tensor
 
     Paper: a centroid's target is not stated; this follows the authors' code.
     """
+    if len(rows) != len(targets):
+        raise ValueError(f"{len(rows):,} rows need as many targets, not {len(targets):,}")
     return targets[nearest_rows(centroids, rows)[0]]
 
 
@@ -653,7 +675,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     vocabulary = read_vocabulary(folder, config)
     run = Run(folder, config, nn.Module(), vocabulary)
     with torch.device("meta"):
-        model = weights.build(run.backbone.kind, config["model"])
+        model = weights.build(run.backbone.kind, config["model"], f"{folder / 'config.json'}, model")
         run.sizes = model.config
         backbone = as_backbone(config["backbone"], model, config.get("unet_features"))
         run.regressor = Regressor(
@@ -663,7 +685,8 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
             config["heads"],
             standardise=config.get("head_start") == "ridge",
         )
-    weights.load_strict(run.regressor, weights.read_tensors(folder / "model.safetensors"))
+    path = folder / "model.safetensors"
+    weights.load_strict(run.regressor, weights.read_tensors(path), source=str(path))
     if config["smoothing"] is not None:  # the network of --curriculum cbs
         from baselines import Smoothing
 

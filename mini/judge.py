@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 import generate
-from command import Parser, positive, run_command
+from command import Parser, number, positive, run_command
 from files import atomic_write, write_json
 from mini import drawbench, naming, scenes
 from mini.scenes import Scene
@@ -95,14 +95,13 @@ def main() -> None:
     )
     parser.add_argument("--n", type=positive, default=500, help="prompts of each kind (default 500)")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="(default 7.5)")
+    scale = number(float, -1e6, 1e6)
+    parser.add_argument("--guidance", type=scale, default=7.5, help="(default 7.5)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw 64 pictures and nothing else")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
     args = parser.parse_args()
     if args.steps >= generate.TRAIN_STEPS:
         parser.error(f"argument --steps: {args.steps}: must be below {generate.TRAIN_STEPS}")
-    if not np.isfinite(args.guidance):
-        parser.error(f"argument --guidance {args.guidance}: must be a number")
     pipeline = generate.load_pipeline("sd-mini")
     if args.sheet:
         some = [scenes.candidate(SEED, i, truthful=True).prompt for i in range(64)]

@@ -196,5 +196,6 @@ def load_probe(folder: Path, name: str = "probe") -> Namer:
     """The probe, one of PROBES, that `train_namer` wrote."""
     with torch.device("meta"):
         model = Namer(BACKBONES[name]())
-    weights.load_strict(model, weights.read_tensors(folder / name / "model.safetensors"))
+    path = folder / name / "model.safetensors"
+    weights.load_strict(model, weights.read_tensors(path), source=str(path))
     return model.eval()

@@ -49,7 +49,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 import weights
-from command import Parser, positive, run_command
+from command import Parser, number, positive, run_command
 from files import atomic_write, write_json
 from mini import captioning, scenes
 from mini.autoencoder import RECIPE as VAE_RECIPE
@@ -249,8 +249,9 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, help="optimizer steps (default: the part's own)")
     parser.add_argument("--epochs", type=positive, default=12, help="of the captioner (default 12)")
     parser.add_argument("--batch-size", type=positive, help="(default: the part's own)")
-    parser.add_argument("--lr", type=float, help="peak of the schedule (default: the part's own)")
-    parser.add_argument("--seed", type=int, default=0)
+    rate = number(float, 1e-12, 1e3)
+    parser.add_argument("--lr", type=rate, help="peak of the schedule (default: the part's own)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument(
         "--folder", type=Path, help=f"of {', '.join(MOVABLE)}: where they are written (default mini)"
     )

@@ -30,7 +30,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from command import Parser, positive, run_command
+from command import Parser, run_command
+from command import number as number_of
 from data import clean
 from files import atomic_write
 from mini.backdrops import GROUNDS, SKIES
@@ -518,8 +519,9 @@ def main() -> None:
     parser = Parser(prog="python -m mini.scenes", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", metavar="PNG", help="draw pictures with their prompts and [undrawn words]")
-    parser.add_argument("--n", type=positive, default=64, help="scenes on the sheet (default 64)")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--n", type=number_of(int, 1, 10_000), default=64,
+                        help="scenes on the sheet (default 64)")
+    parser.add_argument("--seed", type=number_of(int, 0), default=0,
                         help="which world: the same seed gives the same scenes everywhere (default 0)")
     parser.add_argument("--build", metavar="FOLDER",
                         help="write 8 parts of 1,000 pairs to FOLDER/images; what is there already is kept")

@@ -37,6 +37,7 @@ CONFIGS: dict[str, BertConfig] = {
     ),
 }
 
+MAX_TEXT = 1_000_000  # characters
 MAX_TOKENS = 256  # with [CLS] and [SEP]; all-MiniLM-L6-v2, sentence_bert_config.json: max_seq_length
 TOKENISE_AT_ONCE = 8192  # sentences: large enough for the tokenizer's threads, small in memory
 
@@ -142,7 +143,8 @@ class SentenceEncoder(Bert):
         ids, counts = [torch.empty(0, dtype=torch.int32)], []
         for start in range(0, len(sentences), TOKENISE_AT_ONCE):
             texts = sentences[start : start + TOKENISE_AT_ONCE]
-            texts = [text.encode("utf-8", "replace").decode() for text in texts]  # without lone surrogates
+            # Without lone surrogates; the rest of a longer text would take minutes, and is cut anyway
+            texts = [text[:MAX_TEXT].encode("utf-8", "replace").decode() for text in texts]
             chunk = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
             counts += [len(tokens) for tokens in chunk]
             ids.append(torch.tensor([token for tokens in chunk for token in tokens], dtype=torch.int32))

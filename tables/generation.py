@@ -24,6 +24,7 @@ import data
 import generate
 import reverse_sd
 import weights
+from files import require_file
 from mini import drawbench, naming, scenes
 from tables.exhibit import (
     COMPARED,
@@ -98,6 +99,7 @@ def prompt_sets(plan: Plan, seed: int) -> dict[str, list[Request]]:
 
 def read_drawbench(path: Path) -> list[str]:
     """The column Prompts of DrawBench's CSV. Raises DataError if it is missing or empty."""
+    require_file(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             cells = [(row.get("Prompts") or "").strip() for row in csv.DictReader(file)]

@@ -110,8 +110,10 @@ def fit_ensemble_weights(predictions: Sequence[Tensor], targets: Tensor, iterati
 
     predictions: m tensors (n, E) of validation samples; targets (n, E). Exponentiated gradient from equal
     weights; only steps that raise the cosine are kept, so on these samples the result is never worse than the
-    mean. Paper: section 4.9 has no weights; the authors' code has weights chosen by hand.
+    mean. Raises ValueError as `ensemble`, and for targets that are not finite. Paper: section 4.9 has no
+    weights; the authors' code has weights chosen by hand.
     """
+    reverse_sd.ensemble(predictions)
     members = torch.stack([F.normalize(p.double(), dim=-1) for p in predictions])
     products = torch.einsum("mne,lne->nml", members, members)
     along = torch.einsum("mne,ne->nm", members, F.normalize(targets.double(), dim=-1))
@@ -122,6 +124,8 @@ def fit_ensemble_weights(predictions: Sequence[Tensor], targets: Tensor, iterati
 
     weights, step = torch.full_like(along[0], 1 / len(members)), 1.0
     best = cosine(weights)
+    if not best.isfinite():
+        raise ValueError("the targets of an ensemble's weights are not finite")
     for _ in range(iterations):
         slope = torch.func.grad(cosine)(weights)
         trial = torch.softmax(weights.log() + step * slope, dim=0)

@@ -124,6 +124,12 @@ def test_tables_and_lines(name: str, content: str, tmp_path: Path, embedded: lis
     assert list(bank.open_bank(tmp_path / name).texts) == ["a cat", "a dog"]
 
 
+def test_embeddings_that_are_not_finite_are_refused():
+    rows = np.array([[1, 0], [np.nan, 0]], np.float32)
+    with pytest.raises(DataError, match="not finite; evaluate the run again"):
+        bank.bank_of(["a", "b"], rows).nearest(np.array([[1.0, 0]]), 1)
+
+
 def test_a_bank_of_one_prompt(tmp_path: Path, embedded: list[str]):
     opened = bank.open_bank(written(tmp_path / "bank.txt", ["a cat"]))
     assert opened.nearest(embedding("a cat")[None], 5) == [[("a cat", pytest.approx(1, abs=1e-6))]]

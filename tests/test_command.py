@@ -19,7 +19,12 @@ from weights import WeightsError, load_tokenizer, resolve_device
         (DataError("a.png: broken; replace it"), "error: a.png: broken; replace it"),
         (WeightsError("two\nlines"), "error: two lines"),
         (SafetensorError("truncated"), "error: truncated"),
-        (DataError("x" * 9000 + ": no"), "error: " + "x" * 500 + "..." + "x" * 99 + ":" + " no"),
+        (DataError("x" * 9000 + ": no"), "error: " + "x" * 500 + " ... " + "x" * 291 + ": no"),
+        (
+            RuntimeError("can't allocate: 9"),
+            "error: not enough memory (can't allocate: 9); make batches or pictures smaller",
+        ),
+        (DataError("a b " * 200), "error: " + "a b " * 200),
         (PermissionError(13, "Permission denied", "runs"), "error: [Errno 13] Permission denied: 'runs'"),
     ],
 )
@@ -47,6 +52,11 @@ def test_a_closed_or_ascii_standard_output_is_no_traceback():
         [*python, code.format(n=10**6)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         **options,
     )  # fmt: skip
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*python, code.format(n=1)], stdout=full, stderr=subprocess.PIPE, env=environment(), **options
+        )
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == ("error: standard output was closed\n", 2)
 
@@ -63,7 +73,7 @@ def test_arguments_however_long_empty_or_undecoded(capsys):
     parser = Parser(prog="p")
     parser.add_argument("--n", type=positive)
     parser.add_argument("--data", type=text)
-    for flags, line in ((["--n", "9" * 5000], "9..."), (["--data", " "], "--data: must not be empty")):
+    for flags, line in ((["--n", "9" * 5000], "9 ... 9"), (["--data", " "], "--data: must not be empty")):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(flags)
         error = capsys.readouterr().err.splitlines()[-1]

@@ -66,9 +66,12 @@ def test_difficulty_is_the_mean_cosine_over_the_epochs_or_a_weighted_one():
     cosines = np.array([[0.1, 0.5], [0.3, 0.7], [0.8, 0.3]], np.float32)
     np.testing.assert_allclose(reverse_sd.easiness(cosines), [0.4, 0.5], atol=1e-7)
     np.testing.assert_allclose(reverse_sd.easiness(cosines, [0, 1, 3]), [0.675, 0.4], atol=1e-7)
-    for weights_ in ([1, 1], [0, 0, 0]):
+    for weights_ in ([1, 1], [0, 0, 0], [1, float("nan"), 1]):
         with pytest.raises(ValueError, match="weights"):
             reverse_sd.easiness(cosines, weights_)
+    for wrong in (cosines[:0], cosines * np.float32("nan")):
+        with pytest.raises(ValueError, match="missing or not finite"):
+            reverse_sd.easiness(wrong)
 
 
 def test_easy_is_a_high_cosine_whichever_way_the_samples_are_split():

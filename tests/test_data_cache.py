@@ -173,6 +173,7 @@ def test_damaged_cache_files_are_made_again(tmp_path):
         ("rows.npy", lambda b: b""),
         ("done.npy", lambda b: b[:9]),
         ("rows.npy", lambda b: b.replace(b"<f4", b"<f2")),
+        ("rows.npy", lambda b: b.replace(b"(6, ", b"(6, (")),
         ("done.npy", None),
     ):
         path = folder / file

@@ -175,6 +175,34 @@ def test_pipes_and_devices_are_refused(tmp_path):
         read_pairs(tmp_path)
 
 
+@pytest.mark.parametrize("content, message", {
+    b"": "no sound .npy", b"\x93NUMPY": "no sound .npy", b"{": "no sound .npy", None: "no regular file",
+}.items(), ids=str)  # fmt: skip
+def test_no_array_can_be_read(content, message, tmp_path):
+    path = tmp_path / "a.npy"
+    if content is None:
+        os.mkfifo(path)
+    elif content == b"{":  # within the header
+        np.save(path, np.zeros((2, 3)))
+        content = path.read_bytes().replace(b"(2, 3)", b"(2, (3")
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=f"a.npy: .*{message}"):
+        files.read_array(path, np.float64, (2, 3))
+
+
+def test_arrays_have_the_dtype_and_shape_that_are_wanted(tmp_path):
+    path, array = tmp_path / "a.npy", np.arange(6.0).reshape(2, 3)
+    np.save(path, array)
+    assert (files.read_array(path, np.float64, (None, 3), "r") == array).all()
+    for wrong in ((np.float32, (2, 3)), (">f8", (2, 3)), (np.float64, (2, 4)), (np.float64, (6,))):
+        with pytest.raises(DataError, match="a.npy: (has the shape|holds)"):
+            files.read_array(path, *wrong)
+    np.savez(path.open("wb"), array)
+    with pytest.raises(DataError, match="a.npy: (has the shape|holds)"):
+        files.read_array(path, np.float64, (2, 3))
+
+
 def test_large_files_and_texts_are_refused(tmp_path, monkeypatch):
     folder_of(tmp_path, *"ab")
     long = "x" * (embedded.MAX_PROMPT + 1)

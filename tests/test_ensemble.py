@@ -69,6 +69,11 @@ def test_one_member_and_equal_members_keep_equal_weights():
     predictions, truth = members(0.3)
     assert fit_ensemble_weights(predictions, truth).tolist() == [1]
     assert fit_ensemble_weights(predictions * 2, truth).tolist() == pytest.approx([0.5, 0.5])
+    for wrong in ([], [predictions[0] * float("nan")]):
+        with pytest.raises(ValueError, match="ensemble"):
+            fit_ensemble_weights(wrong, truth)
+    with pytest.raises(ValueError, match="not finite"):
+        fit_ensemble_weights(predictions, truth * float("nan"))
 
 
 def test_what_does_not_fit_is_said():
@@ -79,6 +84,10 @@ def test_what_does_not_fit_is_said():
         ([a, a], "mode"),
         ([a, a], "median", [1, 1]),
         ([a, a], "mean", [1, 1, 1]),
+        ([a, a], "mean", [0, 0]),
+        ([a, a], "mean", [float("nan"), 1]),
+        ([a, -a], "mean"),
+        ([a * float("nan"), a], "median"),
     ):
         with pytest.raises(ValueError):
             ensemble(*arguments)

@@ -375,6 +375,12 @@ def test_each_option_reaches_the_picture(tmp_path: Path):
     assert generate.main([*PROMPTS, *asked, "thick fog", "--out", str(out)]) == 0
     pipeline = generate.load_pipeline("sd-mini", dtype=torch.bfloat16, predicts_v=True)
     drawn = pipeline.draw(PROMPTS, [4, 4], (72, 64), 8, negative="thick fog", steps=2, guidance=3.0)
+    for seeds, size, options in (
+        ([4], (72, 64), {}), ([4, 4], (60, 64), {}), ([4, 4], (-8, 8), {}),
+        ([4, 4], (72, 64), {"guidance": float("inf")}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="seeds|multiples|not finite"):
+            pipeline.draw(PROMPTS, seeds, size, **options)
     for i in range(2):
         with Image.open(out / f"00{i}-seed4.png") as image:
             assert image.size == (64, 72)

@@ -217,10 +217,12 @@ def test_drawbench_is_read_from_its_file(tmp_path: Path):
     assert generation.read_drawbench(path) == ["A red car.", "A cat, left of a dog."]
     path.write_text("\ufeffPrompts\nA red car.\n   \n", encoding="utf-8")
     assert generation.read_drawbench(path) == ["A red car."]
+    with pytest.raises(data.DataError, match="no regular file"):
+        generation.read_drawbench(tmp_path)
     path.write_text("prompt\nA red car.\n")
     with pytest.raises(data.DataError, match="column Prompts is missing"):
         generation.read_drawbench(path)
-    with pytest.raises(data.DataError, match="cannot be read"):
+    with pytest.raises(data.DataError, match="missing.csv: no such file"):
         generation.read_drawbench(tmp_path / "missing.csv")
 
 

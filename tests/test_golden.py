@@ -1,6 +1,7 @@
 """Golden files, their comparison, and the port in examples/ that they prove."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -339,6 +340,7 @@ def test_the_sampler_predicts_noise_or_v(source: str, tmp_path: Path):
 def test_faults_in_one_line(vit: Path, tmp_path: Path, capsys):
     np.savez(tmp_path / "cut.npz", norm=np.zeros((2, 65, 8)))
     whole = (tmp_path / "cut.npz").read_bytes()
+    os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "cut.npz").write_bytes(whole[:-40])
     (tmp_path / "crc.npz").write_bytes(whole.replace(b"\0" * 64, b"\1" * 64, 1))
     for arguments, says in {
@@ -349,6 +351,7 @@ def test_faults_in_one_line(vit: Path, tmp_path: Path, capsys):
         ("compare", str(vit), str(tmp_path)): "holds neither",
         ("compare", str(vit), str(vit / "weights.safetensors")): "is an activation or output",
         ("compare", str(vit), str(tmp_path / "cut.npz")): "no arrays can be read",
+        ("compare", str(vit), str(tmp_path / "pipe.npz")): "no regular file",
     }.items():
         assert main(arguments) == 2
         printed = capsys.readouterr().err
@@ -375,7 +378,7 @@ def test_damaged_golden_files_are_refused(folders, tmp_path: Path):
     for path in whole.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     index = json.loads((whole / "index.json").read_text())
-    for change in ({"version": 1}, {"activations": None}, {"dtype": "int8"},
+    for change in ({"version": 1}, {"activations": None}, {"inputs": None}, {"dtype": "int8"},
                    {"activations": index["activations"][:-1]}, {"outputs": [{"name": "output"}]}):
         (tmp_path / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(weights.WeightsError, match="write the golden files again"):

@@ -170,6 +170,13 @@ def test_what_does_not_fit_is_said():
         kmeans(rows, 6)
     with pytest.raises(ValueError, match="cannot make 0 clusters"):
         kmeans(rows, 0)
+    for wrong in (rows[0], rows.long(), rows[:, :0], rows[None], rows.half()):
+        with pytest.raises(ValueError, match="rows are"):
+            kmeans(wrong, 2)
+    with pytest.raises(ValueError, match="iterations below 0"):
+        kmeans(rows, 2, max_iterations=-1)
+    with pytest.raises(ValueError, match="as many targets"):
+        centroid_targets(rows, rows, rows[:3])
     assert kmeans(rows, 5)[0].shape == (5, 2)
     rows[3, 1] = float("nan")
     with pytest.raises(ValueError, match="not finite"):

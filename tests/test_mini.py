@@ -506,7 +506,10 @@ def test_the_shipped_pairs_are_those_of_their_card():
         (generated.main, ["--parts", "0"], "--parts: 0: must be a whole number from 1"),
         (judge.main, ["--steps", "1000"], "--steps: 1000: must be below 1000"),
         (pretrain.main, ["vae", "--batch-size", "many"], "--batch-size: many: must be a whole number"),
-        (judge.main, ["--guidance", "nan"], "--guidance nan"),
+        (judge.main, ["--guidance", "nan"], "--guidance: nan: must be from"),
+        (pretrain.main, ["vit", "--lr", "nan"], "--lr: nan: must be from"),
+        (pretrain.main, ["vit", "--seed", "-1"], "--seed: -1: must be from 0"),
+        (scenes.main, ["--n", "1", "--sheet", "sheet.png", "--seed", "-1"], "--seed: -1: must be from 0"),
         (scenes.main, ["--n", "1", "--sheet", "nowhere/sheet.png"], "nowhere/sheet.png"),
     ],
 )

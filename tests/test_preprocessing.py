@@ -319,7 +319,8 @@ GOOD = asdict(Preprocessing.square(8))
 
 @pytest.mark.parametrize("wrong", [
     {"size": (8,)}, {"size": (0, 8)}, {"resize": 0}, {"resize": (8, 8, 8)}, {"filter": "box"},
-    {"std": (1, 1, 0)}, {"mean": (0.5,)}, {"rules": "floor"}, {"squash": True},
+    {"std": (1, 1, 0)}, {"mean": (0.5,)}, {"mean": (0, 0, float("nan"))}, {"rules": "floor"},
+    {"squash": True},
 ])
 def test_a_preprocessing_that_cannot_be(wrong):
     with pytest.raises(ValueError, match="no such preprocessing"):

@@ -27,8 +27,25 @@ from training import inputs
 from training.cache import Encoder, ImageRows, as_bytes, as_texts, cached_texts, image_caches, readers
 from training.config import TrainConfig, resolve
 from training.inputs import encoder_autocast
-from training.loop import Process
+from training.loop import Process, process_group
 from training.rows import BLOCK
+
+
+@pytest.mark.parametrize("rank, world", [("0", ""), ("x", "2"), ("0", "x"), ("5", "2"), ("-1", "1")])
+def test_a_place_among_processes_that_cannot_be_is_refused(rank: str, world: str, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(data.DataError, match="RANK, WORLD_SIZE.*unset RANK"), process_group("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["x", "", "-1", "1.5"])
+def test_numbers_of_torchrun_that_cannot_be_are_refused(text: str, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", text)
+    with pytest.raises(data.DataError, match="TORCHELASTIC_RESTART_COUNT=.*: must be a whole number from 0"):
+        Process().restarted()
+
 
 # -- caches ------------------------------------------------------------------------------------------------
 

@@ -124,6 +124,10 @@ def test_a_folder_without_images_is_refused(read, tmp_path: Path, capsys):
     assert read(tmp_path / "empty") == 2 and "empty: holds no image" in capsys.readouterr().err
 
 
+def test_a_caption_for_a_run_that_reads_none_is_refused(read, images: Path, capsys):
+    assert read(images, "--caption", "a star") == 2 and "reads no text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n, added", [(0, []), (1, ["dog"]), (5, ["dog", "moon", "star"])])
 def test_a_line_of_json_for_each_image(n: int, added: list[str], read, images: Path, tmp_path: Path):
     path, flags = tmp_path / "out.jsonl", ["--add-words", n] if n else []
@@ -204,6 +208,10 @@ def test_other_files_are_not_replaced(read, images: Path, tmp_path: Path, capsys
         assert message in capsys.readouterr().err and (tmp_path / "mine").read_text() == "mine\n"
     assert read(images, "--html", tmp_path / "mine", "--overwrite") == 0
     assert (tmp_path / "mine").read_text().startswith("<!doctype html>")
+    os.mkfifo(tmp_path / "pipe")
+    for flag in ("--jsonl", "--html"):  # it would be replaced, or read without end
+        assert read(images, flag, tmp_path / "pipe", "--overwrite") == 2
+        assert "pipe: is no regular file" in capsys.readouterr().err
 
 
 def test_a_text_is_written_beside_each_image_that_has_none(read, images: Path, capsys):

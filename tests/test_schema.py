@@ -271,7 +271,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("field, value", {
     "heads": 7, "backbone": ["unet"], "lr": "0.1", "epochs": -1, "checkpoint_every": 0, "clean": "x",
-    "model": [], "words": True, "data": None, "preprocessing": {"size": [64, 64]},
+    "model": [], "words": True, "data": None, "preprocessing": {"size": [64, 64]}, "captions": None,
 }.items())  # fmt: skip
 def test_a_runs_configuration_is_read_by_its_rules(field: str, value, run: Path):
     rewrite(run / "config.json", **{field: value})

@@ -144,6 +144,13 @@ def test_diffusers_folder(pipeline: Path, unet: nn.Module, autoencoder: nn.Modul
     assert_same_text(load64("clip-text", pipeline), text)
 
 
+def test_dtypes_and_devices_that_no_model_can_have_are_refused():
+    with pytest.raises(weights.WeightsError, match="floating"):
+        weights.load("vit", "vit-mini", dtype=torch.int8)
+    with pytest.raises(weights.WeightsError, match="--device x: not available"):
+        weights.load("vit", "vit-mini", device="x")
+
+
 def test_loaded_model_is_ready(pipeline: Path):
     model = weights.load("unet", pipeline)
     assert not model.training
@@ -504,7 +511,7 @@ def test_build_takes_what_json_gave_back():
     config = json.loads(json.dumps(vars(KINDS["unet"].configs["sd-mini"])))
     with torch.device("meta"):
         assert weights.build("unet-encoder", config).config == KINDS["unet"].configs["sd-mini"]
-    with pytest.raises(weights.WeightsError, match="a unet has the sizes"):
+    with pytest.raises(weights.WeightsError, match="a unet: the sizes of a unet are"):
         weights.build("unet", {"width": 3})
 
 

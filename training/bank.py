@@ -17,7 +17,17 @@ import weights
 from columns import LONE_SURROGATE, Arrays, Texts, TextsBuilder, kept
 from data import TEXT_KEYS, DataError
 from embedded import MAX_PROMPT
-from files import MAX_LINE, cache_dir, exclusive, records, require_file, sha256, stamp, write_array
+from files import (
+    MAX_LINE,
+    cache_dir,
+    exclusive,
+    read_array,
+    records,
+    require_file,
+    sha256,
+    stamp,
+    write_array,
+)
 
 VERSION = 1  # of what is kept
 CHUNK = 4096  # prompts of a chunk, on average: some 10 to 20 s on one core
@@ -47,6 +57,9 @@ class Bank:
             best = torch.cat([best, of_block], dim=1).topk(n).values
             number, row = (cosines >= best[:, -1:] - 2 * ROUNDING).nonzero(as_tuple=True)
             found.append((number, row + start, cosines[number, row]))
+        if not best.isfinite().all():
+            raise DataError("an embedding of the searched prompts is not finite; evaluate the run again: "
+                            "python eval.py RUN")
         number, row, cosine = (torch.cat(column) for column in zip(*found, strict=True))
         possible = cosine >= best[number, -1] - 2 * ROUNDING
         return [self._ranked(q, row[possible & (number == i)].numpy(), n) for i, q in enumerate(queries)]
@@ -142,10 +155,9 @@ def _counted(bar: tqdm, batches: Iterable[Sequence]) -> Iterator[Sequence]:
 def _mapped(path: Path, size: int) -> np.ndarray | None:
     """The rows of a file; None if it is missing or damaged."""
     try:
-        rows = np.load(path, mmap_mode="c", allow_pickle=False)  # "c": torch warns of read-only memory
-    except (OSError, ValueError, EOFError):
+        return read_array(path, np.float32, (size, None), "c")  # "c": torch warns of read-only memory
+    except (OSError, DataError):
         return None
-    return rows if rows.dtype == np.float32 and rows.ndim == 2 and len(rows) == size else None
 
 
 # ============================================================================================================

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data import DataError, Pairs, Preprocessing, image_tensor
-from files import stamp
+from files import number_in_environment, stamp
 from training.rows import DONE, Encoder, RowCache, filling
 
 CAPTION_BYTES = 1024
@@ -112,7 +112,7 @@ def readers(workers: int | None, images: ImageRows, device: str) -> int:
     if np.median(seconds) < SLOW[device.split(":")[0]]:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // number_in_environment("LOCAL_WORLD_SIZE", 1))
 
 
 def as_bytes(encoder: Encoder) -> Encoder:

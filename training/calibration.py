@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from baselines import RidgeSums, ridge
-from files import DataError, write_array, write_json
+from files import DataError, read_array, write_array, write_json
 from schema import many, number, read_json
 from training.metrics import cosines
 
@@ -209,11 +209,10 @@ def read_calibration(folder: Path, n_words: int) -> Calibration | None:
     fields = {"cosines": many(number(), len(QUANTILES), len(QUANTILES)), "slope": number()}
     fields |= dict.fromkeys(FIELDS[2:], many(number(), 1 + n_words, 1 + n_words).or_else(None))
     try:
-        maps = np.load(array, allow_pickle=False)
-        fits = maps.dtype == np.float32 and maps.ndim == 2 and maps.shape[1] == len(maps) - 1 + n_words
-        if not fits or not np.isfinite(maps).all():
-            raise ValueError(f"{maps.dtype} {maps.shape}")
-    except (OSError, ValueError, EOFError) as error:
+        maps = read_array(array, np.float32, (None, None))
+        if maps.shape[1] != len(maps) - 1 + n_words or not np.isfinite(maps).all():
+            raise ValueError(f"{maps.shape}, or not finite")
+    except (OSError, ValueError) as error:
         raise DataError(f"{array}: cannot be read ({error}); run: python eval.py {folder}") from error
     saved = read_json(path, fields, closed=True)
     return Calibration(**saved, maps=maps) if saved["to_prompt"] and saved["to_shown"] else None

@@ -15,7 +15,7 @@ import data
 from backbones import CAPTIONERS, READERS
 from command import Parser, text
 from command import number as number_of
-from schema import FLAG, NULL, OBJECT, TEXT, Rule, checked, many, number, one_of, read_json, record
+from schema import FLAG, NULL, OBJECT, TEXT, Rule, check, checked, many, number, one_of, read_json, record
 
 EMBEDDED = ("mini", "drawn")  # --data without a folder
 # Flags that --resume may change, because they do not affect the result.
@@ -282,7 +282,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     preprocessing = Rule("a data.Preprocessing, as train.py wrote it", is_preprocessing)
     derived = {"model": OBJECT, "preprocessing": preprocessing, "smoothing": number(least=0).or_else(None)}
     derived["vocabulary"] = (TEXT | NULL).or_else(None)
-    return checked(values, rules() | derived, path, closed=True)
+    content = checked(values, rules() | derived, path, closed=True)
+    white_box = READERS[content["backbone"]].white_box
+    resolved = {"weights", *PAPER_DEFAULTS} - ADDED - set(() if white_box else WHITE_BOX)
+    check(content, dict.fromkeys(resolved, Rule("stated", lambda value: value is not None)), path)
+    sides = [side for name, side in content["model"].items() if name.endswith(("img_size", "image_size"))]
+    if sides and list(content["preprocessing"]["size"]) not in (sides[0], [sides[0]] * 2):
+        raise data.DataError(f"{path}: preprocessing makes pictures of another size than the model reads")
+    return content
 
 
 # Paper: three epochs of batches of 64 (section 4.2); a schedule and a limit on the gradient's norm are not

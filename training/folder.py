@@ -12,7 +12,7 @@ import numpy as np
 import data
 import weights
 from backbones import READERS
-from files import write_array, write_json
+from files import read_array, write_array, write_json
 from reverse_sd import Vocabulary
 from schema import TEXT, number, read_json
 from training.config import NO_COSINES, TrainConfig, read_run
@@ -87,11 +87,11 @@ def read_cosines(folder: Path, prepared: Prepared) -> np.ndarray:
     try:
         about = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
         recorded = read_json(about, {"data": TEXT, "epochs": number(int, 1)})
-        cosines = np.load(folder / "cosines.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        cosines = read_array(folder / "cosines.npy", np.float32, (recorded["epochs"], None))
+    except (OSError, ValueError) as error:
         raise data.DataError(f"{folder}: {NO_COSINES} ({error})") from error
-    if len(cosines) != recorded["epochs"] or not np.isfinite(cosines).all():
-        raise data.DataError(f"{folder}/cosines.npy: does not fit {about.name}; {NO_COSINES}")
+    if not np.isfinite(cosines).all():
+        raise data.DataError(f"{folder}/cosines.npy: is not finite; {NO_COSINES}")
     if recorded["data"] != prepared.fingerprint or cosines.shape[1:] != prepared.splits["train"].shape:
         raise data.DataError(
             f"{folder}: recorded its cosines on other pairs or another split (--data, --clean, --seed, "

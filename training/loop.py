@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -24,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import DataError
-from files import atomic_write, json_object, read_text, write_json
+from files import atomic_write, json_object, number_in_environment, read_text, require_file, write_json
 from schema import TEXT, Rule, check, number, one_of, read_json
 
 log = logging.getLogger("train")
@@ -70,7 +72,7 @@ class Process:
 
     def restarted(self) -> bool:
         """Whether torchrun has started one of the processes again, after a failure."""
-        count = torch.tensor([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], device=self.device)
+        count = torch.tensor([number_in_environment("TORCHELASTIC_RESTART_COUNT", 0)], device=self.device)
         return bool(self.gathered(count, np.zeros(1, int), 1))
 
 
@@ -81,11 +83,21 @@ def process_group(device: str) -> Iterator[Process]:
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
         return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # One process may write the results, or draw the data, for long while the others wait.
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # an unknown name would be tried for two days
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        # One process may write the results, or draw the data, for long while the others wait.
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=2))
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise DataError(
+            f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: not as torchrun sets them ({error}); start the "
+            "command by torchrun, or unset RANK"
+        ) from error
     try:
         process = Process(dist.get_rank(), dist.get_world_size(), device)
         logging.getLogger().setLevel(logging.INFO if process.first else logging.ERROR)
@@ -103,7 +115,10 @@ def process_group(device: str) -> Iterator[Process]:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write safetensors atomically: temporary file, fsync, rename."""
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    except SafetensorError as error:
+        raise DataError(f"{path}: cannot be written ({error}); make room") from error
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -146,11 +161,15 @@ class Checkpoint:
         try:
             state = read_json(path, STATE | fields, closed=True)
             check(state, {"tensors": one_of(self.tensors_of(state["step"]))}, path)
+            require_file(self.folder / state["tensors"])
             return state, load_file(self.folder / state["tensors"])
         except Exception as error:  # safetensors, JSON and the disk raise different exceptions
             raise DataError(
                 f"{self.folder}: the checkpoint cannot be read ({error}); remove it to start the run again"
             ) from error
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -164,8 +183,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
     """Restore the optimizer from the tensors of `optimizer_tensors`."""
     slots = optimizer.state_dict()
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for name, parameter in zip(names, parameters, strict=True):
+        if any(tensors[f"optimizer.{slot}.{name}"].shape != parameter.shape for slot in MOMENTS):
+            raise KeyError(f"the optimizer's moments of {name} have another shape")
     slots["state"] = {
-        i: {slot: tensors[f"optimizer.{slot}.{name}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
+        i: {slot: tensors[f"optimizer.{slot}.{name}"] for slot in ("step", *MOMENTS)}
         for i, name in enumerate(names)
     }
     optimizer.load_state_dict(slots)
@@ -247,8 +270,9 @@ class Trainer(ABC):
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         # Copied in place, because the optimizer holds the parameters.
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        if missing := self.tensors().keys() - own.keys():
-            raise KeyError(", ".join(sorted(missing)))
+        held = {name: value.dtype for name, value in own.items()}
+        if unfit := [name for name, value in self.tensors().items() if held.get(name) != value.dtype]:
+            raise KeyError(f"missing or of another dtype: {', '.join(unfit)}")
         self.model.load_state_dict(self.model.state_dict() | own)
         load_optimizer(self.optimizer, self.names, tensors)
         if "rng.cpu" in tensors:
@@ -337,7 +361,7 @@ class Trainer(ABC):
                 )
             try:
                 self.load_state(state, tensors)
-            except (KeyError, RuntimeError) as error:
+            except (KeyError, RuntimeError, TypeError) as error:
                 raise DataError(
                     f"{self.folder}: the checkpoint does not fit its config.json ({error}); restore that"
                 ) from error

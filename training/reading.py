@@ -36,8 +36,8 @@ from backbones import BACKBONES, captioner_of
 from clipscore import Scorer, clip_score
 from command import Parser, decodable, one_line, positive, text
 from data import DataError
-from files import files_below, sha256, stamp
-from models.bert import MAX_TOKENS
+from files import files_below, read_array, sha256, stamp
+from models.bert import CONFIGS, MAX_TOKENS
 from schema import TEXT, many, read_json, read_value, record
 from training.bank import Bank, bank_of, open_bank
 from training.calibration import read_calibration
@@ -145,9 +145,8 @@ def read_training_prompts(folder: Path) -> tuple[list[str], np.ndarray]:
     try:
         rule = record({"train": many(record({"prompt": TEXT}))})
         rows = read_value(folder / "predictions" / "rows.json", rule, sys.maxsize)["train"]
-        targets = np.load(folder / "predictions" / "train-targets.npy", mmap_mode="c", allow_pickle=False)
-        if targets.ndim != 2 or len(targets) != len(rows):
-            raise ValueError(f"{len(rows)} rows in rows.json and {targets.shape} targets")
+        shape = len(rows), CONFIGS["minilm"].hidden_size
+        targets = read_array(folder / "predictions" / "train-targets.npy", np.float32, shape, "c")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}") from error
     return [row["prompt"] for row in rows], targets
@@ -261,6 +260,8 @@ class Reader:
     """The records of images by a run (reverse_sd.Run) and its predictor."""
 
     def __init__(self, args: argparse.Namespace, run: Any, predict_images: Predictor, device: str):
+        if args.caption is not None and not run.backbone.white_box:
+            raise DataError(f"--caption: {run.folder} reads no text; leave it out")
         self.args, self.words, self.predict_images = args, run.vocabulary.words, predict_images
         self.judge = Judge(run.folder, self.words, args.prompt)
         self.bank: Bank = open_bank(args.prompts, device) if args.prompts else bank_of(

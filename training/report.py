@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from files import DataError, atomic_write, json_object, lock_bytes
+from files import DataError, atomic_write, json_object, lock_bytes, require_file
 
 THUMBNAIL = 320  # pixels of the longer side
 BAR = 20  # characters of a certain word
@@ -113,6 +113,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, settings: str, overwrite: bool):
+        if path.exists():
+            require_file(path)
         content = path.read_bytes() if path.exists() and not overwrite else b""
         self.done: dict[str, dict] = {}
         kept = []
@@ -159,6 +161,8 @@ class Page:
     images so far. Raises DataError for a file that is no such page, unless `overwrite`."""
 
     def __init__(self, path: Path, overwrite: bool):
+        if path.exists():
+            require_file(path)
         if not overwrite and path.exists() and not path.read_bytes().startswith(MARK.encode()):
             raise DataError(f"{path}: is no page of this command; give another file, or --overwrite")
         self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")

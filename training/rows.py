@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import DataError
-from files import lock_bytes, unlock_bytes, write_array, write_json
+from files import lock_bytes, read_array, unlock_bytes, write_array, write_json
 from schema import TEXT, by_name, read_value
 
 log = logging.getLogger("cache")
@@ -315,14 +315,10 @@ class RowCache:
     def _map(self, mode: str) -> tuple[np.ndarray, np.ndarray] | None:
         """(rows, state) of the files; None if one is missing, truncated or of another shape."""
         try:
-            rows, state = (
-                np.load(self.folder / file, mmap_mode=mode, allow_pickle=False)
-                for file in ("rows.npy", "done.npy")
-            )
-        except (FileNotFoundError, ValueError, EOFError):
+            rows = read_array(self.folder / "rows.npy", self.dtype, self.shape, mode)
+            return rows, read_array(self.folder / "done.npy", np.uint8, self.shape[:1], mode)
+        except DataError:
             return None
-        fits = (rows.shape, rows.dtype, state.shape) == (self.shape, self.dtype, self.shape[:1])
-        return (rows, state) if fits else None
 
     def _complete(self) -> bool:
         maps = self._map("r")
@@ -350,10 +346,9 @@ class RowCache:
     def _sums(self) -> np.ndarray | None:
         """The checksums on the disk, if they fit."""
         try:
-            sums = np.load(self.folder / "sums.npy", allow_pickle=False)
-        except (FileNotFoundError, ValueError, EOFError):
+            return read_array(self.folder / "sums.npy", np.uint32, (math.ceil(self.shape[0] / BLOCK),))
+        except DataError:
             return None
-        return sums if sums.shape == (math.ceil(self.shape[0] / BLOCK),) else None
 
     def _damaged(self, rows: np.ndarray, state: np.ndarray) -> list[int]:
         """Numbers of the done rows in complete blocks that differ from their checksum."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files import require_file
 from weights.files import Stored, read_json, stored_tensors
 from weights.golden import NUDGE, VERSION, rms, share_of
 from weights.strict import WeightsError, listed
@@ -199,7 +200,7 @@ def _index(folder: Path) -> tuple[str, Index, dict[str, dict[str, Stored]]]:
     stored = {part: stored_tensors(folder / f"{part}.safetensors") for part in PARTS}
     nudges = stored_tensors(folder / "epsilons.safetensors")
     try:
-        sound = index["dtype"] in ("float32", "float64")
+        sound = index["dtype"] in ("float32", "float64") and isinstance(lists["inputs"], list)
         for part in PARTS:
             sound &= {entry["name"]: tuple(entry["shape"]) for entry in lists[part]} == {
                 name: tensor.shape for name, tensor in stored[part].items()}
@@ -237,6 +238,7 @@ class Array:
 def _arrays(path: Path) -> dict[str, Array]:
     """The arrays of an .npz by name; their headers alone are read."""
     arrays = {}
+    require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():

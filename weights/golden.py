@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -258,4 +259,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, path)
+    try:
+        save_file({name: value.clone().contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: cannot be written ({error}); make room") from error

@@ -204,10 +204,7 @@ def sizes_of(
         stated = from_shapes(kind.shapes, tensors) | kind.read(config, tensors, where)
         sizes = {name: kind.forms.get(name, lambda size: size)(size) for name, size in stated.items()}
         found = kind.config(**{field.name: sizes[field.name] for field in fields(kind.config)})
-        for heads, width in kind.heads.items():
-            if sizes[heads] < 1 or sizes[width] % sizes[heads]:
-                raise WeightsError(f"{where}: {width} = {sizes[width]} is not {sizes[heads]} equal heads; "
-                                   f"config.json must state the {heads} of these weights")
+        require_equal_heads(kind, found, where)
     except WeightsError:
         raise
     except KeyError as error:
@@ -215,6 +212,15 @@ def sizes_of(
     except (TypeError, IndexError, ValueError, ArithmeticError) as error:
         raise WeightsError(f"{where}: its sizes do not fit one another ({error!r}); correct them") from error
     return found
+
+
+def require_equal_heads(kind: Kind, config: Any, where: str) -> None:
+    """Raise WeightsError unless each width is a multiple of its number of heads."""
+    for heads, width in kind.heads.items():
+        number, shared = getattr(config, heads), getattr(config, width)
+        if number < 1 or shared % number:
+            raise WeightsError(f"{where}: {width} = {shared} is not {number} equal heads; config.json must "
+                               f"state the {heads} of these weights")
 
 
 def recognise(kind: Kind, tensors: Mapping[str, Tensor], where: str) -> Any:
@@ -252,9 +258,17 @@ class Unfilled(TorchFunctionMode):
 
 
 def build_on_meta(kind: Kind, config: Any, where: str) -> nn.Module:
-    """The kind's model without values. Raises WeightsError for sizes that do not fit one another."""
+    """The kind's model without values. Raises WeightsError as `built`."""
+    with torch.device("meta"), Unfilled():
+        return built(kind, config, where)
+
+
+def built(kind: Kind, config: Any, where: str) -> nn.Module:
+    """The kind's model with fresh values. Raises WeightsError for sizes that do not fit one another."""
     try:
-        with torch.device("meta"), Unfilled():
-            return kind.model(config)
+        require_equal_heads(kind, config, where)
+        return kind.model(config)
+    except WeightsError:
+        raise
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{where}: no {kind.name} can have these sizes ({error})") from error

@@ -21,7 +21,7 @@ from weights.fetch import damage, ensure, where
 from weights.files import FIELDS, Stored, read_config, refuse_pickle, stored_tensors
 from weights.kinds import KINDS, find_kind
 from weights.kinds.sd import SINGLE_FILE_IGNORED
-from weights.options import Kind, build_on_meta, name_in, sizes_of
+from weights.options import Kind, build_on_meta, built, name_in, sizes_of
 from weights.registry import DEFAULTS, ENTRIES, FOLDERS, Entry
 from weights.strict import WeightsError, listed, load_strict
 from weights.tokenizer import END, ClipTokenizer, read_folder
@@ -63,6 +63,9 @@ def load(
     Raises WeightsError, one line, for anything that is not as it should be; nothing is half-loaded. A part of
     this repository's own that is not in it yet is initialised instead, and a warning states it.
     """
+    if not dtype.is_floating_point:
+        raise WeightsError(f"{dtype}: a model's numbers are floating ones; give torch.float32 or smaller")
+    device = "meta" if str(device) == "meta" else resolve_device(str(device))
     source = _source(kind, source)
     if entry := missing_miniature(kind, source):
         return _initialised(KINDS[kind], entry).to(device, dtype).eval()
@@ -121,20 +124,21 @@ def config(kind: str, source: str | os.PathLike | None = None) -> Any:
     return KINDS[kind].configs[entry.name] if entry else read(kind, source).config
 
 
-def build(kind: str, config: Any) -> nn.Module:
+def build(kind: str, config: Any, where: str = "") -> nn.Module:
     """The kind's model with fresh values, on torch's default device.
 
-    `config` is the kind's configuration, or the dict that JSON gave back of it. Raises WeightsError for an
-    unknown kind, and for sizes that are missing or unknown.
+    `config` is the kind's configuration, or the dict that JSON gave back of it; `where` names it in errors.
+    Raises WeightsError for an unknown kind, and for sizes that are missing, unknown or do not fit.
     """
-    entry = find_kind(kind)
+    entry, where = find_kind(kind), where or f"a {kind}"
     if isinstance(config, Mapping):
         wanted = {field.name for field in fields(entry.config)}
         if wanted != set(config):
-            raise WeightsError(f"a {kind} has the sizes {', '.join(sorted(wanted))}; got {', '.join(config)}")
-        check({name: value for name, value in config.items() if value is not None}, FIELDS, f"a {kind}")
+            raise WeightsError(f"{where}: the sizes of a {kind} are {', '.join(sorted(wanted))}; got "
+                               f"{', '.join(config)}")
+        check({name: value for name, value in config.items() if value is not None}, FIELDS, where)
         config = entry.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-    return entry.model(config)
+    return built(entry, config, where)
 
 
 def to_home(kind: str, tensors: Mapping[str, Tensor], dialect: str | None = None) -> dict[str, Tensor]:

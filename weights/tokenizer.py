@@ -13,6 +13,7 @@ from weights.files import read_tokenizer
 from weights.strict import WeightsError, listed
 
 LENGTH = 77
+MAX_TEXT = 1_000_000  # characters
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Contractions, runs of letters, single digits, runs of anything else that is not a space.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -37,7 +38,8 @@ class ClipTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         ids = torch.full((len(texts), LENGTH), self.pad, dtype=torch.int64)
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # without lone surrogates
+        # Without lone surrogates; the rest of a longer text would take minutes, and is cut anyway
+        texts = [text[:MAX_TEXT].encode("utf-8", "replace").decode() for text in texts]
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         for row, encoding in zip(ids, encodings, strict=True):
             self.truncated += len(encoding.ids) > LENGTH - 2
