@@ -298,6 +298,9 @@ def test_precisions_are_compared(vit: Path, folders, tmp_path: Path):
     assert compared(folders("vit", "vit-mini"), floats, tmp_path)[0] == 0
     rounded = {name: value.double() for name, value in floats.items()}  # float64 with the digits of float32
     assert compared(folders("vit", "vit-mini"), rounded, tmp_path)[0] == 1
+    for off, status in ((0.9e-10, 3), (1.1e-10, 1)):  # 3: there are no outputs
+        one = {"blocks.0.attn.proj": port["blocks.0.attn.proj"] * (1 + off)}
+        assert compared(vit, one, tmp_path)[0] == status
     for dtype in (torch.float16, torch.bfloat16, torch.int32):
         with pytest.raises(weights.WeightsError, match="in float32 or float64 only"):
             compared(vit, port | {"norm": port["norm"].to(dtype)}, tmp_path)
@@ -309,6 +312,11 @@ def test_constants_of_a_port_are_compared(folders, tmp_path: Path):
     assert compared(folder, port | {"causal_mask": mask}, tmp_path)[0] == 0
     status, lines = compared(folder, port | {"causal_mask": mask.T}, tmp_path)
     assert status == 1 and lines[0].startswith("causal_mask is the first that differs")
+    folder = folders("unet-encoder", "sd-mini")
+    layer = {"input_blocks.0.0": load_file(folder / "activations.safetensors")["input_blocks.0.0"].float()}
+    sinusoids = load_file(folder / "constants.safetensors")["sinusoids"]
+    for off, status in ((0.9e-5, 3), (1.1e-5, 1)):  # 3: there are no outputs
+        assert compared(folder, layer | {"sinusoids": sinusoids * (1 + off)}, tmp_path)[0] == status
 
 
 # ------------------------------------------------------------------------------------------------------------
