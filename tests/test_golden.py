@@ -86,6 +86,8 @@ def test_golden_files_are_what_the_model_makes(kind: str, source: str, folders):
     assert CONSTANTS.get(kind, set()) <= set(files["constants"])
     if kind in ("unet", "unet-encoder"):
         assert files["inputs"]["context"].shape[1] == 77  # as many tokens as CLIP's text tower reads
+    if kind == "vae":
+        assert [x.item() for x in files["inputs"]["images"].aminmax()] == [-1, 1]  # as in pictures
     model = weights.build(kind, index["config"])
     weights.load_strict(model, files["weights"])
     if kind == "vae":
@@ -99,6 +101,16 @@ def test_golden_files_are_what_the_model_makes(kind: str, source: str, folders):
         assert torch.allclose(again, files["outputs"]["output"].float(), atol=1e-4)
     report = compare(folder, folder)
     assert (report.status, report.lacking, report.precision) == (0, [], "float64")
+
+
+def test_the_command_writes_what_the_function_does(vit: Path, tmp_path: Path):
+    usual, seeded = tmp_path / "usual", tmp_path / "seeded"
+    assert main(["golden", "vit", str(usual), "--source", "vit-mini", "--float64"]) == 0
+    assert main(["golden", "vit", str(seeded), "--source", "vit-mini", "--batch", "1", "--seed", "3"]) == 0
+    images = [load_file(path / "inputs.safetensors")["images"] for path in (vit, usual, seeded)]
+    assert torch.equal(images[0], images[1]) and images[1].dtype == torch.float64
+    assert images[2].shape == (1, 3, 64, 64) and images[2].dtype == torch.float32
+    assert json.loads((seeded / "index.json").read_text())["seed"] == 3
 
 
 def test_blip_and_minilm(tmp_path: Path, minilm_folder: Path):
@@ -240,6 +252,16 @@ def test_an_epsilon_that_float32_cannot_show_is_named(folders, tmp_path: Path):
     assert status == 1 and lines[0].startswith("middle_block.1.norm is the first that differs")
 
 
+def test_float32_may_be_eight_times_its_rounding_away_and_four_times_in_the_mean(folders, tmp_path: Path):
+    folder, name = folders("clip-text", "sd-mini"), "text_model.embeddings.token_embedding"
+    exact = load_file(folder / "activations.safetensors")[name]  # of a table: its rounding counts as 2^-23
+    one = torch.zeros_like(exact)
+    one.view(-1)[exact.abs().argmin()] = exact.abs().max()
+    for off, wrong in ((7.5 * one, False), (8.5 * one, True), (3.5 * exact, False), (4.5 * exact, True)):
+        status, _ = compared(folder, {name: (exact + off * 2.0**-23).float()}, tmp_path)
+        assert status == (1 if wrong else 3)  # 3: there are no outputs
+
+
 def test_noise_within_the_tolerance_is_not_taken_for_an_epsilon(vit: Path, tmp_path: Path):
     port = load_file(vit / "activations.safetensors") | load_file(vit / "outputs.safetensors")
     draw = torch.Generator().manual_seed(0)
@@ -277,6 +299,9 @@ def test_precisions_are_compared(vit: Path, folders, tmp_path: Path):
     assert compared(folders("vit", "vit-mini"), floats, tmp_path)[0] == 0
     rounded = {name: value.double() for name, value in floats.items()}  # float64 with the digits of float32
     assert compared(folders("vit", "vit-mini"), rounded, tmp_path)[0] == 1
+    for off, status in ((0.9e-10, 3), (1.1e-10, 1)):  # 3: there are no outputs
+        one = {"blocks.0.attn.proj": port["blocks.0.attn.proj"] * (1 + off)}
+        assert compared(vit, one, tmp_path)[0] == status
     for dtype in (torch.float16, torch.bfloat16, torch.int32):
         with pytest.raises(weights.WeightsError, match="in float32 or float64 only"):
             compared(vit, port | {"norm": port["norm"].to(dtype)}, tmp_path)
@@ -288,6 +313,11 @@ def test_constants_of_a_port_are_compared(folders, tmp_path: Path):
     assert compared(folder, port | {"causal_mask": mask}, tmp_path)[0] == 0
     status, lines = compared(folder, port | {"causal_mask": mask.T}, tmp_path)
     assert status == 1 and lines[0].startswith("causal_mask is the first that differs")
+    folder = folders("unet-encoder", "sd-mini")
+    layer = {"input_blocks.0.0": load_file(folder / "activations.safetensors")["input_blocks.0.0"].float()}
+    sinusoids = load_file(folder / "constants.safetensors")["sinusoids"]
+    for off, status in ((0.9e-5, 3), (1.1e-5, 1)):  # 3: there are no outputs
+        assert compared(folder, layer | {"sinusoids": sinusoids * (1 + off)}, tmp_path)[0] == status
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,38 @@ def test_a_size_that_no_model_has_is_named(file: str, field: str, sd: Path):
         weights.config(kind, sd)
 
 
+@pytest.mark.parametrize("field, within, beyond", [
+    ("hidden_size", [1, 2**20], [0, 2**20 + 1]),
+    ("num_heads", [1, None, [1], [2**20] * 16], [0, [], [1] * 17]),
+    ("block_out_channels", [[1], [1] * 16], [[], [0], [1] * 17]),
+    ("depth", [1, 256], [0, 257]),
+    ("layers", [1, [256], [1] * 16], [257, [], [0], [1] * 17]),
+    ("attention_levels", [[], [0, 255] * 8], [[-1], [256], [0] * 17]),
+    ("bos_token_id", [0, 2**20], [-1, 2**20 + 1]),
+    ("image_size", [1, 2**13, [1, 2**13]], [0, 2**13 + 1, [1], [1] * 3]),
+    ("sample_size", [1, 2**13, [1], [1] * 3], [0, [], [1] * 4]),
+    ("input_size", [[1, 2**13, 1]], [[1] * 2, [1] * 4]),
+    ("window_size", [1, [1, 1], [[1, 1]] * 16], [0, [], [1] * 17]),
+    ("layer_norm_eps", [1e-12, 1], [0, 1.1]),
+    ("crop_pct", [0.1, 1], [0.099, 1.1]),
+    ("mlp_ratio", [1e-3, 2**20], [0, 2**20 + 1]),
+    ("mean", [[0, 1]], [[], [-0.1], [1.1]]),
+    ("std", [[1e-3, 1]], [[], [0], [1.1]]),
+    ("image_mean", [[0, 255]], [[], [-0.1], [256]]),
+    ("image_std", [[1e-3, 255]], [[], [0], [256]]),
+    ("resample", [0, 5], [-1, 6]),
+])  # fmt: skip
+def test_values_are_read_up_to_their_bounds(field: str, within: list, beyond: list, tmp_path: Path):
+    path = tmp_path / "config.json"
+    for values in ({field: value} for value in within):
+        path.write_text(json.dumps(values))
+        assert weights.read_config(path) == values
+    for value in beyond:
+        path.write_text(json.dumps({"vision_config": {field: value}}))
+        with pytest.raises(weights.WeightsError, match=f"config.json: {field} is .*; it must be "):
+            weights.read_config(path)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "student.net."])
 def test_wrapped_names_are_read(prefix: str, tmp_path: Path, caplog):
     tensors = load_file(ROOT / "mini" / "vit-mini" / "model.safetensors")

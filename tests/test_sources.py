@@ -360,6 +360,8 @@ def test_list_shows_what_is_here_and_what_is_not_trained(cache: Path):
     for kind in ("vae", "unet", "clip-text"):
         trained = sources.holds(kind, registry.ENTRIES["sd-mini"].folder)
         assert (f"{kind} here" if trained else f"{kind} NOT TRAINED") in state["sd-mini"]
+    for entry in registry.ENTRIES.values():
+        assert entry.about in out and f" {entry.origin}; {entry.licence}" in out and entry.repo in out
 
 
 def test_where(cache: Path, cli, monkeypatch):

@@ -2,12 +2,15 @@
 
 import dataclasses
 import gzip
+import inspect
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import SHARED
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from parity import randomise
@@ -17,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import weights
 from models import clip, vae
+from weights import kinds
 from weights.kinds import KINDS
 from weights.sources import read
 
@@ -284,6 +288,36 @@ def test_scale_factor_comes_from_the_config(tmp_path: Path, autoencoder: nn.Modu
     config = json.loads((folder / "config.json").read_text()) | {"scaling_factor": 0.5}
     (folder / "config.json").write_text(json.dumps(config))
     assert weights.load("vae", folder).config.scale_factor == 0.5
+
+
+def test_what_a_config_leaves_out_is_what_its_library_assumes():
+    import open_clip
+
+    def arguments(model: type) -> SimpleNamespace:
+        parameters = inspect.signature(model).parameters.items()
+        return SimpleNamespace(**{name: parameter.default for name, parameter in parameters})
+
+    for options, part, theirs in (
+        (kinds.unet.OPTIONS, "", arguments(UNet2DConditionModel)),
+        (kinds.vae.OPTIONS, "", arguments(AutoencoderKL)),
+        (kinds.clip.TEXT_IN_HF, "", CLIPTextConfig()),
+        (kinds.clip.VISION_IN_HF, "", transformers.CLIPVisionConfig()),
+        (kinds.clip.TEXT_IN_OPEN_CLIP, "", open_clip.CLIPTextCfg()),
+        (kinds.clip.VISION_IN_OPEN_CLIP, "", open_clip.CLIPVisionCfg()),
+        (kinds.vit.IN_HF, "", transformers.ViTConfig()),
+        (kinds.blip.OPTIONS, "vision_config.", transformers.BlipVisionConfig()),
+        (kinds.blip.OPTIONS, "text_config.", transformers.BlipTextConfig()),
+        (kinds.blip2.OPTIONS, "vision_config.", transformers.Blip2VisionConfig()),
+        (kinds.blip2.OPTIONS, "qformer_config.", transformers.Blip2QFormerConfig()),
+        (kinds.blip2.OPTIONS, "text_config.", transformers.OPTConfig()),
+    ):
+        ours, assumed = options.read({}, "here"), vars(theirs)
+        told = {field: assumed.get(option.removeprefix(part)) for option, field in options.told.items()
+                if option.startswith(part) and option.removeprefix(part) in assumed and field in ours}
+        assert told and {field: ours[field] for field in told} == told
+        for option, implemented in options.only.items():
+            name = option.removeprefix(part)
+            assert not option.startswith(part) or name not in assumed or assumed[name] in implemented, option
 
 
 def test_missing_parts_of_the_miniature_are_initialised_always_alike(monkeypatch, tmp_path: Path, caplog):
