@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import clipscore
 import data
 import inversion
 import weights
+from mini import scenes
 from tables import generation, prompts, redrawn
 from tables.prompts import BEST, TRUE, SeedPairs
 from tables.runs import SOURCES, Plan, RunName
@@ -148,7 +150,8 @@ def test_likely_words_that_a_caption_lacks_follow_it(pairs: SeedPairs, monkeypat
     assert texts == ["a red cat, snow", "a Car, red, snow"]
 
 
-def test_scores_are_those_of_clipscore(cache: Path):
+def test_scores_are_those_of_clipscore(cache: Path, monkeypatch):
+    monkeypatch.setattr(clipscore, "BATCH", 2)
     some = data.read_pairs(ROOT / "mini" / "generated").subset([5, 70, 7000])
     scores, texts = prompts.Scores(some, "clip-mini", "cpu"), ["a red cat", some.prompts[1], "two moons"]
     found = scores.of(texts)
@@ -176,6 +179,32 @@ def test_a_decoder_learns_to_write_prompts_from_their_embeddings(cache: Path, tm
     assert decoded(again.model, targets[np.array([3])]) == [TEXTS[3]]
     with pytest.raises(data.DataError, match="was trained on other pairs or options"):
         DecoderTrainer(config, tmp_path, TEXTS[::-1], targets).fit()
+
+
+def test_the_miniatures_decoder_and_the_published_one(pairs: SeedPairs, monkeypatch):
+    """The first learns sentences of the little world too; the second starts from its pretrained weights."""
+    trained = []
+
+    def trainer(*arguments: object) -> SimpleNamespace:
+        trained.append(arguments)
+        return SimpleNamespace(fit=lambda: None, model=len(trained))
+
+    monkeypatch.setattr(prompts, "DecoderTrainer", trainer)
+    monkeypatch.setattr(prompts, "prompt_targets", lambda texts, device: f"of {len(texts)}")
+    monkeypatch.setattr(prompts, "decoded", lambda model, embeddings: (model, embeddings.tolist()))
+    monkeypatch.setattr(prompts, "SENTENCES", 3)
+    published = replace(pairs, plan=replace(pairs.plan, sources=SOURCES["paper"]))
+    predicted = np.load(pairs.plan.folder / FOLDER / "predictions" / "test.npy")
+    assert prompts.decoded_by(RUN, pairs) == (1, predicted.tolist())
+    assert prompts.decoded_by(None, published) == (2, pairs.prepared.targets[[4, 3]].tolist())
+    folder, sentences = pairs.plan.folder / "decoder-seed3", {
+        scenes.candidate(prompts.SENTENCES_SEED, k).prompt for k in range(3)
+    }  # fmt: skip
+    mini, paper = DecoderConfig("blip-mini", seed=3), SOURCES["paper"]["blip"]
+    assert trained == [
+        (mini, folder, [*TEXTS[:3], *sorted(sentences)], "of 6", "cpu"),
+        (DecoderConfig(paper, True, 3, lr=1e-4, seed=3), folder, TEXTS[:3], "of 3", "cpu"),
+    ]
 
 
 # -- table 4 ----------------------------------------
