@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from conftest import ROOT
 from PIL import Image
 from test_tables import QUICK, make, read, trained_here  # noqa: F401  (fixtures)
@@ -279,6 +280,38 @@ def test_pez_is_compared_with_random_prompts_of_its_length(monkeypatch):
         )
         == 1
     )
+
+
+def test_figure_10_has_the_pictures_and_texts_of_each_prompt(tmp_path: Path, monkeypatch):
+    """Drawing and captioner are replaced: the text of picture k is k, its embedding is the row k."""
+    rows, asked = np.random.default_rng(0).normal(size=(15, 4)), []
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def drawn(plan: Plan, pipeline: None, of: list[str], noise: list[int]) -> np.ndarray:
+        asked.append((of, noise))
+        return np.arange(15, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+
+    captioner = SimpleNamespace(preprocessing=None, captions=lambda x: [str(int(k)) for k in x])
+    encoder = SimpleNamespace(encode=lambda texts: torch.from_numpy(rows[[int(text) for text in texts]]))
+    for name, value in {
+        "pairs_of": lambda *_: SimpleNamespace(prompts=list("abcdef")), "open_pipeline": lambda plan: None,
+        "kept_pictures": drawn, "open_captioner_run": lambda *_: captioner, "sheet": lambda rows, side: rows,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(redrawn, name, value)
+    monkeypatch.setattr(data, "image_tensor", lambda picture, _: torch.tensor(picture.getpixel((0, 0))[0]))
+    monkeypatch.setattr(weights, "load", lambda *_, **__: encoder)
+    result = redrawn.compute_figure_10(Plan("-", SOURCES["mini"], (4,), tmp_path, 1, "cpu", {}))
+    noise = list(range(redrawn.NOISE, redrawn.NOISE + 5))
+    assert asked == [(["a"] * 5 + ["c"] * 5 + ["e"] * 5, noise * 3)] and result["draws"] == 5
+    sheets = result["files"]["figure-10.png"]
+    for k, (example, (pictures, lines)) in enumerate(zip(result["examples"], sheets, strict=True)):
+        numbers = list(range(5 * k, 5 * k + 5))
+        assert example["prompt"] == "ace"[k] and example["texts"] == [str(n) for n in numbers]
+        assert [picture.getpixel((0, 0))[0] for picture in pictures] == numbers and len(lines) == 6
+        mean = rows[numbers].mean(axis=0)
+        cosine = rows[numbers] @ mean / np.linalg.norm(mean)
+        found = example["cosine_to_mean"], example["deviation"]
+        assert found == pytest.approx((cosine.mean(), cosine.std()))
 
 
 @pytest.mark.slow
