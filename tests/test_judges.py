@@ -16,6 +16,7 @@ from tables import difficulty, generation, judges
 from tables.probe import default_views
 from tables.registry import EXHIBITS
 from tables.runs import RunName
+from training.metrics import student_interval
 
 # -- exchanged negatives ----------------------------------------
 
@@ -97,7 +98,56 @@ def test_verdicts_undrawn_by_hand():
     assert (rows["place"]["right"], rows["place"]["detected"]) == (1, 0.5)
 
 
+def test_rates_by_hand():
+    def of(*counts: tuple[int, int]) -> judges.Counts:
+        return {"colour": np.array(counts, float)}
+
+    rates = judges.Calibration({"drawing": of((1, 2), (2, 2))}, {"drawing": of((0, 1), (1, 3))}, of((1, 2)))
+    rows = [judges.rate_rows({2: {"probe": rates}}, {(2, "probe"): left})[0] for left in (of((0, 3)), {})]
+    numbers = {"exchanged, drawing": 4, "another prompt": 2, "left out": 3}
+    assert rows[0] == {"probe": "probe", "things": 2, "kind": "colour", "drawn": 4} | {
+        "sensitivity": {"drawing": 3 / 4}, "not drawn": numbers,
+        "specificity": {"exchanged, drawing": 3 / 4, "another prompt": 1 / 2, "left out": 1},
+    }  # fmt: skip
+    assert [list(row["specificity"]) for row in rows] == [list(numbers), list(numbers)[:2]]
+
+
+def test_the_degraded_forms_of_pictures(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(naming, "reconstructed", lambda pictures, device: 255 - pictures)
+    pictures = np.stack([np.full((3, 64, 64), level, np.uint8) for level in (0, 100, 200, 250)])
+    forms = judges.forms_of(pictures, "cpu")
+    assert list(forms) == ["drawing", "autoencoder", "noise", "blend"] and forms["drawing"] is pictures
+    assert np.array_equal(forms["autoencoder"], 255 - pictures)
+    assert np.unique(forms["blend"], axis=2)[:, 0, :, 0].tolist() == [[60], [145], [140], [205]]
+    noisy = forms["noise"].astype(float)
+    assert (noisy[1].mean(), noisy[1].std()) == pytest.approx((100, judges.NOISE), abs=1)
+    assert noisy[0].mean() == pytest.approx(judges.NOISE / np.sqrt(2 * np.pi), abs=1)  # cut off at 0
+    assert noisy[3].min() > 100 and {form.dtype.name for form in forms.values()} == {"uint8"}
+
+
 # -- difficulty ----------------------------------------
+
+
+def test_the_instruments_and_what_is_compared_by_hand():
+    probes, truth = {"probe": np.array([0.5, 0.0]), "probe-vit": np.array([1, 1])}, np.array([0.25, 0.5])
+    noise = difficulty.instruments(probes, truth)
+    assert {name: of.tolist() for name, of in noise.items()} == {
+        "truth": [0.25, 0.5], "probe": [0.5, 0], "probe-vit": [1, 1],
+        "probe, errors": [0.25, -0.5], "probe-vit, errors": [0.75, 0.5],
+    }  # fmt: skip
+    assert difficulty.instruments(probes, None) is probes
+    scores = {"vit-mlc": np.array([0.1, 0.2])}
+    pairs = difficulty.compared(scores, noise)
+    assert list(pairs) == [("vit-mlc", name) for name in noise] + [(name, "truth") for name in probes]
+    for (reader, name), pair in pairs.items():
+        assert pair[0] is (scores | noise)[reader] and pair[1] is noise[name]
+
+
+def test_a_mean_over_seeds_needs_a_number_of_each():
+    found = difficulty.mean_over_seeds([0.1, 0.3])
+    assert found["mean"] == pytest.approx(0.2) and found["seeds_95"] == student_interval([0.1, 0.3])
+    lacking = {"mean": None, "seeds_95": None, "per_seed": [0.1, None]}
+    assert difficulty.mean_over_seeds([0.1, None]) == lacking
 
 
 def test_the_correlation_within_prompts_by_hand():
@@ -204,5 +254,7 @@ def test_the_table_of_difficulty(make: Callable[..., Path], two_probes: None, mo
     undrawn = [len(undrawn_of(row["image"])) for row in listed["train"]]
     share = [n / len(naming.named_labels(view)) for n, view in zip(undrawn, views, strict=True)]
     score = -np.load(folder / "runs" / "vit-mlc-seed0" / "easiness.npy")
-    assert truth["pearson"]["per_seed"] == [pytest.approx(np.corrcoef(score, share)[0, 1])]
+    r = np.corrcoef(score, share)[0, 1]
+    assert truth["pearson"]["per_seed"] == [pytest.approx(r)]
+    assert truth["explained by noise"]["per_seed"] == [pytest.approx(r**2)]
     assert "| drawn | vit-mlc | truth |" in (folder / "results" / "table-difficulty.md").read_text()

@@ -152,6 +152,10 @@ def test_the_table_of_known_cosines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first = value["Swin", "mini → drawn", "source", "ridge"]
     row = next(line for line in text.splitlines() if line.startswith("| Swin | mini → drawn | source |"))
     assert short(1.5 * first + 0.101) in row.split(" | ")
+    monkeypatch.setattr(shift, "shifts_of", lambda plan: shifts[:1])
+    alone = shift.compute(dataclasses.replace(plan, seeds=(0,)))["rows"]
+    rows = [row for row in result["rows"] if row["shift"] == shifts[0].name]
+    assert [row["per_seed"] for row in alone] == [row["per_seed"][:1] for row in rows]
 
 
 @pytest.mark.slow

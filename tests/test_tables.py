@@ -247,6 +247,8 @@ def test_the_ceiling_is_what_the_probe_reads(make, monkeypatch: pytest.MonkeyPat
     given = {name: saved[name] for name in ("val_size", "test_size")}
     plan = Plan(saved["data"], SOURCES["mini"], (0,), folder / "runs", 1, "cpu", given)
     like = Member(folder / "runs" / "unet-mlc-seed0")
+    every = {prompt: everything[prompt] for prompt in data.read_pairs(Path(saved["data"])).prompts}
+    monkeypatch.setattr(probe, "default_views", lambda: every)  # the data are all of them
     said, _ = probe.ProbeMethod("encoded")([like], plan, 0)
     assert cosines(said, like.targets("test")).mean() > encoded  # nothing misread
 

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from conftest import ROOT
 from PIL import Image
 from test_tables import QUICK, make, read, trained_here  # noqa: F401  (fixtures)
@@ -16,6 +18,7 @@ import clipscore
 import data
 import inversion
 import weights
+from mini import scenes
 from tables import generation, prompts, redrawn
 from tables.prompts import BEST, TRUE, SeedPairs
 from tables.runs import SOURCES, Plan, RunName
@@ -148,7 +151,8 @@ def test_likely_words_that_a_caption_lacks_follow_it(pairs: SeedPairs, monkeypat
     assert texts == ["a red cat, snow", "a Car, red, snow"]
 
 
-def test_scores_are_those_of_clipscore(cache: Path):
+def test_scores_are_those_of_clipscore(cache: Path, monkeypatch):
+    monkeypatch.setattr(clipscore, "BATCH", 2)
     some = data.read_pairs(ROOT / "mini" / "generated").subset([5, 70, 7000])
     scores, texts = prompts.Scores(some, "clip-mini", "cpu"), ["a red cat", some.prompts[1], "two moons"]
     found = scores.of(texts)
@@ -176,6 +180,32 @@ def test_a_decoder_learns_to_write_prompts_from_their_embeddings(cache: Path, tm
     assert decoded(again.model, targets[np.array([3])]) == [TEXTS[3]]
     with pytest.raises(data.DataError, match="was trained on other pairs or options"):
         DecoderTrainer(config, tmp_path, TEXTS[::-1], targets).fit()
+
+
+def test_the_miniatures_decoder_and_the_published_one(pairs: SeedPairs, monkeypatch):
+    """The first learns sentences of the little world too; the second starts from its pretrained weights."""
+    trained = []
+
+    def trainer(*arguments: object) -> SimpleNamespace:
+        trained.append(arguments)
+        return SimpleNamespace(fit=lambda: None, model=len(trained))
+
+    monkeypatch.setattr(prompts, "DecoderTrainer", trainer)
+    monkeypatch.setattr(prompts, "prompt_targets", lambda texts, device: f"of {len(texts)}")
+    monkeypatch.setattr(prompts, "decoded", lambda model, embeddings: (model, embeddings.tolist()))
+    monkeypatch.setattr(prompts, "SENTENCES", 3)
+    published = replace(pairs, plan=replace(pairs.plan, sources=SOURCES["paper"]))
+    predicted = np.load(pairs.plan.folder / FOLDER / "predictions" / "test.npy")
+    assert prompts.decoded_by(RUN, pairs) == (1, predicted.tolist())
+    assert prompts.decoded_by(None, published) == (2, pairs.prepared.targets[[4, 3]].tolist())
+    folder, sentences = pairs.plan.folder / "decoder-seed3", {
+        scenes.candidate(prompts.SENTENCES_SEED, k).prompt for k in range(3)
+    }  # fmt: skip
+    mini, paper = DecoderConfig("blip-mini", seed=3), SOURCES["paper"]["blip"]
+    assert trained == [
+        (mini, folder, [*TEXTS[:3], *sorted(sentences)], "of 6", "cpu"),
+        (DecoderConfig(paper, True, 3, lr=1e-4, seed=3), folder, TEXTS[:3], "of 3", "cpu"),
+    ]
 
 
 # -- table 4 ----------------------------------------
@@ -250,6 +280,38 @@ def test_pez_is_compared_with_random_prompts_of_its_length(monkeypatch):
         )
         == 1
     )
+
+
+def test_figure_10_has_the_pictures_and_texts_of_each_prompt(tmp_path: Path, monkeypatch):
+    """Drawing and captioner are replaced: the text of picture k is k, its embedding is the row k."""
+    rows, asked = np.random.default_rng(0).normal(size=(15, 4)), []
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def drawn(plan: Plan, pipeline: None, of: list[str], noise: list[int]) -> np.ndarray:
+        asked.append((of, noise))
+        return np.arange(15, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+
+    captioner = SimpleNamespace(preprocessing=None, captions=lambda x: [str(int(k)) for k in x])
+    encoder = SimpleNamespace(encode=lambda texts: torch.from_numpy(rows[[int(text) for text in texts]]))
+    for name, value in {
+        "pairs_of": lambda *_: SimpleNamespace(prompts=list("abcdef")), "open_pipeline": lambda plan: None,
+        "kept_pictures": drawn, "open_captioner_run": lambda *_: captioner, "sheet": lambda rows, side: rows,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(redrawn, name, value)
+    monkeypatch.setattr(data, "image_tensor", lambda picture, _: torch.tensor(picture.getpixel((0, 0))[0]))
+    monkeypatch.setattr(weights, "load", lambda *_, **__: encoder)
+    result = redrawn.compute_figure_10(Plan("-", SOURCES["mini"], (4,), tmp_path, 1, "cpu", {}))
+    noise = list(range(redrawn.NOISE, redrawn.NOISE + 5))
+    assert asked == [(["a"] * 5 + ["c"] * 5 + ["e"] * 5, noise * 3)] and result["draws"] == 5
+    sheets = result["files"]["figure-10.png"]
+    for k, (example, (pictures, lines)) in enumerate(zip(result["examples"], sheets, strict=True)):
+        numbers = list(range(5 * k, 5 * k + 5))
+        assert example["prompt"] == "ace"[k] and example["texts"] == [str(n) for n in numbers]
+        assert [picture.getpixel((0, 0))[0] for picture in pictures] == numbers and len(lines) == 6
+        mean = rows[numbers].mean(axis=0)
+        cosine = rows[numbers] @ mean / np.linalg.norm(mean)
+        found = example["cosine_to_mean"], example["deviation"]
+        assert found == pytest.approx((cosine.mean(), cosine.std()))
 
 
 @pytest.mark.slow

@@ -14,11 +14,16 @@ import eval
 from files import DataError
 from mini import naming, scenes
 from tables import confidence, words
+from tables.runs import SOURCES, Plan
 from training import calibration
 from training.calibration import fit_calibration, fit_words, logistic_regression, own_and_other, sigmoid
 from training.metrics import auroc, binned, calibration_error
 
 YES, NO = True, False
+
+
+def plan_of(folder: Path) -> Plan:
+    return Plan("drawn", SOURCES["mini"], (0,), folder, 1, "cpu", {})
 
 
 def test_auroc_by_hand_counts_ties_as_one_half():
@@ -195,6 +200,35 @@ def test_an_interval_over_scenes_holds_all_resamples_and_not_the_estimate():
     assert found["scenes_95"] == pytest.approx((0.205, 0.395))
 
 
+def test_the_numbers_of_table_words_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With one seed; the fifth word is not in the vocabulary, and alone there."""
+    items = words.Items(
+        np.array([0, 0, 1, 1, 2]), ["red", "owl", "red", "owl", "eye"], np.array([NO, YES, YES, NO, YES]), []
+    )
+    scores = {"column": np.array([0, 1, 0, 1, -1]), words.OURS: np.array([1.0, 2.0, 3.0, 2.0, 0.5])}
+    scores |= {name: items.shown.astype(float) for name in words.OUTSIDE}
+    world = SimpleNamespace(items=items, prompts=["a", "b", "c"])
+    monkeypatch.setattr(words, "RESAMPLES", 20)
+    monkeypatch.setattr(words, "new_world", lambda plan: world)
+    monkeypatch.setattr(words, "scores_of", lambda world, plan, run, seed: (scores, {"of": run.name}))
+    result = words.compute(plan_of(tmp_path))
+    counts = {"scenes": 3, "scenes with a word not shown": 2, "words": 5, "words not shown": 2}
+    assert result["counts"] == counts
+    assert result["reliability"] == {run.name: [{"of": run.name}] for run in words.RUNS}
+    rows = {
+        (row["backbone"], row["in vocabulary"], row["measure"], row["score"]): row["per_seed"]
+        for row in result["rows"]
+    }
+    differences = {(test["measure"], test["score"]): test["per_seed"] for test in result["tests"]}
+    for measure, area in zip(words.MEASURES, (3.5 / 4, 1.5 / 2, 1), strict=True):
+        for backbone in ("unet", "swin"):
+            assert rows[backbone, True, measure, words.OURS] == pytest.approx([area])
+            assert rows[backbone, True, measure, "probe"] == pytest.approx([1])
+            assert rows[backbone, False, measure, "probe"] is None
+        assert differences[measure, "probe"] == pytest.approx([area - 1])
+    assert len(differences) == len(words.MEASURES) * len(words.OUTSIDE)  # none with itself, none outside
+
+
 def test_table_words_needs_drawn_scenes(capsys):
     assert eval.main(["--table", "words", "--device", "cpu"]) == 2
     assert "--table words: only drawn scenes record the words" in capsys.readouterr().err
@@ -223,7 +257,7 @@ def test_the_text_of_table_words():
 # -- table confidence ----------------------------------------
 
 
-def test_estimates_of_the_cosine_and_their_measures():
+def test_estimates_of_the_cosine_and_their_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Predictions whose length is their expected cosine: the length explains, a constant does not."""
     rng, predicted, targets = np.random.default_rng(0), {}, {}
     for split in ("train", "val", "test"):
@@ -238,6 +272,12 @@ def test_estimates_of_the_cosine_and_their_measures():
     assert of["length x slope"]["correlation"] == pytest.approx(1)
     assert abs(of["constant"]["explained"]) < 0.01 and of["constant"]["correlation"] is None
     json.dumps(of, allow_nan=False)
+    for name in ("frozen", "trained"):
+        monkeypatch.setattr(confidence, name, lambda *_: predicted)
+    monkeypatch.setattr(confidence, "estimates", lambda *_: (true, by_name))
+    rows = confidence.compute(plan_of(tmp_path))["rows"]  # of one seed
+    assert [row["per_seed"] for row in rows] == [[of[row["estimate"]]] for row in rows]
+    assert [row["estimate"] for row in rows] == 4 * list(by_name)
 
 
 # -- both tables from trainings ----------------------------------------
