@@ -95,11 +95,21 @@ def test_transformers_reads_the_shipped_tokenizer(world: World):
     assert weights.load_tokenizer("sd-mini")(prompts).tolist() == expected
 
 
-def test_the_tokenizer_learns_the_words_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_tokenizer_and_the_vocabulary_learn_the_words_of_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(pretrain, "FOLDER", tmp_path)
-    pretrain.train_tokenizer(1)
+    monkeypatch.setattr(pretrain.captioner, "BLIP_MINI", tmp_path / "blip")
+    monkeypatch.setattr(scenes, "kept_indices", lambda n, seed: range(n))  # not cleaned: faster
+    learned = pretrain.training_prompts(1)
+    monkeypatch.setattr(pretrain, "training_prompts", lambda parts: learned)
+    for part in ("tokenizer", "vocabulary"):
+        monkeypatch.setattr("sys.argv", ["pretrain", part])
+        pretrain.main()
+    assert len(learned) == 1000
+    assert {"star", "snow"} <= set((tmp_path / "blip" / "vocab.txt").read_text().split())
     theirs = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
-    prompts = ["a star, in the snow", *pretrain.training_prompts(1)[:9]]
+    prompts = ["a star, in the snow", *learned[:9]]
     expected = theirs(prompts, padding="max_length", truncation=True, max_length=77)["input_ids"]
     assert weights.load_tokenizer(tmp_path)(prompts).tolist() == expected
     assert theirs.tokenize(prompts[0]) == [f"{word}</w>" for word in "a star , in the snow".split()]
