@@ -1,17 +1,22 @@
 """Defaults and constants that results depend on: the paper's, the authors' code's, or stated by the docs."""
 
+import argparse
 import inspect
+import re
+from collections.abc import Callable
 
 import pytest
 
 import baselines
+import eval as evaluation
 import generate
+import inversion
 import reverse_sd
-from mini import generated
+from mini import generated, judge, pretrain, scenes
 from mini.loop import Recipe
 from models import bert
 from tables import generation, methods
-from training import metrics
+from training import metrics, plan
 
 DEFAULTS = [
     (reverse_sd.Heads, {"placement": 3, "embedding_width": 384}),
@@ -48,3 +53,25 @@ def test_the_documented_constants():
     assert (generation.MINI_PROMPTS, generation.PROMPTS, generation.VOTES) == (200, 2500, 100)
     assert (generation.NOISE_PROMPTS, generation.NOISE_SEEDS) == (100, 10)
     assert (generated.STEPS, generated.GUIDANCE) == (50, 7.5)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [evaluation.main, generate.main, inversion.main, plan.main, reverse_sd.main, generated.main, judge.main,
+     pretrain.main, scenes.main],
+    ids=lambda main: main.__module__,
+)  # fmt: skip
+def test_the_defaults_that_help_states(main: Callable, monkeypatch: pytest.MonkeyPatch):
+    parsers = []
+
+    def parse(parser: argparse.ArgumentParser, *arguments: object) -> None:
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    with pytest.raises(SystemExit):
+        main(*[[]] * len(inspect.signature(main).parameters))
+    stated = re.compile(r"\(default:? (\d[\d.,]*|auto|sd-mini|float32)[,)]")
+    found = [(stated.search(action.help or ""), action.default) for action in parsers[0]._actions]
+    found = [(of[1], default) for of, default in found if of]
+    assert found and [default for _, default in found] == [type(default)(of) for of, default in found]

@@ -203,6 +203,8 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
         ),
         (f"{WANT}\nSteps: 20, Size: 64x64, Model: x", WANT, {"st": 20}),
         (f"{WANT}\nClip skip: 2, {SETTINGS}", WANT, META),
+        (f"a sign\n{WANT} {SETTINGS}", f"a sign\n{WANT}", META),
+        (f"sign: a barn, {SETTINGS}", "sign: a barn", META),
         (f"{WANT}\nNegative prompt: ugly", WANT, {}),
         (f"{WANT}\r\nNegative prompt: ugly\r\n{SETTINGS}\r\n", WANT, META),
         (f"\n{WANT}\n", WANT, {}),

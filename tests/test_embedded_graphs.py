@@ -148,6 +148,7 @@ GRAPHS = {
     "populated": {
         "3": sampler(["6", 0]),
         "6": clip(["5", 0]),
+        "1": node("ShowText", text=["5", 1]),
         "5": node(
             "ImpactWildcardProcessor", wildcard_text="a __colour__ barn", populated_text=WANT, mode="populate"
         ),
@@ -226,7 +227,7 @@ GRAPHS = {
         "3": sampler(["5", 1], ["5", 0]),
         "5": node("Two Encoders", text_1=UGLY, text_2=WANT),
     },
-    "n_prompt": {"3": sampler(["6", 0], ["6", 1]), "6": node("X", prompt=WANT, n_prompt=UGLY)},
+    "n_prompt": {"3": sampler(["6", 0], ["6", 1]), "6": node("X", prompt_2="", prompt=WANT, n_prompt=UGLY)},
     "kinds for each side": {
         "3": sampler(["1", 0], cond_a=["6", 0], cond_b=["7", 0]),
         "1": node("Mix", a=["6", 0], b=["7", 0]),

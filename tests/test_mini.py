@@ -95,6 +95,28 @@ def test_transformers_reads_the_shipped_tokenizer(world: World):
     assert weights.load_tokenizer("sd-mini")(prompts).tolist() == expected
 
 
+def test_the_tokenizer_and_the_vocabulary_learn_the_words_of_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pretrain, "FOLDER", tmp_path)
+    monkeypatch.setattr(pretrain.captioner, "BLIP_MINI", tmp_path / "blip")
+    monkeypatch.setattr(scenes, "kept_indices", lambda n, seed: range(n))  # not cleaned: faster
+    learned = pretrain.training_prompts(1)
+    monkeypatch.setattr(pretrain, "training_prompts", lambda parts: learned)
+    for part in ("tokenizer", "vocabulary"):
+        monkeypatch.setattr("sys.argv", ["pretrain", part])
+        pretrain.main()
+    assert len(learned) == 1000
+    assert {"star", "snow"} <= set((tmp_path / "blip" / "vocab.txt").read_text().split())
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    prompts = ["a star, in the snow", *learned[:9]]
+    expected = theirs(prompts, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    assert weights.load_tokenizer(tmp_path)(prompts).tolist() == expected
+    assert theirs.tokenize(prompts[0]) == [f"{word}</w>" for word in "a star , in the snow".split()]
+    card = json.loads((tmp_path / "tokenizer" / "card.json").read_text())
+    assert (card["tokens"], card["merges"]) == (1024, 510)  # bytes, bytes that end a word, two marks
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the loop
 # ------------------------------------------------------------------------------------------------------------
@@ -134,6 +156,7 @@ def test_stopped_and_resumed_training_ends_alike(tmp_path: Path, monkeypatch: py
     assert steps == [1, 2, 3, 4, 5]
     loop.remove_checkpoint("other")
     assert not (tmp_path / "pretrain-other").exists()
+    loop.remove_checkpoint("other")  # nothing is left to remove
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
