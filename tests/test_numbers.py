@@ -1,5 +1,5 @@
-"""The numbers of README.md from runs are those of the results files that a marker above them names, of a
-cosine in each row, or of the metric behind "#"."""
+"""The numbers of README.md from runs are those of the results files that a marker above them names: a row of
+the table for each of its names, or of its names separated by "|"; cosines, or the metric behind "#"."""
 
 import json
 import re
@@ -25,11 +25,12 @@ def wrong_numbers(text: str) -> list[str]:
         file, _, metric = file.partition("#")
         rows = {row["name"]: row for row in json.loads((ROOT / file).read_text())["rows"]}
         names = [name.strip() for name in re.split(r"[;\n]", names) if name.strip()]
-        for name, line in zip(names, lines.splitlines(), strict=True):
-            per_seed = rows[name][metric or "per_seed"]
-            expected = f"{short(float(np.mean(per_seed)))} ({interval(student_interval(per_seed))})"
-            if line.split("|")[2].strip() != expected:
-                wrong.append(f"{file}, {name}: {line}, not {expected}")
+        for cells, line in zip(names, lines.splitlines(), strict=True):
+            for name, cell in zip(cells.split(" | "), line.split("|")[2:], strict=False):
+                per_seed = rows[name][metric or "per_seed"]
+                expected = f"{short(float(np.mean(per_seed)))} ({interval(student_interval(per_seed))})"
+                if cell.strip() != expected:
+                    wrong.append(f"{file}, {name}: {line}, not {expected}")
     for file, block in RESULT.findall(text):
         result = json.loads((ROOT / file).read_text())
         if block != summary(Path(block.splitlines()[0]), result):
