@@ -233,9 +233,10 @@ def trained_as(source: str) -> tuple[int, bool]:
     if source in PUBLISHED:
         return PUBLISHED[source]
     path = weights.resolve(source) / "unet" / "config.json"
-    cells = weights.read_config(path).get("sample_size") if path.is_file() else None
+    stated = weights.read_config(path) if path.is_file() else {}
+    cells = stated.get("sample_size") or 64
     predicts_v = scheduler(source)["prediction_type"] == "v_prediction"
-    return 8 * (cells if isinstance(cells, int) else 64), predicts_v
+    return 8 * (cells if isinstance(cells, int) else cells[0]), predicts_v
 
 
 def scheduler(source: str) -> dict[str, Any]:

@@ -227,6 +227,8 @@ def test_a_folder_says_how_it_was_trained(tmp_path: Path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.json").write_text(json.dumps(said))
     assert generate.trained_as(str(tmp_path)) == (768, True)
+    (tmp_path / "unet" / "config.json").write_text('{"sample_size": [80, 80]}')
+    assert generate.trained_as(str(tmp_path)) == (640, True)
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(weights.WeightsError, match="scheduler_config.json: cannot be read as JSON"):
         generate.trained_as(str(tmp_path))
