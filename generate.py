@@ -164,11 +164,10 @@ class Pipeline:
 
         guidance: classifier-free guidance scale; 1 = off, the negative prompt is not computed. unet_at: the
         U-Net of step 0, 1, ... (default: the pipeline's own in all). on_step is called with each step's
-        latents. Raises ValueError for noise of another number or shape, and for values that are not finite.
+        latents. Raises ValueError for a guidance that is not finite.
         """
-        wanted = (len(prompts), self.unet.config.in_channels)
-        if noise.shape[:2] != wanted or not math.isfinite(guidance) or not noise.isfinite().all():
-            raise ValueError(f"noise {(*noise.shape,)} is not {(*wanted, 'h', 'w')}, or not finite")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance {guidance}: must be a finite number")
         precise = torch.promote_types(noise.dtype, torch.float32)  # in half precision 1 - alpha is 0
         alphas, timesteps = self.alphas.to(noise.device, precise), ddim_timesteps(steps)
         context, latents = self.states(prompts), noise
