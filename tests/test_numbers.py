@@ -1,5 +1,6 @@
 """The numbers of README.md from runs are those of the results files that a marker above them names: a row of
-the table for each of its names, or of its names separated by "|"; cosines, or the metric behind "#"."""
+the table for each of its names, or of its names separated by "|"; cosines, or the metric behind "#", or the
+paper's number."""
 
 import json
 import re
@@ -27,8 +28,11 @@ def wrong_numbers(text: str) -> list[str]:
         names = [name.strip() for name in re.split(r"[;\n]", names) if name.strip()]
         for cells, line in zip(names, lines.splitlines(), strict=True):
             for name, cell in zip(cells.split(" | "), line.split("|")[2:], strict=False):
-                per_seed = rows[name][metric or "per_seed"]
-                expected = f"{short(float(np.mean(per_seed)))} ({interval(student_interval(per_seed))})"
+                if name.startswith("paper: "):
+                    expected = short(rows[name.removeprefix("paper: ")]["paper"])
+                else:
+                    per_seed = rows[name][metric or "per_seed"]
+                    expected = f"{short(float(np.mean(per_seed)))} ({interval(student_interval(per_seed))})"
                 if cell.strip() != expected:
                     wrong.append(f"{file}, {name}: {line}, not {expected}")
     for file, block in RESULT.findall(text):
