@@ -27,13 +27,14 @@ def wrong_numbers(text: str) -> list[str]:
         rows = {row["name"]: row for row in json.loads((ROOT / file).read_text())["rows"]}
         names = [name.strip() for name in re.split(r"[;\n]", names) if name.strip()]
         for cells, line in zip(names, lines.splitlines(), strict=True):
-            for name, cell in zip(cells.split(" | "), line.split("|")[2:], strict=False):
+            shown = [cell.strip() for cell in line.split("|")[2:] if cell.strip()]
+            for name, cell in zip(cells.split(" | "), shown, strict=True):
                 if name.startswith("paper: "):
                     expected = short(rows[name.removeprefix("paper: ")]["paper"])
                 else:
                     per_seed = rows[name][metric or "per_seed"]
                     expected = f"{short(float(np.mean(per_seed)))} ({interval(student_interval(per_seed))})"
-                if cell.strip() != expected:
+                if cell != expected:
                     wrong.append(f"{file}, {name}: {line}, not {expected}")
     for file, block in RESULT.findall(text):
         result = json.loads((ROOT / file).read_text())
