@@ -37,7 +37,7 @@ CONFIGS: dict[str, BertConfig] = {
     ),
 }
 
-MAX_TEXT = 1_000_000  # characters
+MAX_TEXT = 1_000_000  # characters of a text that are tokenised, for MiniLM as for CLIP
 MAX_TOKENS = 256  # with [CLS] and [SEP]; all-MiniLM-L6-v2, sentence_bert_config.json: max_seq_length
 TOKENISE_AT_ONCE = 8192  # sentences: large enough for the tokenizer's threads, small in memory
 

@@ -8,12 +8,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
+from models.bert import MAX_TEXT
 from schema import NULL, TEXT, check, number, read_json, record
 from weights.files import read_tokenizer
 from weights.strict import WeightsError, listed
 
 LENGTH = 77
-MAX_TEXT = 1_000_000  # characters
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Contractions, runs of letters, single digits, runs of anything else that is not a space.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
