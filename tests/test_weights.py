@@ -547,6 +547,9 @@ def test_build_takes_what_json_gave_back():
         assert weights.build("unet-encoder", config).config == KINDS["unet"].configs["sd-mini"]
     with pytest.raises(weights.WeightsError, match="a unet: the sizes of a unet are"):
         weights.build("unet", {"width": 3})
+    vit = vars(KINDS["vit"].configs["vit-mini"]) | {"num_heads": 5}
+    with pytest.raises(weights.WeightsError, match="a vit: embed_dim = 128 is not 5 equal heads"):
+        weights.build("vit", vit)
 
 
 # ------------------------------------------------------------------------------------------------------------
