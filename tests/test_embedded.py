@@ -163,7 +163,8 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
         head = b"stealth_" + kind.encode() + struct.pack(">I", 8 * len(body))
         bits = np.unpackbits(np.frombuffer(head + body, np.uint8))
         channels = slice(3, 4) if kind.startswith("png") else slice(0, 3)
-        pixels = np.full((40, 60, 4), 254, np.uint8).swapaxes(0, 1).copy()
+        columns = -(-len(bits) // (40 * (channels.stop - channels.start)))  # the text fills the picture
+        pixels = np.full((columns, 40, 4), 254, np.uint8)
         flat = pixels[..., channels].reshape(-1)
         flat[: len(bits)] |= bits
         pixels[..., channels] = flat.reshape(pixels[..., channels].shape)

@@ -420,7 +420,7 @@ EDITED = {
 
 @pytest.mark.parametrize("kind", EDITED)
 def test_the_form_of_the_editor(kind):
-    texts = edited(*EDITED[kind], *SAMPLED, links=[*LINKS, [[1], 2], 7, [8, [1], [2], 3, 4, {}]])
+    texts = edited(*EDITED[kind], *SAMPLED, links=[*LINKS, [[1], 2, 3, 4, 5, ""], 7, [8, [1], [2], 3, 4, {}]])
     assert find_prompt(texts) == (WANT, GRAPH_SETTINGS)
     made = saved(UNCERTAIN["written by a model"])
     with pytest.raises(NoPrompt, match="made while"):  # the editor's form knows no better than the run's

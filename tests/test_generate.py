@@ -348,11 +348,12 @@ def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.Cap
     page = Image.open(tmp_path / "grid.png")
     original, at_once, after_1, after_3 = (column(page, j) for j in range(4))
     assert original == after_3 and len({original, at_once, after_1}) == 3
-    assert generate.main([*asked, "--swap", str(run), "--grid", "runs"]) == 0
-    page = Image.open(tmp_path / "grid.png")
-    assert page.width == 3 * 196  # two runs of one name are two columns, under their paths
-    titled = generate.grid_picture([[Image.new("RGB", (64, 64))] * 3], ["original", str(run), str(run)], [""])
-    assert page.crop((0, 0, 3 * 196, 16)).tobytes() == titled.crop((0, 0, 3 * 196, 16)).tobytes()
+    for more, titles in (([], [run.name]), (["--swap", str(run)], [str(run)] * 2)):  # two of one name
+        assert generate.main([*asked, *more, "--grid", "runs"]) == 0
+        page, blank = Image.open(tmp_path / "grid.png"), Image.new("RGB", (64, 64))
+        titled = generate.grid_picture([[blank] * (1 + len(titles))], ["original", *titles], [""])
+        assert page.width == titled.width and column(page, 0) == original
+        assert page.crop((0, 0, page.width, 16)).tobytes() == titled.crop((0, 0, page.width, 16)).tobytes()
     assert generate.main([*asked, "--swap-after", "2"]) == 0
     assert Image.open(tmp_path / "000-seed0.png").info["parameters"] == (
         "a red cat\nSteps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: sd-mini, "

@@ -22,7 +22,7 @@ from models import clip, layers, unet
 from tests.test_train import tiny_blip
 from weights.__main__ import main
 from weights.compare import compare
-from weights.golden import Subject, golden, load_or_draw, record
+from weights.golden import Nudge, Recording, Subject, golden, load_or_draw, precision_of, record
 from weights.kinds import KINDS as ENTRIES
 
 KINDS = [("vit", "vit-mini"), ("swin", "swin-mini"), ("swin", "swinv2-mini"), ("clip-vision", "clip-mini"),
@@ -250,6 +250,18 @@ def test_an_epsilon_that_float32_cannot_show_is_named(folders, tmp_path: Path):
     port = port_of("unet-encoder", "sd-mini", folder, change, torch.float64)
     status, lines = compared(folder, port, tmp_path)
     assert status == 1 and lines[0].startswith("middle_block.1.norm is the first that differs")
+
+
+@pytest.mark.parametrize("off, of_deviation, blur", [
+    ((1.0, -1.0, 1.0, -1.0), 0.0, 0.5 / 4**0.5),  # independent of the change: rms 1 over rms 2 and sqrt(n)
+    ((0.5, 0.5, 0.5, 0.5), 0.0, 0.25),  # like the change
+    ((0.0, 0.0, 0.0, 0.0), 0.125, 0.125),
+])  # fmt: skip
+def test_blur_is_the_largest_of_three(off: tuple, of_deviation: float, blur: float):
+    exact, change = torch.arange(4.0).double(), torch.full((4,), 2.0).double()
+    fine = Recording({"norm": exact}, {}, {"norm": Nudge(1e-5, change, of_deviation)})
+    entry = precision_of("norm", fine, (exact + torch.tensor(off)).float())
+    assert entry == {"rounding": [abs(off[0])] * 2, "epsilon": 1e-5, "blur": blur}
 
 
 def test_float32_may_be_eight_times_its_rounding_away_and_four_times_in_the_mean(folders, tmp_path: Path):

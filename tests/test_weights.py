@@ -547,9 +547,15 @@ def test_build_takes_what_json_gave_back():
         assert weights.build("unet-encoder", config).config == KINDS["unet"].configs["sd-mini"]
     with pytest.raises(weights.WeightsError, match="a unet: the sizes of a unet are"):
         weights.build("unet", {"width": 3})
-    vit = vars(KINDS["vit"].configs["vit-mini"]) | {"num_heads": 5}
-    with pytest.raises(weights.WeightsError, match="a vit: embed_dim = 128 is not 5 equal heads"):
-        weights.build("vit", vit)
+
+
+@pytest.mark.parametrize("kind, heads", [
+    (name, f.name) for name, kind in KINDS.items() for f in dataclasses.fields(kind.config)
+    if f.name.endswith("heads") and f.type in (int, "int")])  # fmt: skip
+def test_heads_that_do_not_divide_their_width_are_refused(kind: str, heads: str):
+    sizes = vars(next(iter(KINDS[kind].configs.values()))) | {heads: 7}
+    with pytest.raises(weights.WeightsError, match=f"is not 7 equal heads; .* state the {heads} of these"):
+        weights.build(kind, sizes)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def write(
         index[part] = [{"name": name, "shape": list(value.shape), "dtype": _name(value.dtype)}
                        for name, value in tensors.items()]
     for entry in index["activations"] + index["outputs"]:
-        entry |= _precision(entry["name"], fine, coarse[entry["name"]])
+        entry |= precision_of(entry["name"], fine, coarse[entry["name"]])
     for entry in index["outputs"]:
         entry["equal"] = [name for name, value in fine.activations.items()
                           if torch.equal(value, fine.outputs[entry["name"]])]
@@ -226,7 +226,7 @@ def write(
     return list(fine.activations)
 
 
-def _precision(name: str, fine: Recording, coarse: Tensor) -> dict[str, Any]:
+def precision_of(name: str, fine: Recording, coarse: Tensor) -> dict[str, Any]:
     """The rounding of a tensor, float32 less float64: largest and root mean square. Of a norm also `epsilon`
     and `blur`: the rounding that looks like a smaller epsilon, as a share of that epsilon's change."""
     exact = fine.tensors()[name]
