@@ -194,6 +194,9 @@ def test_blurred_images_are_dropped_where_pyarrow_can_read_the_metadata(tmp_path
     for source in (tmp_path, tmp_path / "images", tmp_path / "images/part-000001.zip"):
         pairs = read_pairs(source)
         assert pairs.prompts == ["one"] and "blurred" in pairs.skipped[0]
+    deep = tmp_path / "other/images/part-000001.zip"  # three folders below the table, which is another's
+    deep.parent.mkdir(parents=True)
+    assert len(read_pairs((tmp_path / "images/part-000001.zip").rename(deep))) == 2
 
 
 def test_blurred_images_with_pyarrow_itself(tmp_path):

@@ -427,6 +427,12 @@ def test_the_form_of_the_editor(kind):
         find_prompt(texts | {"prompt": json.dumps(made)})
 
 
+def test_a_single_word_is_a_text_in_a_node_of_texts_alone():
+    assert find_prompt(edited(edited_node(6, "CLIPTextEncode", "cat"), *SAMPLED, links=LINKS))[0] == "cat"
+    with pytest.raises(NoPrompt):
+        find_prompt(edited(edited_node(6, "LoadTextFile", "cat.txt"), *SAMPLED, links=LINKS))
+
+
 def test_a_text_without_a_name_is_not_guessed():
     loader = edited_node(6, "Efficient Loader", "x", "a b", "ugly c")
     with pytest.raises(NoPrompt):
