@@ -52,7 +52,7 @@ def test_no_and_all_of_a_change_are_the_two_unets_bit_for_bit():
     whole = generate.swapped(original, encoder)
     assert len(encoder_half(original)) + len(decoder_half(original)) == len(original.state_dict())
     assert not same(encoder_half(original), encoder_half(whole))
-    assert same(swap.changed(original, trained, 0.0).state_dict(), original.state_dict())
+    assert same(swap.changed(original, trained, swap.ORIGINAL.share).state_dict(), original.state_dict())
     assert same(swap.changed(original, trained, 1.0).state_dict(), whole.state_dict())
     quarter = encoder_half(swap.changed(original, trained, 0.25))
     for name, value in encoder_half(original).items():

@@ -299,7 +299,8 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(make, monkeypatch, 
         def __init__(self, command: list[str], **how):
             self.returncode = 1
             if "vit-plain" in shlex.join(command):
-                how["stdout"].write(b"epoch 1\rerror: the disk is full\n")
+                errors = how["stdout"] if how["stderr"] == subprocess.STDOUT else how["stderr"]
+                errors.write(b"epoch 1\rerror: the disk is full\n")
                 self.started.append(command[2:])
             else:
                 super().__init__(command, **how)
@@ -511,6 +512,16 @@ def test_results_are_the_text_of_their_numbers(path: Path):
     result = json.loads(path.with_suffix(".json").read_text())
     others = {"generated": judge.text_of, "plan": training.plan.text_of, "gpu": gpu.text_of}
     assert path.read_text() == others.get(path.stem.partition("-")[0], text_of)(result)
+
+
+@pytest.mark.parametrize("number", [n for n in ROW_TABLES if (ROOT / f"results/table-{n}.json").exists()])
+def test_results_are_of_the_rows_as_they_are_defined(number: int | str):
+    table, result = ROW_TABLES[number], json.loads((ROOT / f"results/table-{number}.json").read_text())
+    defined = [(row.name, row.paper, [run.name for run in row.runs], list(row.against))
+               for row in (*table.baselines, *table.rows)]
+    made = [(row["name"], row["paper"], row["runs"], [test["against"] for test in row["tests"]])
+            for row in result["rows"][1:]]
+    assert made == defined and (result["caption"], result["notes"]) == (table.caption, list(table.notes))
 
 
 def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

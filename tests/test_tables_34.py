@@ -337,7 +337,7 @@ def test_both_tables_and_figures_from_trainings(make: Callable[..., Path], monke
     assert four["images"] == 7 and four["pictures"] == 7 * len(four["rows"])
     redrawn_rows = {row["name"]: row for row in four["rows"]}
     assert redrawn_rows.keys() == {*rows, *redrawn.SEARCHES.values()}
-    assert redrawn_rows["PEZ"]["paper"] == [26.14, 0.7458] and four["seconds"]["PEZ"] > 0
+    assert redrawn_rows["PEZ"]["paper"] == [26.14, 0.7458] and 0 < four["seconds"]["PEZ"] < 600
     assert len(four["texts"][BEST]) == 7
     for name in ("table-4.png", "figure-4.png", "figure-10.png", "figure-10.md"):
         assert (folder / "results" / name).stat().st_size > 500
