@@ -313,7 +313,7 @@ def test_a_runs_configuration_is_read_by_its_rules(field: str, value, run: Path)
 
 
 @pytest.mark.parametrize("change", [
-    {"rules": "x"}, {"squash": True}, {"std": [0, 1, 1]}, {"mean": [0.5] * 4}, {"std": [1, 1]}, {"size": [64]},
+    {"rules": "x"}, {"squash": True}, {"std": [0, 1, 1]}, {"mean": [0.5] * 4}, {"std": [1, 1]}, {"size": [8]},
     {"x": 1}], ids=str)  # fmt: skip
 def test_a_preprocessing_that_cannot_be_is_refused(change: dict, run: Path):
     usual = json.loads((run / "config.json").read_text())["preprocessing"]
