@@ -122,6 +122,8 @@ def test_only_the_encoder_half_is_trained(trainer_in):
         trainer.fit()
         assert same(decoder_half(trainer.unet), decoder_half(unet(0)))
         assert not same(encoder_half(trainer.unet), encoder_half(unet(0)))
+        rates = [arm.lr * group.get("scale", 1) for group in trainer.optimizer.param_groups]
+        assert rates == pytest.approx([arm.lr, trainer.config.head_lr][: 1 + arm.reading])
         (first, *_, last) = [entry["loss"] for entry in entries(trainer.folder)]
         assert trainer.step == 6 and last != first
 

@@ -251,6 +251,8 @@ def test_the_ceiling_is_what_the_probe_reads(make, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(probe, "default_views", lambda: every)  # the data are all of them
     said, _ = probe.ProbeMethod("encoded")([like], plan, 0)
     assert cosines(said, like.targets("test")).mean() > encoded  # nothing misread
+    monkeypatch.setattr(probe, "readings", None)  # the prompt's content is known without a picture
+    assert probe.ProbeMethod("prompt")([like], plan, 0)[0].shape == said.shape
 
 
 def test_a_reading_becomes_a_view():
