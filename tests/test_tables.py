@@ -28,7 +28,7 @@ import training.plan
 from benchmarks import gpu
 from mini import judge, naming, scenes
 from tables import exhibit, probe, runs
-from tables.compute import exhibit_of
+from tables.compute import exhibit_of, summary_of
 from tables.exhibit import interval, markdown, short
 from tables.figures import undrawn_share
 from tables.methods import KnnMethod, Member, PromptKnnMethod, members_of
@@ -503,6 +503,15 @@ def test_numbers_are_written_as_the_paper_writes_them():
 def test_a_markdown_table():
     assert markdown("a | b", [("x", 1), (None, 0.5)]) == "| a | b |\n|---|---|\n| x | 1 |\n|  | .5000 |"
     assert interval((0.5, -0.25), True) == "+.5000 to -.2500" and interval(None) == ""
+
+
+def test_the_numbers_of_a_row():
+    one, two = np.array([0.25, 0.75, 0.5]), np.array([1.0, 0.5, 0.0])
+    row = summary_of([one, two + 0.25])
+    assert (row["cosine"], row["per_seed"]) == (0.625, [0.5, 0.75])
+    assert row["deviation_of_seeds"] == pytest.approx(0.125 * 2**0.5)
+    assert 0.25 <= row["cosine_95"][0] < 0.625 < row["cosine_95"][1] <= 1.25
+    assert summary_of([one])["deviation_of_seeds"] is None
 
 
 RESULTS = sorted(path for path in (ROOT / "results").rglob("*.md") if path.name != "README.md")

@@ -342,4 +342,7 @@ def test_both_tables_and_figures_from_trainings(make: Callable[..., Path], monke
     for name in ("table-4.png", "figure-4.png", "figure-10.png", "figure-10.md"):
         assert (folder / "results" / name).stat().st_size > 500
     assert [len(e["texts"]) for e in read(folder, "figure-10")["examples"]] == [5, 5, 5]
+    assert sum(read(folder, "figure-4")["won"]) == pytest.approx(1)
+    with Image.open(folder / "results" / "figure-4.png") as sheet:
+        assert sheet.height > 64 * len(read(folder, "figure-4")["examples"])
     assert np.isfinite([row["slope"] for row in four["buys"]]).all()

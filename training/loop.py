@@ -245,7 +245,8 @@ class Trainer(ABC):
 
     @abstractmethod
     def loss(self, batch: Any) -> dict[str, Tensor]:
-        """Named terms; the first is minimised."""
+        """Named terms; the first is minimised. Random numbers are made from the seed and the step alone, so that
+        a resumed training has the same."""
 
     @abstractmethod
     def rate(self) -> float:
@@ -262,9 +263,7 @@ class Trainer(ABC):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """State for resuming: (JSON, tensors)."""
         tensors = {f"model.{name}": value for name, value in self.tensors().items()}
-        tensors |= optimizer_tensors(self.optimizer, self.names) | {"rng.cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors |= optimizer_tensors(self.optimizer, self.names)
         return {"step": self.step, "total": self.total, "data": self.identity}, tensors
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -275,10 +274,6 @@ class Trainer(ABC):
             raise KeyError(f"missing or of another dtype: {', '.join(unfit)}")
         self.model.load_state_dict(self.model.state_dict() | own)
         load_optimizer(self.optimizer, self.names, tensors)
-        if "rng.cpu" in tensors:
-            torch.set_rng_state(tensors["rng.cpu"])
-        if torch.cuda.is_available() and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
         self.step = state["step"]
 
     # -- the loop ------------------------------------------------
