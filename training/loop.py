@@ -245,8 +245,8 @@ class Trainer(ABC):
 
     @abstractmethod
     def loss(self, batch: Any) -> dict[str, Tensor]:
-        """Named terms; the first is minimised. Random numbers are made from the seed and the step alone, so that
-        a resumed training has the same."""
+        """Named terms; the first is minimised. Its random numbers depend on the seed and the step alone, so
+        that a resumed training has the same."""
 
     @abstractmethod
     def rate(self) -> float:
