@@ -63,7 +63,9 @@ def test_the_gain_in_the_last_quarter(curve: list[float], gain: float):
 
 
 def test_the_defaults_of_the_miniatures_are_those_of_the_results_file():
-    path = Path(__file__).parent.parent / "results" / "table-sweep.json"
-    chosen = json.loads(path.read_text())["chosen"]
+    result = json.loads((Path(__file__).parent.parent / "results" / "table-sweep.json").read_text())
+    made, chosen = [(row["sweep"], row["values"]) for row in result["rows"]], result["chosen"]
+    tried = [(name, values) for name, s in sweep.sweeps().items() for axis in s.axes for values in axis]
+    assert sorted(map(str, made)) == sorted(map(str, tried))
     names = {"CLIP": "clip-mini", "U-Net": "sd-mini", "Swin": "swin-mini", "ViT": "vit-mini"}
     assert {names[title]: values for title, values in chosen.items() if title in names} == CHOSEN

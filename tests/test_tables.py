@@ -28,10 +28,12 @@ import training.plan
 from benchmarks import gpu
 from mini import judge, naming, scenes
 from tables import exhibit, probe, runs
-from tables.compute import exhibit_of, summary_of
+from tables.compute import exhibit_of, row_cosines, summary_of
 from tables.exhibit import interval, markdown, short
 from tables.figures import undrawn_share
-from tables.methods import KnnMethod, Member, PromptKnnMethod, members_of
+from tables.methods import KnnMethod, Member, Method, PromptKnnMethod, members_of
+from tables.prompts import rows_of
+from tables.readouts import TIMESTEPS
 from tables.registry import EXHIBITS, text_of
 from tables.rows import ROW_TABLES, Row, Table
 from tables.runs import MODELS, RECORDING, SOURCES, Plan, RunName, flags_of, with_phase_1
@@ -266,6 +268,8 @@ def test_a_reading_becomes_a_view():
     p = naming.targets([alone])[0].float()
     p[naming.POSITION["relation", "left"]] = 0.9  # makes no sense of one thing
     assert probe.view_of(p) == scenes.View((scenes.Thing("cat", naming.SHAPES["cat"].colour),), count=3)
+    one = naming.targets([scenes.View((scenes.Thing("cat", None, None),))])[0].float()
+    assert probe.view_of(one).count == 1  # of one thing no number is said
     p[naming.POSITION["place", "snow"]] = 0.5  # is not above one half
     assert probe.view_of(p).place is None
 
@@ -533,6 +537,33 @@ def test_results_are_of_the_rows_as_they_are_defined(number: int | str):
     made = [(row["name"], row["paper"], row["runs"], [test["against"] for test in row["tests"]])
             for row in result["rows"][1:]]
     assert made == defined and (result["caption"], result["notes"]) == (table.caption, list(table.notes))
+
+
+def test_other_results_are_of_their_rows_as_they_are_defined(tmp_path: Path):
+    def rows(name: str) -> list[dict]:
+        return json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"]
+
+    defined = [(row.name, row.paper) for row in rows_of(plan(tmp_path))]
+    assert [(row["name"], row["paper"]) for row in rows("table-3")] == defined
+    timesteps = {name.partition("timestep ")[2] for name in (row["name"] for row in rows("table-readouts"))}
+    assert timesteps == {str(t) if t else "" for t in TIMESTEPS}
+
+
+def test_rows_of_pretrained_networks_are_made_again_for_other_settings(tmp_path: Path):
+    @dataclasses.dataclass(frozen=True)
+    class Counted(Method):
+        version = 1
+
+        def __call__(self, members: list[Member], plan: Plan, seed: int) -> tuple[np.ndarray, dict]:
+            made.append(plan)
+            return np.eye(3), {}
+
+    made: list[Plan] = []
+    usual, like = plan(tmp_path), SimpleNamespace(targets=lambda split: np.eye(3))
+    other = {"data": "drawn"}, {"sources": SOURCES["paper"]}, {"options": {"image_size": 32}}
+    for change in ({}, {}, *other, *other):
+        row_cosines(dataclasses.replace(usual, **change), Row("x", (), method=Counted()), 0, like)
+    assert made == [usual, *(dataclasses.replace(usual, **change) for change in other)]
 
 
 def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -288,7 +288,21 @@ def test_both_tables_from_trainings(make: Callable[..., Path], monkeypatch):  # 
     monkeypatch.setattr(words, "PER_PART", 40)
     monkeypatch.setattr(words, "RESAMPLES", 30)
     monkeypatch.setitem(eval.NEEDS, "drawn", (lambda plan: True, ""))
+    scores_of, predicted_by, scored, predicted = words.scores_of, words.predicted_by, [], []
+
+    def kept(into: list, of: Callable) -> Callable:
+        return lambda *given: into.append((given, of(*given))) or into[-1][1]
+
+    monkeypatch.setattr(words, "predicted_by", kept(predicted, predicted_by))
+    monkeypatch.setattr(words, "scores_of", kept(scored, scores_of))
     folder = make("--table", "words,confidence", "--seeds", "0,1", *QUICK)
+    for ((world, *_), (scores, _)), (_, (embedding, p)) in zip(scored, predicted[::2], strict=True):
+        scene, known = world.items.scene, scores["column"] >= 0
+        cosine = np.einsum("kd,kd->k", embedding[scene], world.prompts[scene])
+        without = np.einsum("kd,kd->k", embedding[scene], world.shortened)
+        assert scores["cosine of the prompt"] == pytest.approx(cosine, abs=1e-6)
+        assert scores["leave the word out"] == pytest.approx(cosine - without, abs=1e-6)
+        assert (scores["vocabulary head"][known] == p[scene[known], scores["column"][known]]).all()
     result = read(folder, "table-words")
     areas = {
         (row["backbone"], row["score"]): row["per_seed"]
