@@ -367,6 +367,11 @@ def test_every_kind_of_source(kind):
     assert find_prompt(texts) == (WANT, settings)
 
 
+@pytest.mark.parametrize("prompt", ['a sign "hi" on a wall', '"a cat'])
+def test_quotes_within_a_bare_prompt_belong_to_it(prompt):
+    assert find_prompt({"Dream": f"{prompt} -s50 -S123"}) == (prompt, {"st": 50, "se": 123})
+
+
 # nothing certain, and limits --------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,29 @@ def test_verdicts_undrawn_by_hand():
     assert (rows["all"]["verdicts"], rows["all"]["right"], rows["all"]["detected"]) == (2, 0.5, 0.5)
     assert (rows["colour"]["right"], rows["colour"]["detected"]) == (0, None)
     assert (rows["place"]["right"], rows["place"]["detected"]) == (1, 0.5)
+
+
+def test_what_two_probes_find_by_hand():
+    one, two = scenes.Thing("cat", "red", None), scenes.Thing("star", "blue", None)
+    views = [scenes.View((one,)), scenes.View((one,)), scenes.View((one, two)), scenes.View((one,))]
+    labels = ("subject", "cat"), ("colour", "red")
+    first = [dict(zip(labels, of, strict=True)) for of in ((1, 1), (0, 0), (1, 1), (1, 0))]
+    second = [dict(zip(labels, of, strict=True)) for of in ((1, 1), (1, 0), (0, 0), (1, 1))]
+
+    def corrected(slot: str, counts: np.ndarray, form: str) -> tuple:
+        return f"{slot}, {form}", counts.tolist()
+
+    of = SimpleNamespace(corrected=corrected)
+    found = {"probe": first, "second": second}
+    rows = judges.found_rows(found, views, {1: {"probe": of, "second": of}}, "drawing")
+    subject, colour = rows
+    assert [subject[key] for key in ("things", "kind", "labels")] == [1, "subject", 3]
+    assert subject["found"] == {"probe": pytest.approx(2 / 3), "second": 1}
+    assert subject["kappa"] == pytest.approx(0) and colour["kind"] == "colour"
+    assert colour["found"] == {"probe": pytest.approx(1 / 3), "second": pytest.approx(2 / 3)}
+    assert colour["kappa"] == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
+    assert subject["corrected"]["probe"] == "subject, drawing"
+    assert subject["corrected_95"]["probe"] == [[1, 1], [0, 1], [1, 1]]
 
 
 def test_rates_by_hand():

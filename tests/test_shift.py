@@ -40,6 +40,13 @@ def negatives(few_scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+def test_pictures_of_another_guidance_are_others(few_scenes: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shift, "STEPS", 2)
+    weak, strong = (shift.drawn(plan_of(few_scenes, tmp_path), ["a red cat"], scale) for scale in (2.0, 15.0))
+    assert weak.shape == strong.shape == (1, 64, 64, 3) and (weak != strong).any()
+    assert (shift.drawn(plan_of(few_scenes, tmp_path), ["a red cat"], 2.0) == weak).all()
+
+
 @pytest.fixture
 def two_sets(negatives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for recipe in ("mlc-drawn", "captions-empty-drawn"):

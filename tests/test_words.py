@@ -147,6 +147,13 @@ def test_a_calibration_is_read_as_written_and_refused_if_damaged(two_kinds, tmp_
     calibration.write_calibration(tmp_path, two_kinds)
     with pytest.raises(DataError, match="calibration.npy.*python eval.py"):
         calibration.read_calibration(tmp_path, 3)
+    damaged = {name: getattr(two_kinds, name) for name in calibration.FIELDS}
+    for name in ("to_shown", "to_prompt", "cosines"):
+        longer = damaged | {name: [*damaged[name], 0.5]}
+        (tmp_path / "calibration.json").write_text(json.dumps(longer))
+        with pytest.raises(DataError, match=f"calibration.json.*{name}"):
+            calibration.read_calibration(tmp_path, 2)
+    calibration.write_calibration(tmp_path, two_kinds)
     (tmp_path / "calibration.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match="calibration.npy.*python eval.py"):
         calibration.read_calibration(tmp_path, 2)
