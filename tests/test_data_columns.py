@@ -121,6 +121,7 @@ def test_parts_are_read_once_and_then_mapped(many, parsed, caplog, monkeypatch):
     pairs = read_pairs(many)
     assert len(parsed) == 5 and len(pairs) == 20 and len(pairs.skipped) == 5
     expected, warning = everything(pairs), caplog.messages[-1]
+    assert "5 passed over (5 " in warning
     assert len(parsed) == 5, "images are read by file descriptor"
     caplog.clear()
     again = read_pairs(many)
