@@ -162,15 +162,17 @@ def cosines_of(plan: Plan, reader: str, shift: Shift, seed: int) -> dict[tuple[s
     ends = [end for end in (shift.source, shift.target) if isinstance(end, str)]
     runs = [RunName(backbone, recipe + end) for end in ends]
     source, *target = members_of(plan, runs, seed)
+    truth, mean = {split: source.targets(split) for split in ("val", "test")}, mean_embedding_cosines(source)
     if not target:
         seen = predicted_for_guidance(plan, runs[0], seed, shift.target)
+        truth = {split: np.stack(spread(rows, PICTURES)) for split, rows in truth.items()}
+        mean = np.array(spread(mean, PICTURES))
     elif source.folder == target[0].folder:
         seen = {split: source.predicted(split) for split in ("val", "test")}
     else:
         seen = predicted_for_run(plan, source.folder, target[0].folder)
-    truth = {split: source.targets(split)[: len(rows)] for split, rows in seen.items()}
     found = {
-        ("", "mean embedding"): mean_embedding_cosines(source)[: len(truth["test"])],
+        ("", "mean embedding"): mean,
         ("", "as predicted"): cosines(seen["test"], truth["test"]),
     }
     if target:

@@ -123,6 +123,25 @@ def test_the_numbers_of_a_shift_by_hand(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["source", "DAKL, exact"] == pytest.approx(methods[0], abs=0.01)
 
 
+def test_the_pictures_of_a_guidance_are_compared_with_their_own_prompts(tmp_path: Path, monkeypatch):
+    """Also where only some of the prompts are drawn: a reader of all that is in a picture is right."""
+    source, plan, run = Known(1), plan_of(Path("mini"), tmp_path), RunName("swin", "mlc")
+    prompts = {split: [f"{split} {i}" for i in range(len(source.truth[split]))] for split in ("val", "test")}
+    listed = {split: [{"prompt": prompt} for prompt in of] for split, of in prompts.items()}
+    (plan.run_folder(run, 0) / "predictions").mkdir(parents=True)
+    (plan.run_folder(run, 0) / "predictions" / "rows.json").write_text(json.dumps(listed))
+    meant = {prompt: source.truth[split][i] for split, of in prompts.items() for i, prompt in enumerate(of)}
+    monkeypatch.setattr(shift, "PICTURES", 7)
+    monkeypatch.setattr(shift, "members_of", lambda plan, runs, seed: [source])
+    monkeypatch.setattr(shift, "drawn", lambda plan, prompts, guidance: prompts)
+    monkeypatch.setattr(shift, "predicted", lambda plan, seed, of, run: np.stack([meant[p] for p in of]))
+    found = cosines_of(plan, "Swin", Shift("", "", 2.0), 0)
+    assert found["", "as predicted"] == pytest.approx(np.ones(7))
+    mean = unit(source.truth["train"].mean(axis=0, keepdims=True))
+    rows = shift.spread(source.truth["test"], 7)
+    assert found["", "mean embedding"] == pytest.approx(cosines(mean, np.stack(rows)), abs=1e-6)
+
+
 def test_the_table_of_known_cosines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each row and comparison holds its own reader, shift, labels and methods, seed by seed."""
     plan = dataclasses.replace(plan_of(Path("mini"), tmp_path), seeds=(0, 1))
