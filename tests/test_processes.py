@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -26,7 +25,6 @@ import train
 from data import Pairs, Preprocessing
 from training import cache as caches
 from training import inputs
-from training import rows as shares
 from training.cache import Encoder, ImageRows, as_bytes, as_texts, cached_texts, image_caches, readers
 from training.config import TrainConfig, resolve
 from training.inputs import encoder_autocast
@@ -184,14 +182,6 @@ def test_an_image_is_decoded_once_for_latents_and_captions(
     alone = image_caches(tmp_path / "other", pictures, encoders[:1])
     both = image_caches(tmp_path / "other", pictures, encoders)
     assert np.array_equal(alone[0][0], rows) and np.array_equal(both[1][0], written) and len(decoded) == 27
-
-    monkeypatch.setattr(shares, "BLOCK", 4)
-    once = [True]
-    stopped = replace(latents, encode=lambda images: once.pop() and images.mean((2, 3)))
-    with pytest.raises(IndexError):
-        image_caches(tmp_path / "stopped", pictures, [(Preprocessing.square(16), stopped)])
-    both = image_caches(tmp_path / "stopped", pictures, encoders)  # of one the first share is complete
-    assert np.array_equal(both[0][0], rows) and np.array_equal(both[1][0], written)
 
 
 # -- choices -----------------------------------------------------------------------------------------------
