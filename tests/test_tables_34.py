@@ -173,6 +173,9 @@ def test_a_decoder_learns_to_write_prompts_from_their_embeddings(cache: Path, tm
     targets = prompt_targets(TEXTS, "cpu")
     trainer = DecoderTrainer(config, tmp_path, TEXTS, targets)
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.05
+    (_, batch), _ = trainer.batches(0, 0)
+    untrained = np.log(trainer.model.model.config.text_vocab_size)  # of a token, all being equally likely
+    assert trainer.loss(batch)["loss"].item() == pytest.approx(untrained, rel=0.1)
     trainer.fit()
     assert decoded(trainer.model, targets[np.arange(5)]) == TEXTS
     again = DecoderTrainer(config, tmp_path, TEXTS, targets)  # from its checkpoint, without a step
