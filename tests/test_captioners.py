@@ -1,17 +1,20 @@
 """Captioners trained by train.py: tokens, loss, parameters, curriculum, evaluation, faults."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SMALL, assert_same_end, entries, environment, losses, result_of, train_here
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import BertTokenizer
@@ -27,7 +30,7 @@ from reverse_sd import Vocabulary, load_run
 from training import captioner
 from training.caption_trainer import CaptionerTrainer
 from training.captioner import Captioner, load_model
-from training.captions import open_captioner_run
+from training.captions import caption_lines, caption_predictions, open_captioner_run
 from training.config import TrainConfig, resolve
 from training.folder import saved_config
 from training.inputs import prepare
@@ -397,12 +400,36 @@ def test_a_run_ends_with_captions_their_scores_and_predictions(run: Path):
     assert (run / "examples.png").stat().st_size > 5000
 
 
-def test_eval_alone_reproduces_the_result(run: Path):
+def test_eval_alone_reproduces_the_result(run: Path, capsys: pytest.CaptureFixture):
     before, captions = result_of(run), (run / "captions.jsonl").read_bytes()
     for name in ("result.json", "captions.jsonl", "predictions/test.npy"):
         (run / name).unlink()
     assert eval_py.main([str(run)]) == 0
     assert result_of(run) == before and (run / "captions.jsonl").read_bytes() == captions
+    printed = capsys.readouterr().out
+    for name, mean in before["scores"].items():
+        assert f"  {name:<22} {mean:.4f}   95 % interval " in printed
+
+
+def test_captions_are_those_of_a_runs_own_weights(run: Path, tmp_path: Path):
+    """Though a run on the same source has cached its captions of the same images."""
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    trained = load_file(run / "model.safetensors")
+    save_file({name: -value for name, value in trained.items()}, other / "model.safetensors")
+    predictions, _ = caption_predictions(other, prepare(saved_config(run)), Process())
+    assert not np.array_equal(predictions["test"], np.load(run / "predictions" / "test.npy"))
+
+
+def test_the_text_beside_a_captioned_image():
+    prepared = SimpleNamespace(pairs=SimpleNamespace(prompts=["a cat", "an owl"]), splits={"test": [1]})
+    run = SimpleNamespace(vocabulary=Vocabulary(["cat", "owl"]))
+    scores, words = {"CLIPScore": np.array([0.5]), "RefCLIPScore": np.array([0.25])}, np.array([[0.25, 0.75]])
+    one = run, prepared, ["a bird"], np.array([0.125])
+    assert [(line.label, line.text) for line in caption_lines(*one, scores, words)(0)] == [
+        ("true prompt", "an owl"), ("caption", "a bird"),
+        ("", "cosine 0.125, CLIPScore 0.500, RefCLIPScore 0.250"), ("likely words", "owl 75%, cat 25%"),
+    ]  # fmt: skip
+    assert [line.text for line in caption_lines(*one, {}, None)(0)] == ["an owl", "a bird", "cosine 0.125"]
 
 
 def test_a_blip_is_written_as_published(run: Path):
@@ -412,6 +439,8 @@ def test_a_blip_is_written_as_published(run: Path):
     again = weights.load("blip", run / "blip").state_dict()
     mine = open_captioner_run(run).captioner.model.state_dict()
     assert again.keys() == mine.keys() and all(torch.equal(again[name], mine[name]) for name in mine)
+    with safe_open(run / "blip" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # as transformers wants it
 
 
 def test_a_captioners_run_is_no_regressor(run: Path):

@@ -17,9 +17,12 @@ from training.inputs import prepare
 def test_every_field_is_a_flag_with_a_help_text(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    text = capsys.readouterr().out
+    text = "".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainConfig):
         assert "--" + field.name.replace("_", "-") in text and field.metadata["help"]
+        default = "" if field.default is None else f"(default: {field.default})"
+        assert "".join((field.metadata["help"] + default).split()) in text
+    assert "(default:None)" not in text
 
 
 def test_defaults_are_the_papers_row_but_for_the_miniature():
@@ -33,19 +36,24 @@ def test_defaults_are_the_papers_row_but_for_the_miniature():
         assert (small.epochs, small.batch_size, small.lr, small.head_lr) == (4, 32, lr, 5e-5)
     assert (mini.image_size, mini.captions) == (64, "blip-mini")
     assert (vit.image_size, vit.captions) == (None, None)
+    own = resolve(TrainConfig(backbone="vit", weights="my/own-mini"))  # of a miniature without a sweep
+    assert (own.epochs, own.batch_size, own.lr, own.head_lr, own.head_start) == (4, 32, 1e-3, 5e-5, "ridge")
+    again = resolve(TrainConfig(recipe="paper"))
+    assert (again.epochs, again.head_start, again.unet_features) == (3, "random", "middle")
+    assert (again.head_lr, again.layer_decay, again.lr, again.image_size) == (None, 1, 2e-3, 64)
+    assert paper.checkpoint_every == 100
 
 
 # The least and the most that each flag takes, and what lies just beyond; `tiny` stands for "above 0".
 TINY, HUGE = 1e-300, 10**6
 ENDS: dict[str, tuple[list, list]] = {
-    **dict.fromkeys(("val_size", "test_size"), ([1, 10**9], [0, 10**9 + 1])),
-    **dict.fromkeys(("words", "epochs", "batch_size"), ([1, HUGE], [0, HUGE + 1])),
-    **dict.fromkeys(("accumulate", "checkpoint_every"), ([1], [0])),
+    **dict.fromkeys(("val_size", "test_size", "checkpoint_every"), ([1, 10**9], [0, 10**9 + 1])),
+    **dict.fromkeys(("words", "epochs", "batch_size", "accumulate"), ([1, HUGE], [0, HUGE + 1])),
     **dict.fromkeys(("lerac_epochs", "lerac_min_lr", "cbs_every"), ([TINY], [0.0, np.inf, np.nan])),
     **dict.fromkeys(("easy_share", "layer_decay"), ([TINY, 1.0], [0.0, 1.0001])),
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "image_size": ([8, 4096], [7, 4097]),
-    "train_blocks": ([0], [-1]),
+    "train_blocks": ([0, HUGE], [-1, HUGE + 1]),
     "heads": ([0, 3], [-1, 4]),
     "hard_share": ([0.0, 0.9999], [-TINY, 1.0]),
     **dict.fromkeys(("lr", "head_lr"), ([TINY, 1e3], [0.0, 1000.0001])),

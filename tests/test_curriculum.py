@@ -22,7 +22,7 @@ from baselines import control_scores, mixed
 from mini import scenes
 from reverse_sd import curriculum_batches, thirds
 from training.config import TrainConfig, resolve
-from training.folder import saved_fields
+from training.folder import read_cosines, save_cosines, saved_fields
 from training.inputs import prepare
 from training.loop import Process, learning_rate
 
@@ -286,6 +286,13 @@ def test_difficulty_of_other_pairs_or_another_split_is_refused(
     flags += ["--epoch-weights", "1,1,1"]
     assert "3 weights for 2 epochs" in error_line(capsys, "--data", str(few_scenes), *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_cosines_of_one_epoch_are_read(tmp_path: Path):
+    cosines = np.array([[0.5, 0.25, 0.75]], np.float32)
+    save_cosines(tmp_path, cosines, cosines[0], data="of these pairs")
+    prepared = SimpleNamespace(fingerprint="of these pairs", splits={"train": np.arange(3)})
+    assert np.array_equal(read_cosines(tmp_path, prepared), cosines)
 
 
 # -- LeRaC ----------------------------------------

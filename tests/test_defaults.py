@@ -17,6 +17,7 @@ from mini.loop import Recipe
 from models import bert
 from tables import generation, methods
 from training import metrics, plan
+from training.decoder import DecoderConfig
 
 DEFAULTS = [
     (reverse_sd.Heads, {"placement": 3, "embedding_width": 384}),
@@ -31,7 +32,9 @@ DEFAULTS = [
     (baselines.lerac_rate, {"c": 10.0}),
     (baselines.Smoothing, {"sigma": 1.0}),
     (metrics.bootstrap_interval, {"seed": 0, "resamples": 10_000}),
+    (metrics.bootstrap_weights, {"seed": 0}),
     (metrics.rank_correlation, {"resamples": 1000}),
+    (DecoderConfig, {"pretrained": False, "epochs": 8, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05}),
     (methods.EnsembleMethod, {"average": "mean"}),
     (methods.fit_ensemble_weights, {"iterations": 200}),
     (methods.KnnMethod, {"pretrained": False}),

@@ -136,6 +136,7 @@ def test_a_picture_depends_on_its_own_seed_alone(both: tuple):
     alone = draw(PROMPTS[1:], ours.noise([9], (16, 16)))
     torch.testing.assert_close(together[1:], alone, atol=1e-10, rtol=1e-10)
     assert not torch.allclose(together[1:], draw(PROMPTS[1:], ours.noise([8], (16, 16))))
+    assert ours.noise([8], (8, 16)).shape == (1, 4, 1, 2)  # one latent is the least
 
 
 def test_pictures_drawn_in_batches_are_those_drawn_alone(both: tuple):
@@ -395,7 +396,7 @@ def test_each_option_reaches_the_picture(tmp_path: Path):
 @pytest.mark.parametrize(
     "flags",
     ["--size 8 8", "--steps 1", "--steps 999", "--seed 0", f"--seed {2**63 - 2}", f"--seed {2**63 - 3} --n 2",
-     "--n 1 --batch-size 1",
+     "--n 1 --batch-size 1", "--n 1000000", "--guidance 1000000.0", "--guidance -1000000.0",
      "--steps 9 --swap one --swap-after 9", "--swap one --swap-after 0", "--swap one --steps 9 --grid 0,9",
      "--swap one --swap two --grid runs", "--attention --steps 9 --swap one --swap-after 8"],
 )  # fmt: skip
@@ -408,7 +409,8 @@ def test_values_at_the_bounds_are_taken(flags: str):
 @pytest.mark.parametrize(
     "flags",
     ["--attention --swap one --grid 1", f"--seed {2**63 - 2} --n 2", "--size 0 8", "--size 8 0",
-     "--size 8 12", "--size 12 8", "--steps 0", "--seed -1", "--n 0",
+     "--size 8 12", "--size 12 8", "--steps 0", "--seed -1", "--n 0", "--n 1000001",
+     "--guidance 1000001", "--guidance -1000001", "--dtype float64",
      "--batch-size 0", "--steps 9 --swap one --swap-after 10", "--swap one --swap-after -1",
      "--swap one --steps 9 --grid 0,10", "--swap one --grid -1,1", "--swap one --grid 1,x",
      "--swap one --swap two", "--swap one --swap two --grid 1,2",
@@ -427,6 +429,8 @@ def test_the_options_defaults():
         "grid_steps": [], "attention": False, "predicts_v": None, "device": "auto", "dtype": "float32",
         "out": Path("pictures"),
     }  # fmt: skip
+    args = generate.parse(["no \udcff", "--negative", "UTF-8 \udcff"])
+    assert (args.prompts, args.negative) == (["no ?"], "UTF-8 ?")
 
 
 def test_the_defaults_of_sampling_are_50_steps_at_guidance_7_5(both: tuple):

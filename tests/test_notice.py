@@ -107,6 +107,8 @@ def test_log_odds_are_finite_at_both_ends():
     expected = [np.log(1e-7 / (1 - 1e-7)), np.log(1 / 3), -np.log(1e-7 / (1 - 1e-7))]
     assert calibration.logit(p) == pytest.approx(expected, rel=1e-6)
     assert calibration.sigmoid(calibration.logit(p)) == pytest.approx([1e-7, 0.25, 1 - 1e-7], rel=1e-9)
+    near = calibration.score_odds(np.array([-1, 0.25, 2]))  # no nearer to 0 and 1 than .01
+    assert near == pytest.approx([-np.log(99), -np.log(3), np.log(99)])
     assert calibration.log_odds(np.array([0, 2, 4]), 4) == pytest.approx([-np.log(9), 0, np.log(9)])
 
 

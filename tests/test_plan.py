@@ -1,19 +1,22 @@
 """The plan of a run: its steps, caches and memory, beside those of the run itself."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, environment, train_here
 
+import data
 import train
 import weights
 from backbones import BACKBONES
 from training import plan
-from training.config import TrainConfig, resolve
+from training.config import TrainConfig, parse_args, resolve
 from training.plan import GIB, LiveBytes, least_parts, sizes_of, step_bytes
 
 
@@ -40,6 +43,8 @@ def test_a_step_of_the_heads_alone_is_the_sum_of_its_parts():
     parameters = 128 * 384 + 384
     assert 5 <= step_of("vit", **options) / (4 * parameters) < 5.1
     assert step_of("vit", cuda=False, **options) / (4 * parameters) < 6.1  # the CPU's Adam has two more
+    # the best weights, and two checkpoints of weights and moments
+    assert plan.run_bytes(resolve(TrainConfig(backbone="vit", **options))) == 4 * parameters * (1 + 2 * 3)
 
 
 def test_stable_diffusion_1_at_batch_64(cache: Path):
@@ -116,7 +121,7 @@ def test_the_command_plans_the_run_that_follows_and_starts_nothing(
 
     run = train_here(few_scenes, tmp_path / "run", "--backbone", backbone)
     capsys.readouterr()
-    assert train.main([*argv, "--plan", "--memory", "24"]) == 0
+    assert train.main(["--resume", str(run), "--plan", "--memory", "24"]) == 0
     second = capsys.readouterr().out
     caches = [line for line in second.splitlines() if line.endswith(" done")]
     done = [line.split(", ")[-1] for line in caches if " captions " not in line]  # of equal captions one row
@@ -129,10 +134,72 @@ def test_the_command_plans_the_run_that_follows_and_starts_nothing(
     held = sum(path.stat().st_size for path in run.glob("**/*.safetensors"))
     most = plan.run_bytes(resolve(TrainConfig(backbone=backbone)))
     assert held < most < 2.2 * held
+    of_another_encoder = plan.rows_done("targets", 84, (384,), "vit", "vit-mini")
+    assert (plan.rows_done("targets", 84, (384,), "minilm", "minilm"), of_another_encoder) == (84, 0)
+
+
+def test_each_variant_is_measured_by_its_flags_beside_cudas_own_memory(monkeypatch: pytest.MonkeyPatch):
+    def measured(config: TrainConfig, sizes: plan.Sizes, cuda: bool, groups: str) -> int:
+        size = {"float32": 8, "bf16": 4}[config.precision] - 2 * config.activation_checkpointing
+        return (size + 8 * cuda * (groups == "of the run")) * GIB // config.accumulate
+
+    monkeypatch.setattr(plan, "step_bytes", measured)
+    config = resolve(TrainConfig(backbone="vit"))
+    for cuda, memory, sizes in ((True, 17, (16, 14, 12, 10)), (False, 8, (8, 6, 4, 2))):
+        found = plan.variants(config, memory, cuda, "of the run")  # the largest just fits
+        assert [(v.precision, v.checkpointing) for v in found] == list(plan.WAYS)
+        assert [(v.nbytes, v.fitting) for v in found] == [(n * GIB, (1, n * GIB)) for n in sizes]
+        least = plan.variants(config, memory - 0.1, cuda, "of the run")[0].fitting
+        assert least == (2, sizes[0] * GIB // 2)
+
+
+def test_the_lines_of_a_plan_by_hand(few_scenes: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    variants = [
+        plan.Variant("float32", False, 30 * GIB, (2, 20 * GIB)), plan.Variant("bf16", False, 99 * GIB, None),
+        plan.Variant("bf16", True, 9 * GIB, (1, 9 * GIB)),
+    ]  # fmt: skip
+    caches = [plan.CachePlan("latents", 3000, 10**6, 0), plan.CachePlan("captions", 9000, 10**6, 7)]
+    caches.append(plan.CachePlan("targets", 10**7, 201, 0))
+    pairs, disk = data.read_pairs(few_scenes), SimpleNamespace(free=5 * 10**9)
+    absent = resolve(TrainConfig(weights="sd-1", captions="empty", target_texts="mine.jsonl"))
+    assert [dataclasses.astuple(of) for of in plan.cache_plans(absent, pairs)[1:]] == [
+        ("target-texts", 84, 4 * 384, 0), ("latents", 84, 2 * 4 * 32**2, 0), ("captions", 1, 2 * 77 * 768, 0)
+    ]  # fmt: skip
+    for of, name, value in ((plan, "variants", variants), (plan, "cache_plans", caches),
+                            (plan.shutil, "disk_usage", disk)):  # fmt: skip
+        monkeypatch.setattr(of, name, lambda *_, value=value: value)
+
+    def lines(memory: float | None, **options: object) -> list[str]:
+        few = {"epochs": 2, "batch_size": 12, "val_size": 12, "test_size": 12, "data": str(few_scenes)}
+        return list(plan.plan_lines(resolve(TrainConfig(**few, **options)), memory))[1:]
+
+    steps, *found = lines(24.0, curriculum="difficulty")
+    assert steps == "steps    10 of 12 samples: 2 epochs of 5, twice: phase 1 and phase 2"
+    assert found[0] == f"caches   5.01 GB to write, 5.0 GB free (0.0 GB too few) in {cache}"
+    assert found[1] == f"  {'latents':16}     3.00 GB  3,000 rows of 1,000,000 bytes, 0 done"
+    size = 2 * plan.run_bytes(resolve(TrainConfig())) / 1e9
+    assert found[4].startswith(f"  {'run folder':16}{size:9,.2f} GB")
+    assert found[5:] == [
+        "memory   of a step of 12 samples, sd-mini; 24.0 GiB, of which about 1 is CUDA's own",
+        f"  {'float32':24}  30.0 GiB  does not fit; 20.0 GiB with  --precision float32 --accumulate 2",
+        f"  {'bf16':24}  99.0 GiB  does not fit  none",
+        f"  {'bf16, checkpointing':24}   9.0 GiB  fits  --precision bf16 --activation-checkpointing",
+    ]
+    disk.free = 6 * 10**9
+    steps, *found = lines(24.0, device="cpu")
+    assert steps.endswith("2 epochs of 5") and "5.01 GB to write, 6.0 GB free (enough)" in found[0]
+    assert found[5].endswith("sd-mini; 24.0 GiB")
+    *_, fetched, memory, _, _, _ = lines(None, device="cpu", weights="sd-1", captions="blip-large")
+    names = "blip-large (blip), sd-1 (clip-text), sd-1 (unet-encoder), sd-1 (vae)"
+    assert fetched == f"weights  to be fetched: {names}"
+    machine = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) / 2**20
+    assert float(memory.split("; ")[1].removesuffix(" GiB")) == pytest.approx(machine, rel=0.02)
 
 
 def test_memory_is_for_plans_alone(capsys):
-    for flags in (["--memory", "24"], ["--plan", "--memory", "0"], ["--plan", "--memory", "nan"]):
+    for value in (0.5, 1e6):
+        assert parse_args(["--plan", "--memory", str(value)], "")[0] == {"plan": True, "memory": value}
+    for flags in (["--memory", "24"], *(["--plan", "--memory", of] for of in ("0", "nan", "1000000.5"))):
         with pytest.raises(SystemExit):
             train.main(flags)
         assert "--memory" in capsys.readouterr().err

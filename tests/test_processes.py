@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from training.config import TrainConfig, resolve
 from training.inputs import encoder_autocast
 from training.loop import Process, process_group
 from training.rows import BLOCK
+from training.trainer import uses_bf16
 
 
 @pytest.mark.parametrize("rank, world", [("0", ""), ("x", "2"), ("0", "x"), ("5", "2"), ("-1", "1")])
@@ -37,6 +39,14 @@ def test_a_place_among_processes_that_cannot_be_is_refused(rank: str, world: str
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(data.DataError, match="RANK, WORLD_SIZE.*unset RANK"), process_group("cpu"):
+        pass
+
+
+def test_an_unknown_first_machine_is_refused_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=socket.gaierror("no such name")))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": ""}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(data.DataError, match="no such name.*unset RANK"), process_group("cpu"):
         pass
 
 
@@ -199,6 +209,9 @@ def test_where_encoders_run_in_bf16():
     }
     assert {key for key, value in on.items() if value} == {("auto", "cuda:3"), ("bf16", "cuda:3")}
     assert set(on.values()) == {"", "cuda"}
+    trained = {precision for precision in ("auto", "bf16", "float32")
+               if uses_bf16(TrainConfig(precision=precision), "cuda:3")}  # fmt: skip
+    assert trained == {"auto", "bf16"}
     assert encoder_autocast(TrainConfig(train_blocks=0), "cuda") == ""
     assert encoder_autocast(TrainConfig(backbone="vit", train_blocks=0), "cuda") == "cuda"
 

@@ -25,6 +25,7 @@ from command import run_command
 from files import DataError
 from training import reading
 from training.calibration import Calibration, write_calibration
+from training.captions import scorer_source
 from training.reading import Captioner as Captions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -224,6 +225,8 @@ def test_a_text_is_written_beside_each_image_that_has_none(read, images: Path, c
     assert "1 texts beside images are kept" in capsys.readouterr().err
     assert read(images, "--captioner", "x", "--sidecar", "--overwrite") == 0
     assert (images / "a.txt").read_text() == "a cat\n"
+    assert read(images, "--captioner", "x", "--sidecar") == 0  # the same texts again
+    assert "kept" not in capsys.readouterr().err
 
 
 def test_without_a_captioner_the_text_is_the_nearest_prompt(read, images: Path, tmp_path: Path):
@@ -237,6 +240,28 @@ def test_prompts_of_a_file_are_searched(read, images: Path, tmp_path: Path, monk
     (tmp_path / "bank.txt").write_text("v\nw\n")
     assert read(images / "a.png", "--prompts", tmp_path / "bank.txt") == 0
     assert capsys.readouterr().out.splitlines()[1:3] == ["  0.800  w", "  0.000  v"]
+    lines = images / "a.png", "--prompts", tmp_path / "bank.txt", "--jsonl", tmp_path / "o.jsonl"
+    assert read(*lines) == read(*lines) == 0
+    (tmp_path / "bank.txt").write_text("v\nw\nx\n")
+    assert read(*lines) == 2 and "is not by the same run and options" in capsys.readouterr().err
+
+
+def test_several_unread_images_are_counted(read, tmp_path: Path, capsys):
+    assert read(tmp_path / "a.png", tmp_path / "b.png") == 2
+    assert capsys.readouterr().err.splitlines()[2:] == ["0 of 2 images read, 2 skipped"]
+
+
+def test_a_name_that_is_no_utf_8(read, tmp_path: Path):
+    picture(1).save(path := tmp_path / os.fsdecode(b"\xe9.png"))
+    assert read(path, "--jsonl", tmp_path / "o.jsonl", "--html", tmp_path / "o.html", "--sidecar") == 0
+    assert records(tmp_path / "o.jsonl")[0]["image"] == str(path) and path.with_suffix(".txt").exists()
+    assert "\\udce9.png</p>" in (tmp_path / "o.html").read_text("utf-8")
+
+
+def test_a_prompt_of_as_many_tokens_as_the_encoder_reads():
+    assert reading.embedded("star " * 254).shape == (384,)  # and its two marks
+    with pytest.raises(DataError, match="has 257 tokens, .* reads at most 256"):
+        reading.embedded("star " * 255)
 
 
 class Parts(HTMLParser):
@@ -373,10 +398,11 @@ def test_the_clip_of_the_score(tmp_path: Path, monkeypatch):
     paper = SimpleNamespace(config={"weights": "swin-l"}, backbone=BACKBONES["swin"])
     mini = SimpleNamespace(config={"weights": "swin-mini"}, backbone=BACKBONES["swin"])
     assert reading.clip_source(args, mini) == "clip-mini" and reading.clip_source(args, paper) is None
+    assert (scorer_source("my/own-mini"), scorer_source("blip-base")) == ("clip-mini", None)
     for entry in ("clip-b-32", "clip-tokenizer"):
         for file in reading.ENTRIES[entry].files:
             path = tmp_path / "weights" / entry / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    assert reading.clip_source(args, paper) == "clip-b-32"
+    assert reading.clip_source(args, paper) == scorer_source("blip-base") == "clip-b-32"
     assert reading.clip_source(reading.parse(["x.png", "--clip", "none"]), mini) is None

@@ -284,6 +284,7 @@ def test_the_betas_of_a_folder_are_diffusers(schedule: str, sd: Path):
 @pytest.mark.parametrize("field, value", [
     ("beta_schedule", "squaredcos_cap_v2"), ("rescale_betas_zero_snr", True), ("trained_betas", [0.1]),
     ("prediction_type", "sample"), ("num_train_timesteps", 500), ("beta_end", 1), ("beta_start", "0.1"),
+    ("beta_start", 0), ("beta_start", 1), ("beta_end", 0),
 ])  # fmt: skip
 def test_other_noise_schedules_are_refused(field: str, value, sd: Path):
     rewrite(sd / "scheduler" / "scheduler_config.json", **{field: value})
@@ -304,6 +305,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("field, value", {
     "heads": 7, "backbone": ["unet"], "lr": "0.1", "epochs": -1, "checkpoint_every": 0, "clean": "x",
     "model": [], "words": True, "data": None, "preprocessing": {"size": [64, 64]}, "captions": None,
+    "smoothing": -0.1,
 }.items())  # fmt: skip
 def test_a_runs_configuration_is_read_by_its_rules(field: str, value, run: Path):
     rewrite(run / "config.json", **{field: value})
@@ -314,12 +316,14 @@ def test_a_runs_configuration_is_read_by_its_rules(field: str, value, run: Path)
 
 @pytest.mark.parametrize("change", [
     {"rules": "x"}, {"squash": True}, {"std": [0, 1, 1]}, {"mean": [0.5] * 4}, {"std": [1, 1]}, {"size": [8]},
-    {"x": 1}], ids=str)  # fmt: skip
+    {"size": [64, 2**13 + 1]}, {"resize": 2**13 + 1}, {"x": 1}], ids=str)  # fmt: skip
 def test_a_preprocessing_that_cannot_be_is_refused(change: dict, run: Path):
     usual = json.loads((run / "config.json").read_text())["preprocessing"]
     rewrite(run / "config.json", preprocessing=usual | change)
     with pytest.raises(DataError, match="config.json: preprocessing is .*; it must be a data.Preprocessing"):
         saved_config(run)
+    rewrite(run / "config.json", preprocessing=usual | {"resize": [1, 2**13]})
+    assert saved_config(run).words == 20
 
 
 def test_fields_of_a_run_are_neither_missing_nor_unknown_nor_doubled(run: Path):
@@ -353,13 +357,14 @@ def test_a_vocabulary_is_that_of_its_run(run: Path):
 
 @pytest.mark.parametrize("field, value", [
     ("step", -5), ("step", 5), ("step", 6.5), ("best", "x"), ("best", -1.1), ("best", 1.1), ("total", None),
-    ("data", 5), ("tensors", "../model.safetensors"),
+    ("data", 5), ("tensors", "../model.safetensors"), ("colour", 5),
 ])  # fmt: skip
 def test_a_checkpoints_state_fits_its_tensors(field: str, value, tmp_path: Path):
     last = Path(shutil.copytree(MADE / "stopped" / "last", tmp_path / "last"))
+    rewrite(last / "state.json", total=1, best=-1)  # the least
     assert Checkpoint(last).load(train.RegressorTrainer.state_fields)[0]["step"] == 6
     rewrite(last / "state.json", **{field: value})
-    with pytest.raises(DataError, match=f"state.json: ({field}|tensors) is .*; it must be"):
+    with pytest.raises(DataError, match=f'state.json: ("{field}": no such|({field}|tensors) is .*; it must)'):
         Checkpoint(last).load(train.RegressorTrainer.state_fields)
 
 

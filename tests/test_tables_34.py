@@ -23,7 +23,7 @@ from tables import generation, prompts, redrawn
 from tables.prompts import BEST, TRUE, SeedPairs
 from tables.runs import SOURCES, Plan, RunName
 from training.calibration import Calibration, write_calibration
-from training.decoder import DecoderConfig, DecoderTrainer, decoded
+from training.decoder import DecoderConfig, DecoderTrainer, decoded, new_decoder
 from training.inputs import prompt_targets
 from training.metrics import bootstrap_interval, paired_by_group, seeds_p, signed_rank_p
 
@@ -172,6 +172,10 @@ def test_a_decoder_learns_to_write_prompts_from_their_embeddings(cache: Path, tm
     config = DecoderConfig(epochs=25, batch_size=4, lr=2e-3)
     targets = prompt_targets(TEXTS, "cpu")
     trainer = DecoderTrainer(config, tmp_path, TEXTS, targets)
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.05
+    (_, batch), _ = trainer.batches(0, 0)
+    untrained = np.log(trainer.model.model.config.text_vocab_size)  # of a token, all being equally likely
+    assert trainer.loss(batch)["loss"].item() == pytest.approx(untrained, rel=0.1)
     trainer.fit()
     assert decoded(trainer.model, targets[np.arange(5)]) == TEXTS
     again = DecoderTrainer(config, tmp_path, TEXTS, targets)  # from its checkpoint, without a step
@@ -180,6 +184,17 @@ def test_a_decoder_learns_to_write_prompts_from_their_embeddings(cache: Path, tm
     assert decoded(again.model, targets[np.array([3])]) == [TEXTS[3]]
     with pytest.raises(data.DataError, match="was trained on other pairs or options"):
         DecoderTrainer(config, tmp_path, TEXTS[::-1], targets).fit()
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_decoder_starts_the_same_for_a_seed_and_may_start_pretrained(pretrained: bool):
+    config = DecoderConfig(pretrained=pretrained)
+    first, again, other = (new_decoder(replace(config, seed=seed)).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["model.projection.weight"], other["model.projection.weight"])
+    theirs = weights.load("blip", "blip-mini").text_decoder.state_dict()
+    same = [torch.equal(first[f"model.text_decoder.{name}"], value) for name, value in theirs.items()]
+    assert all(same) is pretrained
 
 
 def test_the_miniatures_decoder_and_the_published_one(pairs: SeedPairs, monkeypatch):

@@ -320,6 +320,7 @@ def test_two_processes_have_the_losses_of_one(few_scenes: Path, cache: Path, tmp
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("pairs: 59 train") == 1  # the first process alone
     np.testing.assert_allclose(losses(two)[:2], losses(one)[:2], atol=1e-6)
     np.testing.assert_allclose(losses(two), losses(one), atol=2e-4)
     results = [json.loads((run / "result.json").read_text())["test_cosine"] for run in (one, two)]
@@ -489,8 +490,10 @@ def test_no_such_data(cache: Path, tmp_path: Path, capsys):
     assert "nowhere" in error_line(capsys, "--data", str(tmp_path / "nowhere"))
 
 
-def test_the_embedded_pairs_go_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_embedded_pairs_go_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     built: list[Path] = []
+    cache = tmp_path / "new" / "deep"  # is made
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(cache))
     monkeypatch.setattr(scenes, "build", built.append)
     assert pairs_folder("mini") == ROOT / "mini" / "generated"
     assert pairs_folder("somewhere/mini") == Path("somewhere/mini") and built == []
@@ -635,10 +638,13 @@ def test_missing_weights_stop_the_run_at_once(cache: Path, few_scenes: Path, tmp
 # -- captions ---------------------------------------------------------------
 
 
-def test_captions_from_a_file_reach_the_cross_attention(few_scenes: Path, cache: Path, tmp_path: Path):
+def test_captions_from_a_file_reach_the_cross_attention(
+    few_scenes: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     pairs = data.read_pairs(few_scenes)
     captions = tmp_path / "captions.jsonl"
     entries = [{"image": name, "caption": f"a picture of {i % 7}"} for i, name in enumerate(pairs.names)]
+    entries[5]["caption"] = "star " * 100
     captions.write_text("".join(json.dumps(entry) + "\n" for entry in entries[:-1]))
     config = TrainConfig(data=str(few_scenes), captions=str(captions))
     prepared = prepare(resolve(config))
@@ -647,7 +653,7 @@ def test_captions_from_a_file_reach_the_cross_attention(few_scenes: Path, cache:
         expected = text(weights.load_tokenizer("sd-mini")(["a picture of 3", ""]))
     np.testing.assert_allclose(prepared.inputs[1][3], expected[0].numpy(), atol=2e-3)
     np.testing.assert_allclose(prepared.inputs[1][len(pairs) - 1], expected[1].numpy(), atol=2e-3)
-    assert len(prepared.inputs[1].rows) == 8
+    assert len(prepared.inputs[1].rows) == 9 and "captions: 1 were cut to 75 tokens" in caplog.text
 
 
 def tiny_blip(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from test_tables import QUICK, make, read, trained_here  # noqa: F401  (fixtures)
 
 import eval
@@ -53,6 +54,7 @@ def test_calibration_error_by_hand():
     assert binned(predicted, true, 2) == pytest.approx(np.array([[0.15, 0.5, 2], [0.85, 1, 2]]))
     predicted, true = (np.append(predicted, 0.5).repeat(4), np.append(true, 0).repeat(4))
     assert calibration_error(predicted, true) == pytest.approx((0.1 + 0.8 + 0.5 + 0.2 + 0.1) / 5)
+    assert calibration_error(np.zeros(11), np.r_[1, 1, np.zeros(9)]) == pytest.approx(2 / 11)  # 2 in one bin
 
 
 def test_logistic_regression_finds_the_coefficients():
@@ -60,6 +62,8 @@ def test_logistic_regression_finds_the_coefficients():
     x = np.c_[rng.normal(size=(20_000, 2)), np.ones(20_000)]
     truth = rng.random(20_000) < sigmoid(x @ [1.5, -0.5, 0.3])
     assert logistic_regression(x, truth) == pytest.approx(np.array([1.5, -0.5, 0.3]), abs=0.06)
+    theirs = LogisticRegression(fit_intercept=False, tol=1e-9).fit(x[:30], truth[:30])  # of penalty 1
+    assert logistic_regression(x[:30], truth[:30]) == pytest.approx(theirs.coef_[0], abs=1e-5)
 
 
 def test_own_words_and_those_of_the_next_pair_by_hand():
@@ -104,6 +108,8 @@ def test_the_expected_cosine_is_the_length_of_the_mean_embedding(two_kinds):
     first, second = np.eye(3)[:2]
     assert two_kinds.expected(first) == pytest.approx(1, abs=0.01)
     assert two_kinds.expected(second) == pytest.approx(0.6, abs=0.06)
+    together = two_kinds.expected(np.stack([second, 2 * first]))
+    assert together == pytest.approx([two_kinds.expected(second), 1])  # no cosine is above 1
 
 
 def test_words_of_the_picture_are_probable_and_others_not(two_kinds):
@@ -140,16 +146,19 @@ def test_a_calibration_is_read_as_written_and_refused_if_damaged(two_kinds, tmp_
     assert (same.maps == two_kinds.maps).all() and same.cosines == two_kinds.cosines
     assert (same.to_shown, same.to_prompt) == (two_kinds.to_shown, two_kinds.to_prompt)
     older = json.loads((tmp_path / "calibration.json").read_text())
-    (tmp_path / "calibration.json").write_text(json.dumps({k: older[k] for k in ("cosines", "slope")}))
-    assert calibration.read_calibration(tmp_path, 2) is None
+    assert len(older["cosines"]) == 101
+    for lacking in (("to_prompt",), ("to_prompt", "to_shown")):
+        held = {name: value for name, value in older.items() if name not in lacking}
+        (tmp_path / "calibration.json").write_text(json.dumps(held))
+        assert calibration.read_calibration(tmp_path, 2) is None
     with pytest.raises(DataError, match="lacks its calibration; run: python eval.py"):
         calibration.require_calibration(tmp_path, 2)
     calibration.write_calibration(tmp_path, two_kinds)
     with pytest.raises(DataError, match="calibration.npy.*python eval.py"):
         calibration.read_calibration(tmp_path, 3)
     damaged = {name: getattr(two_kinds, name) for name in calibration.FIELDS}
-    for name in ("to_shown", "to_prompt", "cosines"):
-        longer = damaged | {name: [*damaged[name], 0.5]}
+    for name in ("to_shown", "to_prompt", "cosines", "colour"):
+        longer = damaged | {name: [*damaged.get(name, ()), 0.5]}
         (tmp_path / "calibration.json").write_text(json.dumps(longer))
         with pytest.raises(DataError, match=f"calibration.json.*{name}"):
             calibration.read_calibration(tmp_path, 2)
