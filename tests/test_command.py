@@ -1,5 +1,7 @@
 """The end of every command: one line and a status for what a user can mend, a traceback for the rest."""
 
+import os
+import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -24,6 +26,7 @@ from weights import WeightsError, load_tokenizer, resolve_device
             RuntimeError("can't allocate: 9"),
             "error: not enough memory (can't allocate: 9); make batches or pictures smaller",
         ),
+        (MemoryError(), "error: not enough memory (); make batches or pictures smaller"),
         (DataError("a b " * 200), "error: " + "a b " * 200),
         (PermissionError(13, "Permission denied", "runs"), "error: [Errno 13] Permission denied: 'runs'"),
     ],
@@ -36,10 +39,17 @@ def test_errors_of_input_and_disk_are_one_line_and_status_2(error: Exception, li
     assert capsys.readouterr().err == line + "\n"
 
 
-def test_a_status_is_kept_and_an_error_of_the_program_is_not_caught():
+def test_a_status_is_kept_and_an_error_of_the_program_is_not_caught(capsys):
     assert (run_command(lambda: None), run_command(lambda: 2)) == (0, 2)
-    with pytest.raises(ZeroDivisionError):
-        run_command(lambda: 1 // 0)
+    for error in (ZeroDivisionError(), RuntimeError("shapes differ")):
+        with pytest.raises(type(error)):
+            run_command(lambda error=error: (_ for _ in ()).throw(error))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert run_command(lambda: os.kill(os.getpid(), signal.SIGTERM), "goes on later") == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr() == ("", "goes on later\n")
 
 
 def test_a_closed_or_ascii_standard_output_is_no_traceback():
@@ -62,9 +72,11 @@ def test_a_closed_or_ascii_standard_output_is_no_traceback():
 
 
 def test_numbers_of_options():
-    assert positive("7") == 7 and number(float, 0, 1)("1") == 1.0 and number(int)("-3") == -3
+    assert [positive(text) for text in ("1", "999999999")] == [1, 999_999_999]
+    assert number(float, 0, 1)("1") == 1.0 and number(int)("-3") == -3
     share = number(float, 0, 1)
-    for parse, value in ((positive, "0"), (positive, "²"), (share, "1.1"), (share, "nan")):
+    refused = [(positive, value) for value in ("0", "²", "1_0", "٣", "1000000000")]
+    for parse, value in (*refused, (share, "1.1"), (share, "nan"), (number(float), "inf")):
         with pytest.raises(ArgumentTypeError, match=f"{value}: must be"):
             parse(value)
 
@@ -73,7 +85,9 @@ def test_arguments_however_long_empty_or_undecoded(capsys):
     parser = Parser(prog="p")
     parser.add_argument("--n", type=positive)
     parser.add_argument("--data", type=text)
-    for flags, line in ((["--n", "9" * 5000], "9 ... 9"), (["--data", " "], "--data: must not be empty")):
+    parser.add_argument("--x", type=number(int))
+    for flags, line in ((["--n", "9" * 5000], "9 ... 9"), (["--data", " "], "--data: must not be empty"),
+                        (["--x", "a"], "--x: invalid int value: 'a'")):  # fmt: skip
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(flags)
         error = capsys.readouterr().err.splitlines()[-1]
