@@ -55,16 +55,17 @@ def test_a_status_is_kept_and_an_error_of_the_program_is_not_caught(capsys):
 def test_a_closed_or_ascii_standard_output_is_no_traceback():
     code = "from command import run_command; raise SystemExit(run_command(lambda: print('é' * {n})))"
     python, options = [sys.executable, "-c"], {"cwd": ROOT, "text": True}
+    buffered = environment(PYTHONUNBUFFERED="")
     ascii_only = environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     done = subprocess.run([*python, code.format(n=1)], env=ascii_only, capture_output=True, **options)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\xe9\n", "")
     process = subprocess.Popen(
-        [*python, code.format(n=10**6)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*python, code.format(n=10**6)], env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         **options,
     )  # fmt: skip
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*python, code.format(n=1)], stdout=full, stderr=subprocess.PIPE, env=environment(), **options
+            [*python, code.format(n=1)], stdout=full, stderr=subprocess.PIPE, env=buffered, **options
         )
     assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
     process.stdout.close()

@@ -669,10 +669,9 @@ def test_captions_in_every_form(tmp_path, two_parts, caplog):
     assert "no caption for 2 of 4" in caplog.text
     (tmp_path / "c.csv").write_text("file_name,caption\na.png,first\nc.png,\n")
     assert read_captions(tmp_path / "c.csv", two_parts) == ["first", "", "", ""]
-    (tmp_path / "c.json").write_text(
-        json.dumps({"a.png": "first", "part-000002.zip!b.png": "fourth", "c.png": None})
-    )
-    assert read_captions(tmp_path / "c.json", two_parts) == ["first", "", "", "fourth"]
+    parts = {"part-000002.zip!b.png": "fourth", "part-000002.zip!c.png": "third"}
+    (tmp_path / "c.json").write_text(json.dumps({"a.png": "first", "b.png": "?", "c.png": None} | parts))
+    assert read_captions(tmp_path / "c.json", two_parts) == ["first", "", "third", "fourth"]
     (tmp_path / "c.txt").write_text("1\n\n3\n4\n")
     assert read_captions(tmp_path / "c.txt", two_parts) == ["1", "", "3", "4"]
     assert read_captions(tmp_path / "c.txt", two_parts.subset([3, 0])) == ["4", "1"]

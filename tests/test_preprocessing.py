@@ -323,7 +323,7 @@ GOOD = asdict(Preprocessing.square(8))
     {"squash": True},
 ])
 def test_a_preprocessing_that_cannot_be(wrong):
-    Preprocessing(**GOOD | {"size": (1, 1), "resize": 1})
+    assert len({Preprocessing(**GOOD | {"size": (1, 1), "resize": side}) for side in (1, 1)}) == 1
     with pytest.raises(ValueError, match="no such preprocessing"):
         Preprocessing(**GOOD | wrong)
 

@@ -147,7 +147,7 @@ def test_without_locks_each_process_encodes_all(tmp_path: Path, monkeypatch: pyt
         assert f"{tmp_path}: cannot be locked" in caplog.text
 
 
-def test_bytes_are_locked_for_one_process_alone_until_it_gives_them_up(tmp_path: Path):
+def test_bytes_are_locked_for_one_process_alone_until_it_gives_them_up(tmp_path: Path, caplog):
     (tmp_path / "a").write_bytes(bytes(8))
 
     def free(start: int) -> int:
@@ -163,6 +163,11 @@ def test_bytes_are_locked_for_one_process_alone_until_it_gives_them_up(tmp_path:
             assert files.lock_bytes(file, 2, 4, wait) and [free(k) for k in (1, 2, 5, 6)] == [1, 0, 0, 1]
             files.unlock_bytes(file, 2, 4)
             assert free(2) == 1
+    with files.exclusive(tmp_path):
+        other = threading.Thread(target=files.exclusive(tmp_path, "it waits").__enter__)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and "it waits" in caplog.text
 
 
 @pytest.fixture
@@ -207,7 +212,8 @@ def test_how_many_processes_read_images(pictures: Pairs, monkeypatch: pytest.Mon
         monkeypatch.setattr(caches.time, "perf_counter", clock)
         assert readers(None, images, device) == count
         assert readers(5, images, device) == 5
-    assert TrainConfig().workers is None
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert readers(None, images, "cpu") == 12 and TrainConfig().workers is None
 
 
 def test_where_encoders_run_in_bf16():
