@@ -408,10 +408,8 @@ LINKS = [[1, 6, 0, 3, 0, "CONDITIONING"], [2, 7, 0, 3, 1, "CONDITIONING"], [3, 3
          [10, 12, 0, 10, 2, "INT"], [11, 13, 0, 6, 1, "CLIP"]]  # fmt: skip
 EDITED = {
     "one text": [edited_node(6, "CLIPTextEncode", WANT, 512)],
-    "a text and its encoder": [
-        edited_node(6, "CLIPTextEncode", WANT, clip=("CLIP", 11)),
-        edited_node(13, "CheckpointLoader", "some model.safetensors"),
-    ],
+    "a text and its encoder": [edited_node(6, "CLIPTextEncode", WANT, clip=("CLIP", 11)),
+                               edited_node(13, "Loader", "some model.safetensors")],
     "texts by the names of their sockets": [
         edited_node(6, "Loader", "x y", "fixed", "z", UGLY, WANT, model=("MODEL", None), seed="INT",
                     name="COMBO", negative="STRING", positive="STRING")

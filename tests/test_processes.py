@@ -151,7 +151,7 @@ def test_bytes_are_locked_for_one_process_alone_until_it_gives_them_up(tmp_path:
     (tmp_path / "a").write_bytes(bytes(8))
 
     def free(start: int) -> int:
-        """1 where another process can lock the byte, 0 where it can neither lock nor share it."""
+        """1 where another process can lock the byte, 0 where it can neither lock nor share it (5)."""
         if not (child := os.fork()):
             with open(tmp_path / "a", "rb+") as file, suppress(OSError):
                 os._exit(1 if files.lock_bytes(file, start, 1) else files.fcntl.lockf(file, 5, 1, start) or 2)
