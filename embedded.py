@@ -117,7 +117,7 @@ def decoded(raw: bytes) -> str:
 
 def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """(kind, begin, end) of each chunk of a PNG, its length and checksum included; the last may be cut. None
-    of another file."""
+    of another file. The file is left at the chunk's content."""
     file.seek(0)
     begin = len(PNG)
     if file.read(begin) != PNG:
@@ -129,7 +129,7 @@ def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         file.seek(begin)
 
 
-def png_pixels(file: BinaryIO, header: bool = False) -> io.BytesIO:
+def png_pixels(file: BinaryIO, header: bool) -> io.BytesIO:
     """The PNG without texts and colour profile, which Pillow refuses together with the pixels if they are
     damaged or large. header: only as far as the pixels begin."""
     kept = [PNG]
@@ -156,7 +156,6 @@ def _png_texts(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     for kind, begin, end in png_chunks(file):
         if kind not in (b"tEXt", b"zTXt", b"iTXt", b"eXIf") or end - begin > MAX_TEXT:
             continue
-        file.seek(begin + 8)
         content = file.read(end - begin - 12)
         if kind == b"eXIf":
             yield from _exif_texts(lambda raw=content: _exif(raw))
@@ -403,9 +402,8 @@ def _from_infotext(text: str) -> Candidate | None:
     """
     if "\n" not in text and re.search(r"\\n(?:Negative prompt|Steps): ", text):
         text = text.replace("\\n", "\n")  # its new lines were escaped once too often
-    if LABEL.match(text) and (listed := _from_row(_pairs(text.splitlines()))):
-        if listed.prompt and len(listed.settings) > 1:
-            return listed
+    if LABEL.match(text) and (listed := _from_row(_pairs(text.splitlines()))) and len(listed.settings) > 1:
+        return listed
     start, settings, inside = _settings_begin(text)
     negative = NEGATIVE_LINE.search(text, 0, start)
     if negative is None and settings:
@@ -413,7 +411,7 @@ def _from_infotext(text: str) -> Candidate | None:
         inside = inside or negative is not None
     if not settings and negative is None:
         return None
-    prompt = LABEL.sub("", text[:negative.start() if negative else start].strip(), count=1)
+    prompt = LABEL.sub("", text[:negative.start() if negative else start].strip())
     return _candidate(prompt.rstrip(" ,;") if inside else prompt, settings)
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import files
 from data import DataError, Preprocessing, read_pairs
 from files import atomic_write
 from training import rows as caches
@@ -406,9 +407,20 @@ def test_atomic_write(tmp_path, monkeypatch):
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, full_disk)
-            with pytest.raises(OSError):
+            with pytest.raises(OSError) as caught:
                 atomic_write(path, "newer")
+        assert caught.value.filename == str(path)
         assert path.read_bytes() == b"\0new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_and_arrays_are_written_with_their_folders(tmp_path):
+    text, array = tmp_path / "a" / "b" / "a.json", tmp_path / "c" / "d" / "a.npy"
+    for value in (1, 2):
+        files.write_json(text, {"a": value})
+        files.write_array(array, np.array([value]))
+    assert text.read_text() == '{\n "a": 2\n}\n' and np.load(array).tolist() == [2]
+    with pytest.raises(ValueError):
+        files.write_array(array, np.array([None]))
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file_or_the_new(tmp_path):

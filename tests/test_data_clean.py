@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from data import DataError, clean, read_pairs, same_pictures, split
+from files import sizes_and_sums
 
 PROMPTS = Path(__file__).parents[2] / "shared" / "data" / "prompts" / "diffusiondb_10k.txt"
 
@@ -162,6 +164,9 @@ def test_equal_prompts_never_cross_splits(seed):
 def test_split_of_few_large_groups():
     rows = split(["a"] * 10 + ["b"] * 3 + ["c"] * 4, 0, 1, 1)
     assert sorted(map(len, rows.values())) == [3, 4, 10] and len(rows["train"]) == 10
+    for seed in range(3):  # where the large one comes first, too, the small ones fill the splits
+        rows = split(["a"] * 10 + list("bcdefghijk"), seed, 3, 3)
+        assert [len(rows[name]) for name in ("train", "val", "test")] == [14, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def test_split_of_few_large_groups():
     ],
 )
 def test_too_few_to_split(prompts, sizes):
-    with pytest.raises(DataError, match="distinct prompts"):
+    with pytest.raises(DataError, match="distinct prompts and pictures cannot give"):
         split(prompts, 0, *sizes)
 
 
@@ -237,3 +242,13 @@ def test_equal_pictures_are_found_in_zips_and_folders(tmp_path):
         assert same_pictures(pairs.subset([3, 1, 7])).tolist() == [0, 1, 2]
     (tmp_path / "loose/one/a.png").unlink()
     assert len(set(same_pictures(pairs).tolist())) == 4
+
+
+def test_sums_are_of_files_that_have_the_size_of_another(tmp_path):
+    names = ["xy", "gone", "gone too", "zw", "abc", "defg", "none", "xy", "."]
+    for name in ("xy", "zw", "abc", "defg", "none"):
+        (tmp_path / name).write_text(name.replace("none", ""))
+    marks = sizes_and_sums([tmp_path / name for name in names], {4})
+    read = [(len(text), zlib.crc32(text.encode())) for text in ("xy", "zw", "defg")]
+    assert [marks[k] for k in (0, 3, 4, 5, 6, 7)] == [*read[:2], (3, 0), read[2], (0, 0), read[0]]
+    assert len({marks[k] for k in (1, 2, 8)}) == 3 and max(marks[1], marks[2], marks[8]) < (0, 0)

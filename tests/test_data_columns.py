@@ -45,7 +45,8 @@ def test_texts_are_a_sequence_of_the_strings():
             texts[i]
     many = texts_of(str(k) for k in range(3 * columns.BLOCK + 5))
     assert list(many) == [str(k) for k in range(3 * columns.BLOCK + 5)]
-    assert texts_of([]) == [] and repr(many).startswith("Texts(12,293: '0', '1'")
+    assert texts_of([]) == [] and repr(many) == "Texts(12,293: '0', '1', '2', ...)"
+    assert [repr(texts_of("abcd"[:n]))[9:] for n in (3, 4)] == ["'a', 'b', 'c')", "'a', 'b', 'c', ...)"]
 
 
 RECORDS = [
@@ -236,8 +237,9 @@ def test_pairs_go_to_other_processes(many, method):
     assert expected == [10 * k + j for k in range(4, -1, -1) for j in range(3, -1, -1)]
     context = multiprocessing.get_context(method)
     answers = context.Queue()
-    process = context.Process(target=look, args=(pairs, range(20), answers))
-    process.start()
+    process = context.Process(target=look, args=(pairs, range(20), answers), daemon=True)
+    with pairs._zips._lock:  # as another thread may, while this one forks
+        process.start()
     assert answers.get(timeout=60) == (expected, everything(pairs))
     process.join()
 
@@ -259,11 +261,13 @@ METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.
 
 @pytest.mark.parametrize("zip64", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_of_compression(tmp_path, parsed, method, zip64):
+def test_every_method_of_compression(tmp_path, parsed, method, zip64, monkeypatch):
+    monkeypatch.setattr(data, "MAX_BYTES", len(picture(7)))
     pairs = read_pairs(zip_of(tmp_path / "part-000001.zip", method, force_zip64=zip64))
     before = len(parsed)
     assert pairs.image(0).getpixel((0, 0)) == (7, 10, 20)
     assert len(parsed) - before == (0 if method in METHODS[:2] else 1)
+    monkeypatch.delattr(os, "pread")  # as on Windows
     assert read_pairs(tmp_path).image(0).getpixel((0, 0)) == (7, 10, 20)
 
 
@@ -370,6 +374,12 @@ def test_flipped_bits_never_raise_anything_else(tmp_path):
             assert read_pairs(path).image(0).size == (12, 8)
         except DataError as error:
             assert "\n" not in str(error)
+
+
+def test_a_quarter_of_the_descriptors_is_held_and_at_most_4096(monkeypatch):
+    for limit, held in {-1: 4096, 0: 1, 3: 1, 41: 10, 1 << 20: 4096}.items():
+        monkeypatch.setattr(archives.resource, "getrlimit", lambda _, limit=limit: (limit, 7))
+        assert archives.most_open() == held
 
 
 def test_descriptors_stay_below_the_limit_and_serve_many_parts(tmp_path, many):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from test_data_readers import chunk, part, picture
 import data
 import embedded
 import files
+import schema
 from data import (
     DataError,
     Preprocessing,
@@ -62,6 +64,8 @@ def test_lists_numbers_and_lone_surrogates_as_texts(tmp_path):
     (tmp_path / "list.jsonl").unlink()
     (tmp_path / "list.csv").write_text('file_name,text\na,"[""one"", ""two""]"\nb,[not json]\n')
     assert read_pairs(tmp_path).prompts == ["one", "two", "[not json]"]
+    (tmp_path / "list.csv").write_bytes(b'file_name,text\r\na,"one\r\ntwo"\r\n')
+    assert read_pairs(tmp_path).prompts == ["one\r\ntwo"]
 
 
 def test_texts_beside_images_under_every_name(tmp_path):
@@ -95,7 +99,7 @@ def test_texts_beside_images_under_every_name(tmp_path):
     assert pairs.skipped == []
 
 
-def test_other_formats_are_counted(tmp_path):
+def test_other_formats_are_counted(tmp_path, caplog):
     folder_of(tmp_path, "a.png", "b.avif", "c.heic", "d.mp4", "e", a__txt="a", e__txt="e", readme__md="x")
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["a"]
@@ -105,6 +109,21 @@ def test_other_formats_are_counted(tmp_path):
         "d.mp4",
         "e",
     ]
+    assert caplog.text.endswith(" ...\n")
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
+    folder_of(tmp_path, "a.png", "no/b.png", a__txt="a")
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (open if Path(path).name == "no" else listed)(path))
+    assert read_pairs(tmp_path).skipped == [f"{tmp_path}/no: the folder cannot be listed (Is a directory)"]
+
+
+def test_metadata_of_several_folders_are_read_and_no_other_tables_there(tmp_path):
+    for k, name in enumerate(("test/metadata", "train/metadata", "train/more")):
+        (folder_of(tmp_path, f"{name}.png") / f"{name}.csv").write_text(f"path,p\nmetadata.png,{k}\n")
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["0", "1"] and [a.name for a in pairs.archives] == ["test", "train"]
 
 
 def test_linked_folders_are_read_once(tmp_path):
@@ -123,35 +142,39 @@ def test_linked_folders_are_read_once(tmp_path):
 
 
 def test_names_written_on_windows(tmp_path):
-    folder_of(tmp_path, "images/a.png")
-    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\r\nimages\\a.png,one\r\n")
+    folder_of(tmp_path, "images/a.png", "other/a.png", r"x\b.png")  # the last one is not of Windows
+    rows = "file_name,text\r\nimages\\a.png,1\r\nother\\a.png,2\r\nx\\b.png,3\r\n"
+    (tmp_path / "metadata.csv").write_bytes(rows.encode())
     pairs = read_pairs(tmp_path)
-    assert pairs.names == ["images/a.png"] and pairs.image(0).size == (12, 8)
-    (tmp_path / "c.jsonl").write_text('{"image": "x\\\\images\\\\a.png", "caption": "first"}\n')
-    assert read_captions(tmp_path / "c.jsonl", pairs) == ["first"]
+    assert pairs.names == ["images/a.png", "other/a.png", r"x\b.png"] and pairs.image(0).size == (12, 8)
+    (tmp_path / "c.csv").write_text("image,caption\nimages\\a.png,first\nother\\a.png,second\n")
+    assert read_captions(tmp_path / "c.csv", pairs) == ["first", "second", ""]
 
 
 @pytest.mark.parametrize(
-    "name, text",
+    "name, text, why",
     [
-        ("prompts.csv", "imgId,prompt\n1,a\n"),
-        ("metadata.jsonl", '{"id": 1}\n'),
-        ("metadata.json", "[]"),
-        ("list.csv", "file_name;text\na.png;x\n"),
-        ("list.tsv", "file_name\ttext\n"),
-        ("x.parquet", "PAR1"),
-        ("list.csv", ""),
-        ("metadata.csv", "file_name,text\na.png,\xff\n"),
+        ("prompts.csv", "imgId,prompt\n1,a\n", r" \(it has imgid, prompt\)"),
+        ("images/list.csv", "a,b\n1,2\n", r" \(it has a, b\)"),
+        ("metadata.csv", "file_name,label\na.png,3\n", r" \(it has file_name, label\)"),
+        ("metadata.jsonl", '{"id": 1}\n', r" \(it has id\)"),
+        ("metadata.json", "[]", ""),
+        ("list.csv", "file_name;text\na.png;x\n", r" \(it has file_name;text\)"),
+        ("list.tsv", "file_name\ttext\n", ""),
+        ("x.parquet", "PAR1", ""),
+        ("list.csv", "", r" \(it has no columns\)"),
+        ("metadata.csv", "file_name,text\na.png,\xff\n", r" \(.*metadata.csv: .*save it as UTF-8 .csv\)"),
     ],
 )
-def test_tables_that_are_not_understood_are_named(tmp_path, name, text):
+def test_tables_that_are_not_understood_are_named(tmp_path, name, text, why):
     folder_of(tmp_path, "images/a.png")
     (tmp_path / name).write_text(text, "latin-1")
     with pytest.raises(DataError, match=rf"{name}: (no manifest|not understood).*a.png: no text beside it"):
         read_pairs(tmp_path)
     (tmp_path / "images/a.txt").write_text("a")
     pairs = read_pairs(tmp_path)
-    assert pairs.prompts == ["a"] and len(pairs.skipped) == 1 and name in pairs.skipped[0]
+    assert pairs.prompts == ["a"] and len(pairs.skipped) == 1
+    assert re.fullmatch(f".*{name}: no manifest, .*{re.escape(data.COLUMNS)}{why}", pairs.skipped[0])
 
 
 # borders ----------------------------------------------------------------------------------------------------
@@ -171,7 +194,7 @@ def test_pipes_and_devices_are_refused(tmp_path):
     (tmp_path / "b.png").write_bytes(picture())
     (tmp_path / "c.png").write_bytes(picture())
     (tmp_path / "c.txt").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match="3 passed over: .*a.png.*b.txt.*c.txt.*no regular file"):
+    with pytest.raises(DataError, match="3 passed over: .*a.png.*b.txt.*c.txt.*no regular file.*[)]$"):
         read_pairs(tmp_path)
 
 
@@ -189,6 +212,9 @@ def test_no_array_can_be_read(content, message, tmp_path):
         path.write_bytes(content)
     with pytest.raises(DataError, match=f"a.npy: .*{message}"):
         files.read_array(path, np.float64, (2, 3))
+    np.save(tmp_path / "b.npy", np.array([None]))
+    with pytest.raises(DataError, match="b.npy: is no sound .npy"):
+        files.read_array(tmp_path / "b.npy", object, (1,))
 
 
 def test_arrays_have_the_dtype_and_shape_that_are_wanted(tmp_path):
@@ -206,9 +232,9 @@ def test_arrays_have_the_dtype_and_shape_that_are_wanted(tmp_path):
 def test_large_files_and_texts_are_refused(tmp_path, monkeypatch):
     folder_of(tmp_path, *"ab")
     long = "x" * (embedded.MAX_PROMPT + 1)
-    (tmp_path / "list.csv").write_text(f"file_name,text\na,{long}\nb,short\n")
+    (tmp_path / "list.csv").write_text(f"file_name,text\na,{long}\nb,{long[1:]}\n")
     pairs = read_pairs(tmp_path)
-    assert pairs.prompts == ["short"] and "longer than 500,000 characters" in pairs.skipped[0]
+    assert pairs.prompts == [long[1:]] and "longer than 500,000 characters" in pairs.skipped[0]
     part(
         tmp_path / "zips/part-000001.zip",
         {"a.png": {"p": long}, "b.png": {"p": "b"}},
@@ -219,11 +245,26 @@ def test_large_files_and_texts_are_refused(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="list.csv: a line has 1,000 characters"):
         read_pairs(tmp_path / "list.csv")
     monkeypatch.setattr(data, "MAX_JSON", 1000)
-    with pytest.raises(DataError, match="unpacks to more than"):
+    (tmp_path / "zips/part-000002").mkdir()
+    (tmp_path / "zips/part-000002/part-000002.json").write_text(json.dumps({"a.png": {"p": long}}))
+    with pytest.raises(DataError, match="unpacks to more.*part-000002.json: cannot be read.*larger"):
         read_pairs(tmp_path / "zips")
     (tmp_path / "c.json").write_text(json.dumps({"b": long}))
     with pytest.raises(DataError, match="c.json: is larger than"):
         read_captions(tmp_path / "c.json", pairs)
+
+
+def test_files_and_lines_are_read_up_to_their_limits(tmp_path):
+    path = folder_of(tmp_path, a__txt="é") / "a.txt"
+    assert files.read_text(path, 2) == "é"
+    with pytest.raises(DataError, match="larger than 0 MB"):
+        files.read_text(path, 1)
+    for size, suffix, read, message in (((1 << 26) + 1, ".json", schema.read_json, "than 64 MB"),
+                                        ((1 << 24) + 1, ".jsonl", read_pairs, "16,777,216")):  # fmt: skip
+        path = path.rename(path.with_suffix(suffix))
+        os.truncate(path, size)
+        with pytest.raises(DataError, match=message):
+            read(path)
 
 
 def test_damaged_lzma_streams(tmp_path):
@@ -249,10 +290,10 @@ def thin_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [(1, 66_000), (66_000, 1)])
+@pytest.mark.parametrize("side", [(1, 65_536), (65_536, 1)])
 def test_pictures_however_thin(tmp_path, side):
     (tmp_path / "a.png").write_bytes(thin_png(*side))
-    with pytest.raises(DataError, match="a.png: a side of 66,000 pixels"):
+    with pytest.raises(DataError, match="a.png: a side of 65,536 pixels"):
         load_image(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(thin_png(*(min(n, 65_535) for n in side)))
     for rules in ("torchvision", "transformers"):

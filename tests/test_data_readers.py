@@ -1,6 +1,7 @@
 """Every kind of input that read_pairs knows, whole and broken; images as a user would expect them."""
 
 import copy
+import csv
 import io
 import json
 import logging
@@ -113,6 +114,8 @@ def test_large_layout_one_zip_and_unpacked_folder_agree(tmp_path):
 
 def test_a_zip_made_again_with_a_folder_inside(tmp_path):
     part(tmp_path / "part-000001.zip", {"a.png": {"p": "one"}}, {"a.png": picture(1)}, prefix="part-000001/")
+    with zipfile.ZipFile(tmp_path / "part-000001.zip", "a") as archive:
+        archive.writestr("part-000001/other.json", "{}")
     pairs = read_pairs(tmp_path)
     assert pairs.names == ["part-000001/a.png"] and pairs.image(0).size == (12, 8)
 
@@ -145,7 +148,8 @@ def test_faulty_zips_are_passed_over_listed_and_counted(tmp_path, caplog):
         ("part-000006.zip", "no JSON"),
     ):
         assert any(where in line and why in line for line in pairs.skipped), where
-    assert len(caplog.records) == 1 and "8 passed over" in caplog.text and "gone.png" in caplog.text
+    assert len(caplog.records) == 1 and "8 passed over" in caplog.text
+    assert caplog.text.endswith("; ".join(pairs.skipped[:3]) + " ...\n")
 
 
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.png", "C:/x.png", "..\\x.png"])
@@ -270,6 +274,7 @@ def test_manifest_columns(tmp_path, image_key, text_key):
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["one", 'two, "quoted"'] and pairs.names == ["sub/a.png", "b.jpg"]
+    assert pairs.archives == [tmp_path]
     assert pairs.meta[1] == {"n": 1} and pairs.image(0).size == (12, 8)
     (tmp_path / "list.jsonl").unlink()
     (tmp_path / "list.csv").write_text(
@@ -284,14 +289,15 @@ def test_manifest_faults(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(
         '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.p\n'
         '{"text": "no name"}\n{"file_name": "gone.png", "text": "x"}\n'
-        '{"file_name": "a.png"}\n'
+        '{"file_name": "a.png"}\n{"file_name": 7, "text": "x"}\n'
     )
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["one", ""]
-    assert [line.split(": ")[-1] for line in pairs.skipped] == [
-        "does not parse",
-        "names no image",
-        "in the manifest but not there",
+    assert [line.removeprefix(f"{tmp_path}/") for line in pairs.skipped] == [
+        "metadata.jsonl, line 2: does not parse",
+        "metadata.jsonl, line 3: names no image",
+        "gone.png: in the manifest but not there",
+        "metadata.jsonl, line 6: names no image",
     ]
     (tmp_path / "metadata.jsonl").rename(tmp_path / "one.jsonl")
     (tmp_path / "two.csv").write_text("file_name,text\na.png,x\n")
@@ -310,6 +316,7 @@ def test_prompt_of_ten_thousand_words_everywhere(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(1))
     (tmp_path / "list.csv").write_text(f"file_name,text\na.png,{long}\n")
     assert read_pairs(tmp_path / "list.csv").prompts == [long]
+    assert csv.field_size_limit() == 131_072, "Python's own limit is left as it was"
     (tmp_path / "list.csv").unlink()
     (tmp_path / "a.txt").write_text(long)
     assert read_pairs(tmp_path).prompts == [long]
@@ -342,12 +349,16 @@ def test_text_beside_each_image(tmp_path):
 
 
 def test_nothing_usable(tmp_path):
-    with pytest.raises(DataError, match="no such file or folder"):
+    with pytest.raises(DataError, match=r"no such file or folder \(No such file or directory\); check"):
         read_pairs(tmp_path / "nowhere")
     with pytest.raises(DataError, match="found no file"):
         read_pairs(tmp_path)
     (tmp_path / "readme.md").write_text("hello")
     with pytest.raises(DataError, match=r"Looked for part-\*\.zip.*found 1 \.md"):
+        read_pairs(tmp_path)
+    for name in ("a.b", "b.c", "c.d", "d.e", "photos.zip"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=r"found 1 \.b, 1 \.c, 1 \.d, 1 \.e, 1 \.zip$"):
         read_pairs(tmp_path)
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "plain.png").write_bytes(picture())
@@ -584,6 +595,7 @@ def test_modes_become_the_rgb_one_expects():
     assert deep.mode == "RGB"
     assert np.abs(np.asarray(deep)[..., 0].astype(float) - ramp / 257).max() <= 0.5
     assert saved(Image.fromarray(ramp), "TIFF").getpixel((7, 7)) == (255, 255, 255)
+    assert saved(Image.new("I", (2, 2), 70_000), "TIFF").getpixel((0, 0)) == (255, 255, 255)
     assert saved(Image.new("L", (2, 2), 77)).getpixel((0, 0)) == (77, 77, 77)
     assert saved(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("RGB", (2, 2), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE)
@@ -656,10 +668,9 @@ def test_captions_in_every_form(tmp_path, two_parts, caplog):
     assert "no caption for 2 of 4" in caplog.text
     (tmp_path / "c.csv").write_text("file_name,caption\na.png,first\nc.png,\n")
     assert read_captions(tmp_path / "c.csv", two_parts) == ["first", "", "", ""]
-    (tmp_path / "c.json").write_text(
-        json.dumps({"a.png": "first", "part-000002.zip!b.png": "fourth", "c.png": None})
-    )
-    assert read_captions(tmp_path / "c.json", two_parts) == ["first", "", "", "fourth"]
+    parts = {"part-000002.zip!b.png": "fourth", "part-000002.zip!c.png": "third"}
+    (tmp_path / "c.json").write_text(json.dumps({"a.png": "first", "b.png": "?", "c.png": None} | parts))
+    assert read_captions(tmp_path / "c.json", two_parts) == ["first", "", "third", "fourth"]
     (tmp_path / "c.txt").write_text("1\n\n3\n4\n")
     assert read_captions(tmp_path / "c.txt", two_parts) == ["1", "", "3", "4"]
     assert read_captions(tmp_path / "c.txt", two_parts.subset([3, 0])) == ["4", "1"]
@@ -682,7 +693,7 @@ def test_caption_faults(tmp_path, two_parts):
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=what):
             read_captions(tmp_path / name, two_parts)
-    with pytest.raises(DataError, match="gone.csv"):
+    with pytest.raises(DataError, match="gone.csv: no such file"):
         read_captions(tmp_path / "gone.csv", two_parts)
 
 

@@ -7,12 +7,14 @@ import json
 import struct
 import time
 import zlib
+from itertools import product
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_embedded_graphs import GRAPH, GRAPH_SETTINGS, WANT, clip, node, sampler, saved, text_png
 
+import embedded
 from data import embedded_prompt, load_image, read_pairs
 from embedded import NoPrompt, decoded, find_prompt, graph_of, graph_prompt, sidecar_prompt
 
@@ -88,6 +90,7 @@ def test_letters_beyond_ascii(text, encoding):
     text = f"{text}\nNegative prompt: ugly\nSteps: 4, Seed: 1"
     for code in (b"", b"UNICODE\0", b"ASCII\0\0\0", bytes(8)):
         assert decoded(code + text.encode(encoding)) == text
+    assert decoded(b"UNICODE\0" + "barn".encode("utf-16-be") + b"\0") == "barn"
     assert decoded(b"caf\xe9 au lait") == "café au lait"
     assert decoded(b"\x93a barn\x94") == "“a barn”"
     assert decoded("夕暮れの赤い納屋".encode()[:-1]) == "夕暮れの赤い納\ufffd"
@@ -158,20 +161,22 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
         INFOTEXT: META,
         json.dumps({"Description": WANT, "Comment": json.dumps({"steps": 28, "uc": "ugly"})}): {"st": 28},
     }
-    for text, settings in texts.items():
+    for (text, settings), spare in product(texts.items(), (0, 9)):
         body = gzip.compress(text.encode()) if kind.endswith("comp") else text.encode()
         head = b"stealth_" + kind.encode() + struct.pack(">I", 8 * len(body))
         bits = np.unpackbits(np.frombuffer(head + body, np.uint8))
         channels = slice(3, 4) if kind.startswith("png") else slice(0, 3)
         columns = -(-len(bits) // (40 * (channels.stop - channels.start)))  # the text fills the picture
-        pixels = np.full((columns, 40, 4), 254, np.uint8)
+        pixels = np.full((columns + spare, 40, 4), 254, np.uint8)
+        pixels[columns:] = 255
         flat = pixels[..., channels].reshape(-1)
         flat[: len(bits)] |= bits
         pixels[..., channels] = flat.reshape(pixels[..., channels].shape)
         image = Image.fromarray(pixels.swapaxes(0, 1).copy())
         path = tmp_path / f"a.{form.lower()}"
-        (image if kind.startswith("png") else image.convert("RGB")).save(path, form, lossless=True)
-        assert embedded_prompt(path) == (WANT, settings)
+        for mode in ("RGBA",) if kind.startswith("png") else ("RGBA", "RGB"):
+            image.convert(mode).save(path, form, lossless=True)
+            assert embedded_prompt(path) == (WANT, settings)
     Image.new("RGB", (1, 40)).save(path, form)
     assert embedded_prompt(path) is None
 
@@ -202,7 +207,15 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
             WANT,
             META,
         ),
+        ("Prompt: \nSeed: 11\nSteps: 20", "", {"se": 11, "st": 20}),
+        ("Prompt: a barn\nScale: 7\nin snow", "Prompt: a barn\nScale: 7\nin snow", {}),
         (f"{WANT}\nSteps: 20, Size: 64x64, Model: x", WANT, {"st": 20}),
+        (f"{WANT}\nSeed: 11, CFG scale: 7", WANT, {"se": 11, "c": 7.0}),
+        (f"{WANT},\n{SETTINGS}", f"{WANT},", META),
+        (f"{WANT},\nNegative prompt: ugly", f"{WANT},", {}),
+        (f"\nClip skip: 2, {SETTINGS}", "", META),
+        (rf"a \new barn, {SETTINGS}", r"a \new barn", META),
+        ("a poster\nSeed: 7", "a poster\nSeed: 7", {}),
         (f"{WANT}\nClip skip: 2, {SETTINGS}", WANT, META),
         (f"a sign\n{WANT} {SETTINGS}", f"a sign\n{WANT}", META),
         (f"sign: a barn, {SETTINGS}", "sign: a barn", META),
@@ -309,6 +322,7 @@ OBJECTS = {
         {"UserComment": json.dumps({"prompt": WANT, "seed": 3, "negative_prompt": "ugly"})},
         {"se": 3},
     ),
+    "a list of nodes": ({"UserComment": {"nodes": [], "prompt": WANT}}, {}),
     "novelai": ({"Description": WANT, "Comment": json.dumps({"steps": 28, "uc": "ugly"})}, {"st": 28}),
     "novelai, webp": (
         {
@@ -370,6 +384,7 @@ def test_every_kind_of_source(kind):
 @pytest.mark.parametrize("prompt", ['a sign "hi" on a wall', '"a cat'])
 def test_quotes_within_a_bare_prompt_belong_to_it(prompt):
     assert find_prompt({"Dream": f"{prompt} -s50 -S123"}) == (prompt, {"st": 50, "se": 123})
+    assert find_prompt({"Dream": '"" -s50'}) == ("", {"st": 50})
 
 
 # nothing certain, and limits --------------------------------------------------------------------------------
@@ -440,6 +455,28 @@ def test_long_and_deep_sources_end_soon(tmp_path):
     assert time.process_time() - start < 10
 
 
+def test_texts_are_read_up_to_their_limits(tmp_path, monkeypatch):
+    text, path = INFOTEXT.encode() + b" " * 1000, tmp_path / "a.png"
+    plain, graph = (chunk(b"tEXt", b"prompt\0" + part.encode()) for part in (INFOTEXT, json.dumps(GRAPH)))
+    packed = chunk(b"zTXt", b"prompt\0\0" + zlib.compress(text))
+    for part, name, limit in (
+        (plain, "MAX_TEXT", len(plain)), (packed, "MAX_TEXT", len(text)),
+        (plain, "MAX_TEXTS", len(INFOTEXT)), (plain, "MAX_PROMPT", len(WANT)),
+        (graph, "MAX_PROMPT", len(WANT)), (graph, "MAX_NODES", len(GRAPH)),
+    ):  # fmt: skip
+        for beyond, found in ((0, WANT), (1, None)):
+            monkeypatch.setattr(embedded, name, limit - beyond)
+            assert (embedded_prompt(png(path, part)) or (None,))[0] == found
+        monkeypatch.undo()
+    large = chunk(b"zTXt", b"w\0\0" + zlib.compress(bytes((1 << 23) + 1)))  # all texts: 32 MB
+    for count, found in ((3, (WANT, META)), (4, None)):
+        assert embedded_prompt(png(path, *[large] * count, plain)) == found
+    deep = json.dumps({"a": {"b": {"c": {"d": {"prompt": WANT}}}}})
+    assert find_prompt({"UserComment": deep})[0] == WANT
+    with pytest.raises(NoPrompt):
+        find_prompt({"UserComment": f'{{"a": {deep}}}'})
+
+
 def test_an_object_under_a_negative_key_holds_no_prompt():
     """A front end's settings, with both texts in objects of their own."""
     texts = {"settings": json.dumps({"negative": {"prompt": "ugly, blurry"}, "main": {"prompt": "a barn"}})}
@@ -449,7 +486,7 @@ def test_an_object_under_a_negative_key_holds_no_prompt():
 
 
 def test_a_placeholder_is_named_and_an_empty_prompt_beside_an_uncertain_one_is_none():
-    with pytest.raises(NoPrompt, match="a placeholder stands for its prompt"):
+    with pytest.raises(NoPrompt, match="^a placeholder stands for its prompt$"):
         find_prompt({"settings": json.dumps({"prompt": "unknown", "steps": 20})})
     node = {"class_type": "LLM", "inputs": {"temperature": 1, "prompt": "write a prompt"}}
     encode = {"class_type": "CLIPTextEncode", "inputs": {"text": ["1", 0], "clip": ["9", 0]}}
@@ -474,6 +511,7 @@ def test_pixels_and_prompt_survive_other_texts(tmp_path, kind):
         "damaged": b"w\0\0\1\2\3",
         "empty": b"",
         "no key": b"\0\0\0\0\0\0",
+        "profile": {b"zTXt": b"Raw profile type exif\0\0" + zlib.compress(b"0" * 1_500_000)}.get(kind, b""),
     }
     for body in bodies.values():
         for damage in (False, True):
@@ -513,7 +551,7 @@ def test_pixels_survive_damaged_exif(tmp_path, form):
 
 
 @pytest.mark.parametrize("kind", ["eXIf", "tEXt", "zTXt"])
-def test_a_png_is_turned_wherever_its_exif_is(tmp_path, kind):
+def test_a_png_is_turned_wherever_its_exif_is(tmp_path, kind, monkeypatch):
     exif = tiff(0x112, struct.pack("<H", 6), 3, own=False)
     exif = exif[:14] + struct.pack("<II", 1, 6) + exif[22:]
     raw = ("\nexif\n      40\n" + (b"Exif\0\0" + exif).hex() + "\n").encode()
@@ -522,11 +560,15 @@ def test_a_png_is_turned_wherever_its_exif_is(tmp_path, kind):
         "tEXt": b"Raw profile type exif\0" + raw,
         "zTXt": b"Raw profile type exif\0\0" + zlib.compress(raw),
     }[kind]
-    path = png(tmp_path / "a.png", chunk(kind.encode(), body))
+    path, part = tmp_path / "a.png", chunk(kind.encode(), body)
     image = Image.new("RGB", (16, 16), "red")
     image.putpixel((0, 0), (0, 0, 255))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     raw = buffer.getvalue()
-    path.write_bytes(raw[:33] + chunk(kind.encode(), body) + raw[33:])
+    path.write_bytes(raw[:33] + part + raw[33:])
     assert load_image(path).getpixel((15, 0)) == (0, 0, 255)
+    if kind != "zTXt":  # whose text is longer than the chunk
+        for limit, corner in ((len(part), (0, 0, 255)), (len(part) - 1, (255, 0, 0))):
+            monkeypatch.setattr(embedded, "MAX_TEXT", limit)
+            assert load_image(path).getpixel((15, 0)) == corner

@@ -83,7 +83,7 @@ GRAPHS = {
     "concatenate, spelled": {
         "3": sampler(["6", 0]),
         "6": clip(["5", 0]),
-        "5": node("Join", text1="a red", text2="barn at dusk", separator="space"),
+        "5": node("Join", text="a red", next_text="barn at dusk", separator="space"),
     },
     "styler": {
         "3": sampler(["6", 0], ["7", 0]),
@@ -156,19 +156,20 @@ GRAPHS = {
     "switch": {
         "3": sampler(["5", 0]),
         "6": clip(WANT),
-        "1": clip("no"),
-        "5": node("ImpactSwitch", select=2, input1=["1", 0], input2=["6", 0], sel_mode=False),
+        "1": clip("not this"),
+        "20": node("Reroute", **{"": ["6", 0]}),
+        "5": node("ImpactSwitch", select=2, width=7, input1=["1", 0], input2=["20", 0], sel_mode=False),
     },
     "switch of two": {
         "3": sampler(["5", 0]),
         "6": clip(WANT),
-        "1": clip("no"),
+        "1": clip("not this"),
         "5": node("easy ifElse", boolean=False, on_true=["1", 0], on_false=["6", 0]),
     },
     "first of many": {
         "3": sampler(["5", 0]),
         "6": clip(WANT),
-        "1": clip("no"),
+        "1": clip("not this"),
         "5": node("Any Switch (rgthree)", any_01=["6", 0], any_02=["1", 0]),
     },
     "second pass": {
@@ -224,7 +225,7 @@ GRAPHS = {
         "5": node("Text String", text=WANT, text_b=UGLY, text_c=""),
     },
     "outputs in turn, negative first": {
-        "3": sampler(["5", 1], ["5", 0]),
+        "3": sampler(["5", 1], ["5", 0], model=["5", 2], base_clip=["5", 3]),
         "5": node("Two Encoders", text_1=UGLY, text_2=WANT),
     },
     "n_prompt": {"3": sampler(["6", 0], ["6", 1]), "6": node("X", prompt_2="", prompt=WANT, n_prompt=UGLY)},
@@ -251,7 +252,7 @@ GRAPHS = {
         "6": clip(["5", 0]),
         "5": node("ComfySwitchNode", switch=["1", 0], on_true=["2", 0], on_false=["20", 0]),
         "1": node("PrimitiveBoolean", value=False),
-        "2": node("Text", text="no"),
+        "2": node("Text", text="not this"),
         "20": node("Text", text=WANT),
     },
     "switch by a linked number": {
@@ -259,7 +260,7 @@ GRAPHS = {
         "6": clip(["5", 0]),
         "5": node("Text Switch", Input=["1", 0], text1=["2", 0], text2=["20", 0]),
         "1": node("PrimitiveInt", value=2),
-        "2": node("Text", text="no"),
+        "2": node("Text", text="not this"),
         "20": node("Text", text=WANT),
     },
     "switch to a text made meanwhile": {
@@ -270,7 +271,7 @@ GRAPHS = {
         "2": node("StringConcatenate", string_a="Write of this:", string_b=["20", 0], delimiter=" "),
         "20": node("Text", text=WANT),
     },
-    "flags": {"3": sampler(["6", 0]), "6": node("X", text=WANT, tidy_tags="yes", magic_prompt_option="AUTO")},
+    "flags": {"3": sampler(["6", 0]), "6": node("Style", text=WANT, tags="yes", prompt_type="AB", trim=True)},
     "numbers by links": {
         "3": sampler(["6", 0])
         | {"inputs": sampler(["6", 0])["inputs"] | {"seed": ["20", 0], "steps": ["21", 0]}},
@@ -304,6 +305,13 @@ def test_what_is_added_to_a_scene_stands_behind_it():
         }
     )
     assert graph_prompt(graph_of(graph)).prompt == "a barn, at night"
+
+
+def test_numbers_behind_texts_pictures_and_models_are_not_the_painters():
+    links = {"positive": ["6", 0], "latent_image": ["21", 0], "model": ["22", 0]}
+    others = {"20": node("Text", text=WANT, seed=9), "21": node("X", seed=9), "22": node("Y", seed=9)}
+    graph = saved({"3": node("Painter", steps=20, **links), "6": clip(["20", 0]), **others})
+    assert graph_prompt(graph_of(graph))[:2] == (WANT, {"st": 20})
 
 
 UNCERTAIN = {
@@ -346,6 +354,7 @@ UNCERTAIN = {
         "2": sampler(["6", 0]),
         "5": clip("one"),
         "6": clip("two"),
+        "9": node("SaveImage", text="(c) me", images=["8", 0]),
     },
     "two pictures": {
         "3": sampler(["6", 0]),
@@ -395,20 +404,32 @@ SAMPLED = (
 )  # fmt: skip
 LINKS = [[1, 6, 0, 3, 0, "CONDITIONING"], [2, 7, 0, 3, 1, "CONDITIONING"], [3, 3, 0, 9, 0, "IMAGE"],
          [4, 10, 0, 6, 1, "STRING"], [5, 11, 0, 10, 0, "STRING"],
-         [6, 12, 0, 6, 2, "CONDITIONING"]]  # fmt: skip
+         [6, 12, 0, 6, 2, "CONDITIONING"], [7, 10, 1, 12, 0, "STRING"], [9, 13, 0, 10, 1, "STRING"],
+         [10, 12, 0, 10, 2, "INT"], [11, 13, 0, 6, 1, "CLIP"]]  # fmt: skip
 EDITED = {
-    "one text": [edited_node(6, "CLIPTextEncode", WANT)],
+    "one text": [edited_node(6, "CLIPTextEncode", WANT, 512)],
+    "a text and its encoder": [edited_node(6, "CLIPTextEncode", WANT, clip=("CLIP", 11)),
+                               edited_node(13, "Loader", "some model.safetensors")],
     "texts by the names of their sockets": [
-        edited_node(6, "Loader", "x y", "fixed", "z", UGLY, WANT, seed="INT", name="COMBO", negative="STRING",
-                    positive="STRING")
+        edited_node(6, "Loader", "x y", "fixed", "z", UGLY, WANT, model=("MODEL", None), seed="INT",
+                    name="COMBO", negative="STRING", positive="STRING")
     ],
     "a text by a link": [
         edited_node(6, "CLIPTextEncode", "stale", text=("STRING", 4)), edited_node(10, "PrimitiveNode", WANT)
     ],
     "a bypassed text": [
         edited_node(6, "CLIPTextEncode", text=("STRING", 4)),
-        edited_node(10, "Translate", "no", mode=4, other=("INT", 9), text=("STRING", 5)),
+        edited_node(10, "Text Join", "and more", mode=4, other=("INT", 99), prompt=("STRING", 5)),
         edited_node(11, "PrimitiveNode", WANT),
+    ],
+    "outputs in turn": [
+        edited_node(6, "CLIPTextEncode", text=("STRING", 4)), edited_node(12, "X", text=("STRING", 7)),
+        edited_node(10, "Text Pair", WANT, "other words", text_1="STRING", text_2="STRING"),
+    ],
+    "a switch by a linked number": [
+        edited_node(6, "CLIPTextEncode", text=("STRING", 4)), edited_node(11, "PrimitiveNode", "not this"),
+        edited_node(10, "Text Switch", text1=("STRING", 5), text2=("STRING", 9), select=("INT", 10)),
+        edited_node(12, "PrimitiveNode", 2), edited_node(13, "PrimitiveNode", WANT),
     ],
     "a muted text": [
         edited_node(6, "Combine", a=("CONDITIONING", 6), text="STRING") | {"widgets_values": [WANT]},
@@ -420,7 +441,8 @@ EDITED = {
 
 @pytest.mark.parametrize("kind", EDITED)
 def test_the_form_of_the_editor(kind):
-    texts = edited(*EDITED[kind], *SAMPLED, links=[*LINKS, [[1], 2, 3, 4, 5, ""], 7, [8, [1], [2], 3, 4, {}]])
+    odd = [[[1], 2, 3, 4, 5, ""], 7, [8, [1], [2], 3, 4, {}], [8, 1, 2, 3, 4]]
+    texts = edited(*EDITED[kind], *SAMPLED, links=LINKS + odd)
     assert find_prompt(texts) == (WANT, GRAPH_SETTINGS)
     made = saved(UNCERTAIN["written by a model"])
     with pytest.raises(NoPrompt, match="made while"):  # the editor's form knows no better than the run's

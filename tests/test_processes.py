@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -145,7 +146,7 @@ def test_a_share_of_a_killed_process_is_taken_over_by_one_that_runs(tmp_path: Pa
     assert events[0] == "encoded" and np.array_equal(rows, fill_here(tmp_path / "one"))
 
 
-def test_without_locks_each_process_encodes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_locks_each_process_encodes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
@@ -153,7 +154,30 @@ def test_without_locks_each_process_encodes_all(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(files.fcntl, name, no_locks)
     assert np.array_equal(fill_here(tmp_path)[:, 0], np.arange(N))
     with files.exclusive(tmp_path):
-        pass
+        assert f"{tmp_path}: cannot be locked" in caplog.text
+
+
+def test_bytes_are_locked_for_one_process_alone_until_it_gives_them_up(tmp_path: Path, caplog):
+    (tmp_path / "a").write_bytes(bytes(8))
+
+    def free(start: int) -> int:
+        """1 where another process can lock the byte, 0 where it can neither lock nor share it (5)."""
+        if not (child := os.fork()):
+            with open(tmp_path / "a", "rb+") as file, suppress(OSError):
+                os._exit(1 if files.lock_bytes(file, start, 1) else files.fcntl.lockf(file, 5, 1, start) or 2)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    with open(tmp_path / "a", "rb+") as file:
+        for wait in (False, True):
+            assert files.lock_bytes(file, 2, 4, wait) and [free(k) for k in (1, 2, 5, 6)] == [1, 0, 0, 1]
+            files.unlock_bytes(file, 2, 4)
+            assert free(2) == 1
+    with files.exclusive(tmp_path):
+        other = threading.Thread(target=files.exclusive(tmp_path, "it waits").__enter__)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and "it waits" in caplog.text
 
 
 @pytest.fixture
@@ -198,7 +222,8 @@ def test_how_many_processes_read_images(pictures: Pairs, monkeypatch: pytest.Mon
         monkeypatch.setattr(caches.time, "perf_counter", clock)
         assert readers(None, images, device) == count
         assert readers(5, images, device) == 5
-    assert TrainConfig().workers is None
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert readers(None, images, "cpu") == 12 and TrainConfig().workers is None
 
 
 def test_where_encoders_run_in_bf16():

@@ -18,7 +18,7 @@ import reverse_sd
 import train
 import weights
 from files import DataError
-from schema import FLAG, NULL, OBJECT, TEXT, by_name, checked, many, number, one_of, parse_json, record
+from schema import FLAG, NULL, OBJECT, TEXT, by_name, checked, many, number, one_of, parse_json, record, shown
 from training.folder import saved_config
 from training.loop import Checkpoint
 from weights import sources
@@ -27,17 +27,25 @@ MADE = Path(__file__).parent / "made_at_24701ab"
 NESTED = "[" * 100_000
 
 
-@pytest.mark.parametrize("rule, good, bad", [
-    (number(int, 1, 9), [1, 9], [0, 10, 1.0, True, "1", None, [1], 10**30]),
-    (number(above=0, most=1), [1, 0.5, 1e-9], [0, 1.1, float("nan"), float("inf"), -1, "0.5", True]),
-    (number(), [0, -1e30], [float("inf"), 10**400, {}]),
-    (one_of("a", 1), ["a", 1], ["b", 1.0, True, None, ["a"]]),
-    (many(TEXT, 1, 2), [["a"], ("a", "b")], [[], ["a"] * 3, "a", [1]]),
-    (by_name(FLAG), [{}, {"a": True}], [{"a": 1}, []]),
-    (record({"a": TEXT, "b": TEXT.or_else("")}), [{"a": ""}, {"a": "", "c": 1}], [{}, {"a": "", "b": 1}]),
-    (OBJECT | NULL, [{}, None], [[], 0]),
+@pytest.mark.parametrize("rule, words, good, bad", [
+    (number(int, 1, 9), "a whole number at least 1 and at most 9", [1, 9],
+     [0, 10, 1.0, True, "1", None, [1], 10**30]),
+    (number(above=0, most=1), "a finite number at most 1 and above 0",
+     [1, 0.5, 1e-9], [0, 1.1, float("nan"), float("inf"), -1, "0.5", True]),
+    (number(), "a finite number", [0, -1e30], [float("inf"), 10**400, {}]),
+    (one_of("a"), '"a"', ["a"], [1]),
+    (one_of("a", 1), "one of a, 1", ["a", 1], ["b", 1.0, True, None, ["a"]]),
+    (many(TEXT), "a list of values, each a text", [[], ["a"] * 9], [[1]]),
+    (many(TEXT, 3, 3), "a list of 3 values, each a text", [["a"] * 3], [["a"] * 2, ["a"] * 4]),
+    (many(TEXT, 1, 2), "a list of at most 2 values, each a text", [["a"], ("a", "b")],
+     [[], ["a"] * 3, "a", [1]]),
+    (by_name(FLAG), "an object of values, each true or false", [{}, {"a": True}], [{"a": 1}, []]),
+    (record({"a": TEXT, "b": TEXT.or_else("")}), "an object with a",
+     [{"a": ""}, {"a": "", "c": 1}], [{}, {"a": "", "b": 1}]),
+    (OBJECT | NULL, "a JSON object or null", [{}, None], [[], 0]),
 ])  # fmt: skip
-def test_a_rule_allows_its_values_alone(rule, good, bad):
+def test_a_rule_allows_its_values_alone(rule, words, good, bad):
+    assert rule.words == words
     assert [value for value in good if not rule.fits(value)] == []
     assert [value for value in bad if rule.fits(value)] == []
 
@@ -56,6 +64,7 @@ def test_unsound_json_is_refused(text: str, message: str):
     with pytest.raises(DataError, match=f"^there: .*{message}") as error:
         parse_json(text, "there")
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert parse_json("[" * 32 + "]" * 32, "there")
 
 
 def test_fields_are_required_known_and_within_their_rules():
@@ -68,6 +77,8 @@ def test_fields_are_required_known_and_within_their_rules():
     ):
         with pytest.raises(DataError, match=message):
             checked(values, fields, "there", closed=True)
+    assert [shown("x" * n) for n in (78, 79)] == [f'"{"x" * 78}"', f'"{"x" * 75} ...']
+    assert shown(Path("a")) == '"a"'
 
 
 # ============================================================================================================
