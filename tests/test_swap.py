@@ -9,14 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import entries
+from PIL import Image
 
+import clipscore
 import generate
+import weights
 from mini import scenes
 from models.unet import UNet, UNetConfig, UNetEncoder
 from tables import swap
+from tables.exhibit import interval
 from tables.runs import SOURCES, Plan
 from training.config import TrainConfig, resolve
 from training.inputs import Distinct, Prepared
+from training.metrics import student_interval
 
 TINY = UNetConfig(
     in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, channel_mult=(1, 1),
@@ -24,7 +29,8 @@ TINY = UNetConfig(
     use_linear_in_transformer=False,
 )  # fmt: skip
 N = 20
-BOTH = swap.Arm("noisy reading + noise", reading=True, noise=True, drawn=True)
+PLAN = Plan("mini", SOURCES["mini"], (0,), Path("runs"), 1, "cpu", {})
+BOTH = swap.Arm("noisy reading + noise", reading=True, noise=True, drawn=True, lr=1e-3)
 
 
 def unet(seed: int) -> UNet:
@@ -73,9 +79,30 @@ def test_a_random_change_has_the_size_of_the_trained_one_in_each_tensor(share: f
     assert relative == pytest.approx(share * swap.relative_change(original, trained), rel=1e-4)
 
 
+def test_each_condition_has_its_share_of_its_own_change(monkeypatch: pytest.MonkeyPatch):
+    original, run, arm, tripled = (unet(seed) for seed in (0, 1, 2, 0))
+    tripled.load_state_dict({name: 3 * value for name, value in original.state_dict().items()})
+    assert swap.relative_change(original, tripled) == pytest.approx(2)
+    monkeypatch.setattr(generate, "swapped_by_run", lambda *_: run)
+    monkeypatch.setattr(swap, "train_arm", lambda *_: arm)
+    for condition in swap.CONDITIONS:
+        title = condition.title
+        merged = condition.unet(PLAN, SimpleNamespace(unet=original), 3)
+        trained = arm if "rate" in title else run
+        named, _, rest = title.removeprefix("random, ").partition(" of ")
+        share = float(named if rest else title != "original")
+        expected = share * swap.relative_change(original, trained)
+        assert swap.relative_change(original, merged) == pytest.approx(expected, rel=1e-4), title
+        part = swap.changed(original, trained, share)
+        assert same(merged.state_dict(), part.state_dict()) == ("random" not in title)
+        assert condition.after == (0 if title.endswith("from step 0") else 1)
+    one, again, other = (swap.changed(original, run, 1.0, seed).state_dict() for seed in (0, 0, 1))
+    assert same(one, again) and not same(one, other)
+
+
 @pytest.fixture
-def trainer_in(tmp_path: Path):
-    """A function (folder, arm) -> the trainer of a tiny U-Net, on random pairs."""
+def material() -> tuple[Prepared, Distinct]:
+    """Random pairs, and the text states of their prompts and, last, of the empty one."""
     rng = np.random.default_rng(0)
 
     def rows(*shape: int) -> np.ndarray:
@@ -89,34 +116,49 @@ def trainer_in(tmp_path: Path):
     inputs = rows(N, 4, 4, 4), Distinct(rows(N, 5, 8), each)
     pairs = SimpleNamespace(prompts=prompts)
     prepared = Prepared(pairs, splits, Distinct(targets, each), inputs, None, "these pairs")
-    states = Distinct(rows(N + 1, 5, 8), np.arange(N + 1))
+    return prepared, Distinct(rows(N + 1, 5, 8), np.arange(N + 1))
+
+
+@pytest.fixture
+def trainer_in(tmp_path: Path, material: tuple[Prepared, Distinct]):
+    """A function (folder, arm) -> the trainer of a tiny U-Net, on random pairs."""
     config = resolve(TrainConfig(backbone="unet", weights="sd-mini", epochs=2, batch_size=4))
 
     def made(name: str, arm: swap.Arm = BOTH) -> swap.EncoderTrainer:
-        return swap.EncoderTrainer(tmp_path / name, unet(0), arm, config, prepared, states, "cpu")
+        start = unet(0)
+        torch.seed()  # the trainer sets its own
+        return swap.EncoderTrainer(tmp_path / name, start, arm, config, *material, "cpu")
 
     return made
 
 
-def test_the_noise_loss_of_an_untouched_encoder_is_that_of_the_whole_unet(trainer_in):
-    trainer, batch = trainer_in("run", swap.Arm("noise", reading=False, noise=True)), np.arange(4)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_losses_of_an_untouched_encoder_by_hand(trainer_in, drawn: bool):
+    trainer, batch = trainer_in("run", swap.Arm("both", True, True, drawn, 1e-3)), np.arange(12)
     generator = trainer.random()
-    clean = torch.from_numpy(trainer.prepared.inputs[0][batch])
+    clean, captions = (torch.from_numpy(of[batch]) for of in trainer.prepared.inputs)
     noise = torch.randn(clean.shape, generator=generator)
-    t = torch.randint(1000, (4,), generator=generator)
-    empty = torch.rand(4, generator=generator) < 0.1
-    alpha = generate.alphas_bar()[t].view(4, 1, 1, 1)
+    t = torch.randint(1000, (12,), generator=generator)
+    empty = torch.rand(12, generator=generator) < 0.1
+    assert 0 < empty.sum() < 12
+    alpha = generate.alphas_bar()[t].view(12, 1, 1, 1)
     context = torch.from_numpy(trainer.prompts.rows[np.where(empty, N, batch)])
     latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    expected = F.mse_loss(unet(0)(latents, t, context), noise)
-    assert float(trainer.loss(batch)["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    prediction = trainer.model(latents if drawn else clean, captions, t if drawn else None)
+    target = torch.from_numpy(trainer.prepared.targets[batch])
+    cosine = 1 - F.cosine_similarity(prediction.embedding, target).mean()
+    words = F.binary_cross_entropy_with_logits(prediction.logits, trainer.words[batch])
+    expected = {"reading": cosine + 0.1 * words, "noise": F.mse_loss(unet(0)(latents, t, context), noise)}
+    expected = {name: float(of.detach()) for name, of in expected.items()}
+    found = {name: float(of.detach()) for name, of in trainer.loss(batch).items()}
+    assert found == pytest.approx({"loss": sum(expected.values())} | expected, rel=1e-5)
 
 
 def test_only_the_encoder_half_is_trained(trainer_in):
     for name, arm in (
         ("both", BOTH),
-        ("reading", swap.Arm("reading", True, False)),
-        ("noise", swap.Arm("noise", False, True)),
+        ("reading", swap.Arm("reading", True, False, False, 1e-3)),
+        ("noise", swap.Arm("noise", False, True, False, 1e-4)),
     ):
         trainer = trainer_in(name, arm)
         trainer.fit()
@@ -153,7 +195,7 @@ def test_a_resumed_training_ends_bit_for_bit_as_one_that_was_not_stopped(trainer
 
 def test_heads_start_at_ridge_regression_on_what_the_arm_reads(trainer_in):
     for name, drawn in (("clean", False), ("noisy", True)):
-        trainer = trainer_in(name, swap.Arm(name, True, False, drawn))
+        trainer = trainer_in(name, swap.Arm(name, True, False, drawn, 1e-3))
         trainer.restore()
         noise = (trainer.alphas, trainer.random()) if drawn else None
         features = swap.features_of(trainer.model.backbone, trainer.prepared, "cpu", noise)
@@ -170,6 +212,57 @@ def test_clip_prefers_each_pictures_own_prompt():
     own = swap.clip_cosines(pictures, [scene.prompt for scene in chosen], "cpu")
     others = swap.clip_cosines(pictures, [scene.prompt for scene in chosen[1:] + chosen[:1]], "cpu")
     assert own.shape == (6,) and own.mean() > others.mean() + 0.2
+    images = clipscore.Scorer("clip-mini").images([Image.fromarray(picture) for picture in pictures])
+    ids = weights.load_tokenizer("clip-mini")([scene.prompt for scene in chosen])  # without a prefix
+    texts = weights.load("clip-text", "clip-mini").pooled(ids).detach().numpy()
+    assert own == pytest.approx(clipscore.cosines(images, texts), abs=1e-5)
+
+
+def test_an_arm_is_trained_once(material: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = replace(PLAN, folder=tmp_path / "runs", options={"epochs": 1, "batch_size": 4})
+    monkeypatch.setattr(swap, "material", lambda *_: material)
+    trained = swap.train_arm(plan, BOTH, unet(0), 5)
+    assert not same(encoder_half(trained), encoder_half(unet(0)))
+    assert [folder.name for folder in plan.folder.iterdir()] == ["swap-noisy-reading-noise-0.001-seed5"]
+    monkeypatch.setattr(swap.EncoderTrainer, "train_step", lambda *_: pytest.fail("trained again"))
+    assert same(swap.train_arm(plan, BOTH, unet(0), 5).state_dict(), trained.state_dict())
+
+
+def test_the_measures_of_a_condition(material: tuple, monkeypatch: pytest.MonkeyPatch):
+    """Drawing and judges are replaced. Each changed U-Net has pictures of its own, from its own step on."""
+    (prepared, states), original, trained, kept = material, unet(0), unet(1), {}
+
+    def drawn(plan: Plan, pipeline: object, texts: list, noise: range, swap: tuple, unet_at) -> np.ndarray:
+        kept[swap] = [unet_at()(step) is original for step in range(2)] if unet_at else None
+        return np.full((len(texts), 8, 8, 3), 7, np.uint8)
+
+    rows = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    for name, value in {
+        "open_pipeline": lambda plan: SimpleNamespace(unet=original), "material": lambda *_: material,
+        "kept_pictures": drawn, "predicted": lambda plan, run, pictures: np.eye(2)[[1 - run] * 2], "CHUNK": 3,
+        "labels_shown": lambda *_: [{("place", "snow"): shown} for shown in (True, False)],
+        "clip_cosines": lambda pictures, texts, device: pictures[:, 0, 0, 0] / 10,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(swap, name, value)
+    monkeypatch.setattr(generate, "swapped_by_run", lambda *_: trained)
+    monkeypatch.setattr(weights, "load", lambda *_, **__: SimpleNamespace(encode=lambda texts: rows))
+    sets = {"test prompts": [swap.Request("a"), swap.Request("b")]}
+    half, whole, start = swap.PARTS[2], swap.PARTS[-1], swap.FROM_START
+    found = [swap.measure(PLAN, each, 0, 1, sets) for each in (swap.ORIGINAL, half, whole, start)]
+    assert list(kept.values()) == [None, [True, False], [True, False], [False, False]]
+    judged = pytest.approx({"probe": 0.5, "reader": 0.8, "CLIP": 0.7})
+    assert [of["test prompts"] for of in found] == [judged] * 4
+    assert swap.measure(PLAN, whole, 0, None, sets)["test prompts"].keys() == {"probe", "CLIP"}
+    whole = swap.relative_change(original, trained)
+    assert [of["change"] for of in found] == pytest.approx([0, whole / 2, whole, whole], rel=1e-4)
+    generator, alphas, squares = torch.Generator().manual_seed(0), generate.alphas_bar(), 0.0
+    for part in (slice(3), slice(3, None)):
+        test = prepared.splits["test"][part]
+        clean = torch.from_numpy(prepared.inputs[0][test])
+        latents, t, noise = swap.noisy(clean, alphas, generator)
+        with torch.no_grad():
+            squares += (original(latents, t, torch.from_numpy(states[test])) - noise).square().sum()
+    assert found[0]["noise"] == pytest.approx(float(squares) / (4 * 64), rel=1e-5)
 
 
 def test_differences_are_over_seeds_with_holm_over_the_conditions():
@@ -183,8 +276,10 @@ def test_differences_are_over_seeds_with_holm_over_the_conditions():
     assert a["mean"] == pytest.approx(0.66) and a["seeds_95"] == pytest.approx((-0.01706, 0.23706), abs=1e-4)
     assert a["holm"] == pytest.approx(2 * a["p"]) and b["holm"] == pytest.approx(max(b["p"], a["holm"]))
     assert equal["p"] is None and "holm" not in equal
-    better = a | {"seeds_95": (0.01, 0.2), "holm": 0.06, "against": "original"}
-    said = swap.answer([better, b])
+    better = a | {"seeds_95": (0.01, 0.2), "holm": 0.05, "against": "original"}
+    at_0 = [better | {"seeds_95": limits} for limits in ((0, 0.2), (-0.2, 0))]
+    said = swap.answer([better, b, *at_0, better | {"judge": "CLIP"}, better | {"against": "b"}])
+    assert "of 4 comparisons" in said and "below 0 in 0." in said
     assert "above 0 in 1: a (test prompts)" in said and "p < .05: none" in said
     assert "p < .05: a (test prompts)" in swap.answer([better | {"holm": 0.04}, b])
 
@@ -199,9 +294,9 @@ def test_every_contrast_is_of_two_conditions():
         assert arm.drawn == arm.name.startswith("noisy ")
 
 
-def test_the_table_of_known_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_table_of_known_measures(monkeypatch: pytest.MonkeyPatch):
     """Each condition is measured once a seed, by the next seed's run, and keeps its own numbers."""
-    plan = Plan("mini", SOURCES["mini"], (3, 5, 8), tmp_path, 1, "cpu", {})
+    plan = replace(PLAN, seeds=(3, 5, 8))
     numbers = {condition.title: i / 100 for i, condition in enumerate(swap.CONDITIONS)}
     tasks = []
 
@@ -229,8 +324,14 @@ def test_the_table_of_known_measures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     family = [(title, "original") for title in numbers if title != "original"] + swap.CONTRASTS
     assert pairs == family * len(sets) * len(swap.JUDGES)
     assert result["prompts"] == {"DrawBench": 1, "test prompts": 2}
-    text = swap.text(result | {"seeds": [3, 5, 8], "command": "", "date": "", "data": "mini"})
+    about = {"command": "", "date": "", "data": "mini"}
+    text = swap.text(result | about | {"seeds": [3, 5, 8]})
+    limits = interval(student_interval([0.03, 0.05, 0.08]), True)
+    line = f"| 0.1 of the run's change | 2.0533 | +.0533 | {limits} |"
+    by_clip, _, _ = text.partition("**CLIP, test prompts** (2 a seed)")[2].partition("\n\n* ")
+    assert by_clip.count(line) == by_clip.count("\n| 0.1 of") == 1 and "* The run is unet-mlc-cl." in text
     assert all(f"| {title} |" in text for title in numbers if title != "original")
     assert all(f"| {a} − {b} |" in text for a, b in swap.CONTRASTS)
     alone = swap.compute(replace(plan, seeds=(3,)))
+    assert "above 0 in 0: none" in swap.text(alone | about | {"seeds": [3]})
     assert [row["per_seed"] for row in alone["rows"]] == [row["per_seed"][:1] for row in result["rows"]]
