@@ -9,9 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import entries
-from PIL import Image
 
-import clipscore
 import generate
 import weights
 from mini import scenes
@@ -60,6 +58,8 @@ def test_no_and_all_of_a_change_are_the_two_unets_bit_for_bit():
     assert not same(encoder_half(original), encoder_half(whole))
     assert same(swap.changed(original, trained, swap.ORIGINAL.share).state_dict(), original.state_dict())
     assert same(swap.changed(original, trained, 1.0).state_dict(), whole.state_dict())
+    trained.load_state_dict({name: 3 * value for name, value in original.state_dict().items()})
+    assert swap.relative_change(original, trained) == pytest.approx(2)
     quarter = encoder_half(swap.changed(original, trained, 0.25))
     for name, value in encoder_half(original).items():
         torch.testing.assert_close(quarter[name], 0.75 * value + 0.25 * trained.state_dict()[name])
@@ -75,29 +75,10 @@ def test_a_random_change_has_the_size_of_the_trained_one_in_each_tensor(share: f
         torch.testing.assert_close(change.norm(), share * trained_change.norm(), rtol=1e-4, atol=1e-6)
         if trained_change.norm() > 0:
             assert not torch.allclose(change, share * trained_change, rtol=0.1)
+    assert same(random.state_dict(), swap.changed(original, trained, share, seed=3).state_dict())
+    assert not same(*(swap.changed(original, trained, share, seed).state_dict() for seed in (0, 1)))
     relative = swap.relative_change(original, random)
     assert relative == pytest.approx(share * swap.relative_change(original, trained), rel=1e-4)
-
-
-def test_each_condition_has_its_share_of_its_own_change(monkeypatch: pytest.MonkeyPatch):
-    original, run, arm, tripled = (unet(seed) for seed in (0, 1, 2, 0))
-    tripled.load_state_dict({name: 3 * value for name, value in original.state_dict().items()})
-    assert swap.relative_change(original, tripled) == pytest.approx(2)
-    monkeypatch.setattr(generate, "swapped_by_run", lambda *_: run)
-    monkeypatch.setattr(swap, "train_arm", lambda *_: arm)
-    for condition in swap.CONDITIONS:
-        title = condition.title
-        merged = condition.unet(PLAN, SimpleNamespace(unet=original), 3)
-        trained = arm if "rate" in title else run
-        named, _, rest = title.removeprefix("random, ").partition(" of ")
-        share = float(named if rest else title != "original")
-        expected = share * swap.relative_change(original, trained)
-        assert swap.relative_change(original, merged) == pytest.approx(expected, rel=1e-4), title
-        part = swap.changed(original, trained, share)
-        assert same(merged.state_dict(), part.state_dict()) == ("random" not in title)
-        assert condition.after == (0 if title.endswith("from step 0") else 1)
-    one, again, other = (swap.changed(original, run, 1.0, seed).state_dict() for seed in (0, 0, 1))
-    assert same(one, again) and not same(one, other)
 
 
 @pytest.fixture
@@ -212,10 +193,6 @@ def test_clip_prefers_each_pictures_own_prompt():
     own = swap.clip_cosines(pictures, [scene.prompt for scene in chosen], "cpu")
     others = swap.clip_cosines(pictures, [scene.prompt for scene in chosen[1:] + chosen[:1]], "cpu")
     assert own.shape == (6,) and own.mean() > others.mean() + 0.2
-    images = clipscore.Scorer("clip-mini").images([Image.fromarray(picture) for picture in pictures])
-    ids = weights.load_tokenizer("clip-mini")([scene.prompt for scene in chosen])  # without a prefix
-    texts = weights.load("clip-text", "clip-mini").pooled(ids).detach().numpy()
-    assert own == pytest.approx(clipscore.cosines(images, texts), abs=1e-5)
 
 
 def test_an_arm_is_trained_once(material: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -228,41 +205,43 @@ def test_an_arm_is_trained_once(material: tuple, tmp_path: Path, monkeypatch: py
     assert same(swap.train_arm(plan, BOTH, unet(0), 5).state_dict(), trained.state_dict())
 
 
-def test_the_measures_of_a_condition(material: tuple, monkeypatch: pytest.MonkeyPatch):
-    """Drawing and judges are replaced. Each changed U-Net has pictures of its own, from its own step on."""
-    (prepared, states), original, trained, kept = material, unet(0), unet(1), {}
+def test_each_condition_draws_with_its_share_of_its_own_change(material: tuple, monkeypatch):
+    """Drawing and judges are replaced."""
+    (prepared, states), original, run, arm, kept = material, unet(0), unet(1), unet(2), {}
 
     def drawn(plan: Plan, pipeline: object, texts: list, noise: range, swap: tuple, unet_at) -> np.ndarray:
         kept[swap] = [unet_at()(step) is original for step in range(2)] if unet_at else None
-        return np.full((len(texts), 8, 8, 3), 7, np.uint8)
+        return np.full((2, 8, 8, 3), 7, np.uint8)
 
     rows = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     for name, value in {
         "open_pipeline": lambda plan: SimpleNamespace(unet=original), "material": lambda *_: material,
         "kept_pictures": drawn, "predicted": lambda plan, run, pictures: np.eye(2)[[1 - run] * 2], "CHUNK": 3,
         "labels_shown": lambda *_: [{("place", "snow"): shown} for shown in (True, False)],
-        "clip_cosines": lambda pictures, texts, device: pictures[:, 0, 0, 0] / 10,
+        "clip_cosines": lambda pictures, *_: pictures[:, 0, 0, 0] / 10, "train_arm": lambda *_: arm,
     }.items():  # fmt: skip
         monkeypatch.setattr(swap, name, value)
-    monkeypatch.setattr(generate, "swapped_by_run", lambda *_: trained)
+    monkeypatch.setattr(generate, "swapped_by_run", lambda *_: run)
     monkeypatch.setattr(weights, "load", lambda *_, **__: SimpleNamespace(encode=lambda texts: rows))
     sets = {"test prompts": [swap.Request("a"), swap.Request("b")]}
-    half, whole, start = swap.PARTS[2], swap.PARTS[-1], swap.FROM_START
-    found = [swap.measure(PLAN, each, 0, 1, sets) for each in (swap.ORIGINAL, half, whole, start)]
-    assert list(kept.values()) == [None, [True, False], [True, False], [False, False]]
-    judged = pytest.approx({"probe": 0.5, "reader": 0.8, "CLIP": 0.7})
-    assert [of["test prompts"] for of in found] == [judged] * 4
-    assert swap.measure(PLAN, whole, 0, None, sets)["test prompts"].keys() == {"probe", "CLIP"}
-    whole = swap.relative_change(original, trained)
-    assert [of["change"] for of in found] == pytest.approx([0, whole / 2, whole, whole], rel=1e-4)
-    generator, alphas, squares = torch.Generator().manual_seed(0), generate.alphas_bar(), 0.0
-    for part in (slice(3), slice(3, None)):
-        test = prepared.splits["test"][part]
+    for condition in swap.CONDITIONS:
+        title, trained = condition.title, arm if "rate" in condition.title else run
+        named, _, rest = title.removeprefix("random, ").partition(" of ")
+        share = float(named if rest else title != "original")
+        found = swap.measure(PLAN, condition, 3, 1, sets)
+        change = pytest.approx(share * swap.relative_change(original, trained), rel=1e-4)
+        assert (title, found["change"]) == (title, change)
+        assert found["test prompts"] == pytest.approx({"probe": 0.5, "reader": 0.8, "CLIP": 0.7})
+        assert list(kept.values())[-1] == ([title[-6:] != "step 0", False] if share else None)
+    assert len(kept) == 10  # but for the arms, which are one here, each has pictures of its own
+    alone = swap.measure(PLAN, swap.ORIGINAL, 3, None, sets)
+    assert alone["test prompts"].keys() == {"probe", "CLIP"}
+    generator, squares = torch.Generator().manual_seed(0), []
+    for test in np.split(prepared.splits["test"], [3]):
         clean = torch.from_numpy(prepared.inputs[0][test])
-        latents, t, noise = swap.noisy(clean, alphas, generator)
-        with torch.no_grad():
-            squares += (original(latents, t, torch.from_numpy(states[test])) - noise).square().sum()
-    assert found[0]["noise"] == pytest.approx(float(squares) / (4 * 64), rel=1e-5)
+        latents, t, noise = swap.noisy(clean, generate.alphas_bar(), generator)
+        squares.append((original(latents, t, torch.from_numpy(states[test])) - noise).detach().square())
+    assert alone["noise"] == pytest.approx(float(torch.cat(squares).mean()), rel=1e-5)
 
 
 def test_differences_are_over_seeds_with_holm_over_the_conditions():
