@@ -283,6 +283,7 @@ def test_the_table_of_the_probes(make: Callable[..., Path], two_probes: None):  
 def test_the_table_of_difficulty(make: Callable[..., Path], two_probes: None, monkeypatch):  # noqa: F811
     small = replace(EXHIBITS["table"]["difficulty"], runs=difficulty.PHASE_1_RUNS)
     monkeypatch.setitem(EXHIBITS["table"], "difficulty", small)
+    monkeypatch.setattr(difficulty, "cosines", lambda *_: -np.arange(12.0))  # harder from draw to draw
     folder = make("--table", "difficulty", "--seeds", "0", *QUICK)
     result = read(folder, "table-difficulty")
     names = [(row["pictures"], row["reader"], row["instrument"]) for row in result["within"]]
@@ -290,6 +291,12 @@ def test_the_table_of_difficulty(make: Callable[..., Path], two_probes: None, mo
     assert ("generated", "vit-mlc", "truth") not in names and ("generated", "probe-vit", "probe") in names
     truth = next(r for r in result["training"] if (r["reader"], r["instrument"]) == ("vit-mlc", "truth"))
     listed = json.loads((folder / "runs" / "vit-mlc-seed0" / "predictions" / "rows.json").read_text())
+    rng, redrawn = np.random.default_rng(0), [row["prompt"] for row in listed["test"][::3] for _ in range(3)]
+    made = [difficulty.redrawn(default_views()[prompt], prompt, rng) for prompt in redrawn]
+    noise = np.reshape([difficulty.missing_share(judges.truth_of(scene)) for scene in made], (4, 3))
+    expected = difficulty.within(np.arange(12.0).reshape(4, 3), noise)["within"]
+    known = next(row for row, name in zip(result["within"], names, strict=True) if name[2] == "truth")
+    assert known["reader"] == "vit-mlc" and known["per_seed"] == [pytest.approx(expected)]
     views = [default_views()[row["prompt"]] for row in listed["train"]]
     undrawn = [len(undrawn_of(row["image"])) for row in listed["train"]]
     share = [n / len(naming.named_labels(view)) for n, view in zip(undrawn, views, strict=True)]
