@@ -306,8 +306,9 @@ def test_table_4_of_known_texts(known: tuple[Plan, data.Pairs], monkeypatch: pyt
     by_probe = [test["per_seed"] for test in result["tests"] if test["metric"] == redrawn.PROBE]
     assert by_probe == [[-0.5, -0.5], [0.5, 0.5]] and [of["rows"] for of in result["buys"]] == [7] * 4
     assert result["texts"][BEST] == [prompt[:9] for prompt in pairs.prompts]
-    for k, (pictures, _) in enumerate(result["files"]["table-4.png"]):
-        assert [np.array_equal(x, images[k]) for x in pictures] == [True, False, False, False, True]
+    sheet = zip(images, result["files"]["table-4.png"], strict=True)
+    shown = [[np.array_equal(x, image) for x in pictures] for image, (pictures, _) in sheet]
+    assert shown == [[True, False, False, False, True]] * 5
 
 
 # -- table 4 ----------------------------------------
