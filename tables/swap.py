@@ -102,8 +102,8 @@ class Arm:
     name: str
     reading: bool
     noise: bool
-    drawn: bool = False
-    lr: float = RATES[0]
+    drawn: bool
+    lr: float
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_tables import QUICK, Here, make, read, trained_here  # noqa: F401  (fixtures)
 
-import data
+import eval
 import weights
 from mini import scenes
 from tables import crossed
@@ -68,13 +68,15 @@ def test_contrasts_by_hand():
     assert "| Swin | .5450 |" in text and "| +.0400 |" in text
 
 
-def test_pictures_of_other_prompts_are_refused(tmp_path: Path):
+def test_pictures_of_other_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     for name, seed in (("a", 0), ("b/generated", 0), ("c/generated", 1)):
         scenes.build(tmp_path / name, parts=1, per_part=20, seed=seed, progress=False)
     a, same, other = tmp_path / "a", plan_of(tmp_path / "a", tmp_path / "b"), tmp_path / "c"
     crossed.require_same_pairs(same)
-    with pytest.raises(data.DataError, match=r"c/generated: its prompts or their split are not those of"):
-        crossed.require_same_pairs(plan_of(a, other))
+    monkeypatch.setattr(eval, "train_missing", lambda plan, runs: pytest.fail("trained"))
+    flags = ["--data", str(a), "--second", str(other), "--val-size", "6", "--test-size", "6"]
+    assert eval.main(["--table", "crossed", "--device", "cpu", *flags]) == 2
+    assert "c/generated: its prompts or their split are not those of" in capsys.readouterr().err
 
 
 def test_both_parts_have_their_own_cosines_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

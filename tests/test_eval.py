@@ -21,7 +21,7 @@ CPU = ["--table", "2", "--device", "cpu"]
 @pytest.mark.parametrize(
     "flags, cores, results, expected",
     [
-        ([], 8, "results", {}),
+        ([], 2, "results", {}),
         ([], 1, "results", {"jobs": 1}),
         (["--data", "drawn"], 8, "results/drawn", {"data": "drawn", "folder": Path("runs/tables-drawn")}),
         (["--weights", f"vit={VIT}"], 8, "results",
@@ -76,6 +76,7 @@ def test_the_weights_of_each_backbone():
 
 
 @pytest.mark.parametrize("flag, message", [
+    ("bird=vit-mini", "--weights bird=vit-mini: must be mini or paper, or BACKBONE=SOURCE"),
     ("mini,clip=nothing", "nothing: no such file or folder, and no name of the registry"),
     ("blip=nothing", "nothing: no such file or folder"), ("vit=sd-1", "sd-1 has no vit; it has "),
 ])  # fmt: skip
@@ -86,6 +87,17 @@ def test_all_sources_are_checked_before_any_work(flag: str, message: str, monkey
     assert line.startswith("error: ") and message in line
     monkeypatch.setattr(eval.weights, "config", lambda *_: pytest.fail("a published source was fetched"))
     assert eval.sources_of("paper,clip=clip-l-14")["clip"] == "clip-l-14"
+
+
+def test_arguments_that_cannot_be_read(capsys: pytest.CaptureFixture):
+    for flags, line in (
+        (["run", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--table", "2", "--data", " "], "argument --data: must not be empty"),
+        (["--table", "2", "--jobs", "0"], "argument --jobs: 0: must be a whole number"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            eval.main(flags)
+        assert line in capsys.readouterr().err.splitlines()[-1]
 
 
 def plan(folder: Path, **fields: object) -> Plan:

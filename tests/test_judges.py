@@ -47,7 +47,8 @@ def test_a_thing_keeps_its_colour_when_its_subject_is_exchanged():
     for exchanged in judges.exchanges(view, ("subject", "heart")):
         (thing,) = exchanged.things
         assert thing.colour == "red" and thing.subject != "heart" and exchanged.place == "snow"
-    two = scenes.View((scenes.Thing("cat", "red"), scenes.Thing("star", "blue")))
+    things = scenes.Thing("cat", "red"), scenes.Thing("star", "blue")
+    two = scenes.View(things, place="snow", light="night")
     colours = {view.things[0].colour for view in judges.exchanges(two, ("colour", "red"))}
     assert colours == set(scenes.COLOURS) - {"red", "blue"}
 
@@ -145,7 +146,8 @@ def test_the_degraded_forms_of_pictures(monkeypatch: pytest.MonkeyPatch):
     assert np.unique(forms["blend"], axis=2)[:, 0, :, 0].tolist() == [[60], [145], [140], [205]]
     noisy = forms["noise"].astype(float)
     assert (noisy[1].mean(), noisy[1].std()) == pytest.approx((100, judges.NOISE), abs=1)
-    assert noisy[0].mean() == pytest.approx(judges.NOISE / np.sqrt(2 * np.pi), abs=1)  # cut off at 0
+    assert noisy[0].mean() == pytest.approx(judges.NOISE / np.sqrt(2 * np.pi), abs=1)
+    assert noisy[0].min() == 0  # cut off there
     assert noisy[3].min() > 100 and {form.dtype.name for form in forms.values()} == {"uint8"}
 
 
@@ -194,15 +196,21 @@ def test_beyond_content_there_is_a_correlation_only_where_the_noise_matters(weig
     of = difficulty.beyond_content(y, difficulty.cross_fitted(content, y))
     alone = weight**2 / (weight**2 + 1)  # of what content does not explain
     assert of["residual"] == pytest.approx(np.sqrt(alone), abs=0.04)
+    # difficulty and what content predicts of the noise, which is what it predicts of difficulty
+    assert of["from content"] ** 2 == pytest.approx(of["explained by content"], abs=0.02)
     assert of["added by noise"] == pytest.approx(alone * (1 - of["explained by content"]), abs=0.02)
     assert of["explained by content"] == pytest.approx(1 - (weight**2 + 1) / y[:, 0].var(), abs=0.02)
     assert difficulty.pearson(*y.T) > 0.7  # with weight 0, by content alone
 
 
 def test_cross_fitting_does_not_explain_chance():
+    """The first column is chance, the second follows from x: each has the penalty of its least error."""
     rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(300, 100)), rng.normal(size=(300, 1))
-    assert difficulty.explained(y[:, 0], difficulty.cross_fitted(x, y)[:, 0]) < 0.05  # in sample: .3
+    x, chance = rng.normal(size=(300, 100)), rng.normal(size=300)
+    y = np.stack([chance, x @ rng.normal(size=100)], axis=1) + 5
+    fitted = difficulty.cross_fitted(x, y)
+    assert -0.2 < difficulty.explained(y[:, 0], fitted[:, 0]) < 0.05  # in sample: .3
+    assert difficulty.explained(y[:, 1], fitted[:, 1]) > 0.99
 
 
 def test_redrawn_scenes_leave_out_the_recorded_share():
@@ -220,15 +228,14 @@ def test_redrawn_scenes_leave_out_the_recorded_share():
 
 @pytest.fixture
 def two_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes of random weights, with cards, and few pictures."""
+    """Probes of random weights, with cards, in folders of their own, and few pictures."""
     torch.manual_seed(0)
     monkeypatch.setitem(naming.BACKBONES, "probe-vit", naming.BACKBONES["vit"])  # faster
-    for name in naming.PROBES:
+    for name, place in zip(naming.PROBES, ("FOLDER", "SECOND"), strict=True):
         model = naming.Namer(naming.BACKBONES[name]())
-        naming.write_tensors(model.state_dict(), tmp_path / name / "model.safetensors")
-        (tmp_path / name / "card.json").write_text(json.dumps({"command": f"train {name}"}))
-    for name in ("FOLDER", "SECOND"):
-        monkeypatch.setattr(naming, name, tmp_path)
+        naming.write_tensors(model.state_dict(), tmp_path / place / name / "model.safetensors")
+        (tmp_path / place / name / "card.json").write_text(json.dumps({"command": f"train {name}"}))
+        monkeypatch.setattr(naming, place, tmp_path / place)
     monkeypatch.setattr(drawbench, "TRAINING_CANDIDATES", 10)
     few = {
         judges: {"DRAWINGS": {1: 4, 2: 4}, "NATURAL": 8, "RESAMPLES": 50},
@@ -256,6 +263,15 @@ def test_the_table_of_the_probes(make: Callable[..., Path], two_probes: None):  
         r for r in result["rates"] if (r["probe"], r["kind"], r["things"]) == ("probe-vit", "subject", 2)
     )
     assert second["sensitivity"]["drawing"] == pytest.approx(np.mean(of["subject"]))
+    shown: dict[tuple[int, str], list[bool]] = {}
+    for scene in (scenes.candidate(judges.SEED + 1, index) for index in range(8)):
+        for label, drawn in judges.truth_of(scene).items():
+            shown.setdefault((len(scene.said.things), label[0]), []).append(drawn)
+    check = {(row["things"], row["kind"]): (row["labels"], row["drawn"]) for row in result["check"]}
+    assert check == {key: (len(of), pytest.approx(np.mean(of))) for key, of in shown.items()}
+    for row in result["rates"]:
+        left_out = shown.get((row["things"], row["kind"]), []).count(False)
+        assert row["not drawn"].get("left out", 0) == left_out
     text = (folder / "results" / "table-probe.md").read_text()
     assert "## Rates of the second probe, `train probe-vit`" in text and "kappa" in text
     alone = judges.text(result | {"probes": {"probe": result["probes"]["probe"]}})
@@ -267,6 +283,7 @@ def test_the_table_of_the_probes(make: Callable[..., Path], two_probes: None):  
 def test_the_table_of_difficulty(make: Callable[..., Path], two_probes: None, monkeypatch):  # noqa: F811
     small = replace(EXHIBITS["table"]["difficulty"], runs=difficulty.PHASE_1_RUNS)
     monkeypatch.setitem(EXHIBITS["table"], "difficulty", small)
+    monkeypatch.setattr(difficulty, "cosines", lambda *_: -np.arange(12.0))  # harder from draw to draw
     folder = make("--table", "difficulty", "--seeds", "0", *QUICK)
     result = read(folder, "table-difficulty")
     names = [(row["pictures"], row["reader"], row["instrument"]) for row in result["within"]]
@@ -274,6 +291,12 @@ def test_the_table_of_difficulty(make: Callable[..., Path], two_probes: None, mo
     assert ("generated", "vit-mlc", "truth") not in names and ("generated", "probe-vit", "probe") in names
     truth = next(r for r in result["training"] if (r["reader"], r["instrument"]) == ("vit-mlc", "truth"))
     listed = json.loads((folder / "runs" / "vit-mlc-seed0" / "predictions" / "rows.json").read_text())
+    rng, redrawn = np.random.default_rng(0), [row["prompt"] for row in listed["test"][::3] for _ in range(3)]
+    made = [difficulty.redrawn(default_views()[prompt], prompt, rng) for prompt in redrawn]
+    noise = np.reshape([difficulty.missing_share(judges.truth_of(scene)) for scene in made], (4, 3))
+    expected = difficulty.within(np.arange(12.0).reshape(4, 3), noise)["within"]
+    known = next(row for row, name in zip(result["within"], names, strict=True) if name[2] == "truth")
+    assert known["reader"] == "vit-mlc" and known["per_seed"] == [pytest.approx(expected)]
     views = [default_views()[row["prompt"]] for row in listed["train"]]
     undrawn = [len(undrawn_of(row["image"])) for row in listed["train"]]
     share = [n / len(naming.named_labels(view)) for n, view in zip(undrawn, views, strict=True)]

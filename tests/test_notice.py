@@ -27,10 +27,19 @@ SETTINGS = {
     "generation": {
         "STEPS": 50, "GUIDANCE": 7.5, "SWAP_AFTER": 1, "MINI_PROMPTS": 200, "PROMPTS": 2500, "VOTES": 100,
         "NOISE_PROMPTS": 100, "NOISE_SEEDS": 10, "PAPER_VOTES": ((52, 30, 18), (36, 10, 54), (31, 5, 64)),
+        "PAPER": {"DrawBench": (0.4594, 0.5067), "test prompts": (0.6417, 0.6443)},
     },
-    "judges": {"SEED": 5_000_011, "NATURAL": 2000, "RESAMPLES": 1000, "NOISE": 25, "BLEND": 0.3},
+    "judges": {
+        "SEED": 5_000_011, "DRAWINGS": {1: 1000, 2: 500}, "NATURAL": 2000, "RESAMPLES": 1000, "NOISE": 25,
+        "BLEND": 0.3,
+    },
     "probe": {"WORDINGS": 24},
+    "prompts": {"SENTENCES": 10_000, "SENTENCES_SEED": 6_000_011, "EXAMPLES": 8, "LIKELY": 0.5},
     "readouts": {"TIMESTEPS": (0, 50, 150, 400)},
+    "redrawn": {
+        "IMAGES": 100, "NOISE": 20_000_003, "MINI_STEPS": {"pez": 1000, "ph2p": 500, "swaps": 200},
+        "RANDOM_PROMPTS": 100, "SHEET_IMAGES": 8, "FIGURE_PROMPTS": 3, "FIGURE_DRAWS": 5,
+    },
     "shift": {"GUIDANCES": (2.0, 15.0), "STEPS": 50, "PICTURES": 500},
     "swap": {
         "SHARES": (0.1, 0.25, 0.5, 0.75, 1.0), "RANDOM_SHARES": (0.25, 1.0), "RATES": (1e-3, 1e-4),
@@ -69,8 +78,9 @@ def test_every_flag_has_a_help_text(command: str, monkeypatch: pytest.MonkeyPatc
         argparse._ActionsContainer, "_add_action", lambda self, a: actions.append(a) or add(self, a)
     )
     module = importlib.import_module(command)
+    monkeypatch.setattr("sys.argv", [command, "--help"])
     with pytest.raises(SystemExit) as end:
-        module.main(["--help"])
+        module.main()
     assert end.value.code == 0 and actions
     assert [action.option_strings for action in actions if action.option_strings and not action.help] == []
     if command != "reverse_sd":  # the others print their examples, line by line

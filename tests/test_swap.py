@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import entries
 
 import generate
+import weights
 from mini import scenes
 from models.unet import UNet, UNetConfig, UNetEncoder
 from tables import swap
@@ -24,7 +25,8 @@ TINY = UNetConfig(
     use_linear_in_transformer=False,
 )  # fmt: skip
 N = 20
-BOTH = swap.Arm("noisy reading + noise", reading=True, noise=True, drawn=True)
+PLAN = Plan("mini", SOURCES["mini"], (0,), Path("runs"), 1, "cpu", {})
+BOTH = swap.Arm("noisy reading + noise", reading=True, noise=True, drawn=True, lr=1e-3)
 
 
 def unet(seed: int) -> UNet:
@@ -54,6 +56,8 @@ def test_no_and_all_of_a_change_are_the_two_unets_bit_for_bit():
     assert not same(encoder_half(original), encoder_half(whole))
     assert same(swap.changed(original, trained, swap.ORIGINAL.share).state_dict(), original.state_dict())
     assert same(swap.changed(original, trained, 1.0).state_dict(), whole.state_dict())
+    trained.load_state_dict({name: 3 * value for name, value in original.state_dict().items()})
+    assert swap.relative_change(original, trained) == pytest.approx(2)
     quarter = encoder_half(swap.changed(original, trained, 0.25))
     for name, value in encoder_half(original).items():
         torch.testing.assert_close(quarter[name], 0.75 * value + 0.25 * trained.state_dict()[name])
@@ -69,6 +73,8 @@ def test_a_random_change_has_the_size_of_the_trained_one_in_each_tensor(share: f
         torch.testing.assert_close(change.norm(), share * trained_change.norm(), rtol=1e-4, atol=1e-6)
         if trained_change.norm() > 0:
             assert not torch.allclose(change, share * trained_change, rtol=0.1)
+    assert same(random.state_dict(), swap.changed(original, trained, share, seed=3).state_dict())
+    assert not same(*(swap.changed(original, trained, share, seed).state_dict() for seed in (0, 1)))
     relative = swap.relative_change(original, random)
     assert relative == pytest.approx(share * swap.relative_change(original, trained), rel=1e-4)
 
@@ -93,30 +99,40 @@ def trainer_in(tmp_path: Path):
     config = resolve(TrainConfig(backbone="unet", weights="sd-mini", epochs=2, batch_size=4))
 
     def made(name: str, arm: swap.Arm = BOTH) -> swap.EncoderTrainer:
-        return swap.EncoderTrainer(tmp_path / name, unet(0), arm, config, prepared, states, "cpu")
+        start = unet(0)
+        torch.seed()  # the trainer sets its own
+        return swap.EncoderTrainer(tmp_path / name, start, arm, config, prepared, states, "cpu")
 
     return made
 
 
-def test_the_noise_loss_of_an_untouched_encoder_is_that_of_the_whole_unet(trainer_in):
-    trainer, batch = trainer_in("run", swap.Arm("noise", reading=False, noise=True)), np.arange(4)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_losses_of_an_untouched_encoder_by_hand(trainer_in, drawn: bool):
+    trainer, batch = trainer_in("run", swap.Arm("both", True, True, drawn, 1e-3)), np.arange(12)
     generator = trainer.random()
-    clean = torch.from_numpy(trainer.prepared.inputs[0][batch])
+    clean, captions = (torch.from_numpy(of[batch]) for of in trainer.prepared.inputs)
     noise = torch.randn(clean.shape, generator=generator)
-    t = torch.randint(1000, (4,), generator=generator)
-    empty = torch.rand(4, generator=generator) < 0.1
-    alpha = generate.alphas_bar()[t].view(4, 1, 1, 1)
+    t = torch.randint(1000, (12,), generator=generator)
+    empty = torch.rand(12, generator=generator) < 0.1
+    assert 0 < empty.sum() < 12
+    alpha = generate.alphas_bar()[t].view(12, 1, 1, 1)
     context = torch.from_numpy(trainer.prompts.rows[np.where(empty, N, batch)])
     latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    expected = F.mse_loss(unet(0)(latents, t, context), noise)
-    assert float(trainer.loss(batch)["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    prediction = trainer.model(latents if drawn else clean, captions, t if drawn else None)
+    target = torch.from_numpy(trainer.prepared.targets[batch])
+    cosine = 1 - F.cosine_similarity(prediction.embedding, target).mean()
+    words = F.binary_cross_entropy_with_logits(prediction.logits, trainer.words[batch])
+    expected = {"reading": cosine + 0.1 * words, "noise": F.mse_loss(unet(0)(latents, t, context), noise)}
+    expected = {name: float(of.detach()) for name, of in expected.items()}
+    found = {name: float(of.detach()) for name, of in trainer.loss(batch).items()}
+    assert found == pytest.approx({"loss": sum(expected.values())} | expected, rel=1e-5)
 
 
 def test_only_the_encoder_half_is_trained(trainer_in):
     for name, arm in (
         ("both", BOTH),
-        ("reading", swap.Arm("reading", True, False)),
-        ("noise", swap.Arm("noise", False, True)),
+        ("reading", swap.Arm("reading", True, False, False, 1e-3)),
+        ("noise", swap.Arm("noise", False, True, False, 1e-4)),
     ):
         trainer = trainer_in(name, arm)
         trainer.fit()
@@ -153,7 +169,7 @@ def test_a_resumed_training_ends_bit_for_bit_as_one_that_was_not_stopped(trainer
 
 def test_heads_start_at_ridge_regression_on_what_the_arm_reads(trainer_in):
     for name, drawn in (("clean", False), ("noisy", True)):
-        trainer = trainer_in(name, swap.Arm(name, True, False, drawn))
+        trainer = trainer_in(name, swap.Arm(name, True, False, drawn, 1e-3))
         trainer.restore()
         noise = (trainer.alphas, trainer.random()) if drawn else None
         features = swap.features_of(trainer.model.backbone, trainer.prepared, "cpu", noise)
@@ -172,6 +188,58 @@ def test_clip_prefers_each_pictures_own_prompt():
     assert own.shape == (6,) and own.mean() > others.mean() + 0.2
 
 
+def test_an_arm_is_trained_once(trainer_in, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    known = trainer_in("any")
+    monkeypatch.setattr(swap, "material", lambda *_: (known.prepared, known.prompts))
+    plan = replace(PLAN, folder=tmp_path / "runs", options={"epochs": 1, "batch_size": 4})
+    trained = swap.train_arm(plan, BOTH, unet(0), 5)
+    assert not same(encoder_half(trained), encoder_half(unet(0)))
+    assert [folder.name for folder in plan.folder.iterdir()] == ["swap-noisy-reading-noise-0.001-seed5"]
+    monkeypatch.setattr(swap.EncoderTrainer, "train_step", lambda *_: pytest.fail("trained again"))
+    assert same(swap.train_arm(plan, BOTH, unet(0), 5).state_dict(), trained.state_dict())
+
+
+def test_each_condition_draws_with_its_share_of_its_own_change(trainer_in, monkeypatch):
+    """Drawing and judges are replaced."""
+    known, original, run, arm, kept = trainer_in("any"), unet(0), unet(1), unet(2), {}
+    prepared, states = known.prepared, known.prompts
+
+    def drawn(plan: Plan, pipeline: object, texts: list, noise: range, swap: tuple, unet_at) -> np.ndarray:
+        kept[swap] = [unet_at()(step) is original for step in range(2)] if unet_at else None
+        return np.full((2, 8, 8, 3), 7, np.uint8)
+
+    rows = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    for name, value in {
+        "open_pipeline": lambda plan: SimpleNamespace(unet=original), "CHUNK": 3,
+        "material": lambda *_: (prepared, states), "kept_pictures": drawn,
+        "predicted": lambda plan, run, pictures: np.eye(2)[[1 - run] * 2],
+        "labels_shown": lambda *_: [{("place", "snow"): shown} for shown in (True, False)],
+        "clip_cosines": lambda pictures, *_: pictures[:, 0, 0, 0] / 10, "train_arm": lambda *_: arm,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(swap, name, value)
+    monkeypatch.setattr(generate, "swapped_by_run", lambda *_: run)
+    monkeypatch.setattr(weights, "load", lambda *_, **__: SimpleNamespace(encode=lambda texts: rows))
+    sets = {"test prompts": [swap.Request("a"), swap.Request("b")]}
+    for condition in swap.CONDITIONS:
+        title, trained = condition.title, arm if "rate" in condition.title else run
+        named, _, rest = title.removeprefix("random, ").partition(" of ")
+        share = float(named if rest else title != "original")
+        found = swap.measure(PLAN, condition, 3, 1, sets)
+        change = pytest.approx(share * swap.relative_change(original, trained), rel=1e-4)
+        assert (title, found["change"]) == (title, change)
+        assert found["test prompts"] == pytest.approx({"probe": 0.5, "reader": 0.8, "CLIP": 0.7})
+        assert list(kept.values())[-1] == ([title[-6:] != "step 0", False] if share else None)
+    assert len(kept) == 10  # but for the arms, which are one here, each has pictures of its own
+    alone = swap.measure(PLAN, swap.ORIGINAL, 3, None, sets)
+    assert alone["test prompts"].keys() == {"probe", "CLIP"}
+    generator, squares = torch.Generator().manual_seed(0), []
+    for test in np.split(prepared.splits["test"], [3]):
+        clean = torch.from_numpy(prepared.inputs[0][test])
+        latents, t, noise = swap.noisy(clean, generate.alphas_bar(), generator)
+        squares.append((original(latents, t, torch.from_numpy(states[test])) - noise).detach().square())
+    assert alone["noise"] == pytest.approx(float(torch.cat(squares).mean()), rel=1e-5)
+
+
 def test_differences_are_over_seeds_with_holm_over_the_conditions():
     def of(*values: float) -> list[dict]:
         return [{"test prompts": {"probe": value}} for value in values]
@@ -183,8 +251,10 @@ def test_differences_are_over_seeds_with_holm_over_the_conditions():
     assert a["mean"] == pytest.approx(0.66) and a["seeds_95"] == pytest.approx((-0.01706, 0.23706), abs=1e-4)
     assert a["holm"] == pytest.approx(2 * a["p"]) and b["holm"] == pytest.approx(max(b["p"], a["holm"]))
     assert equal["p"] is None and "holm" not in equal
-    better = a | {"seeds_95": (0.01, 0.2), "holm": 0.06, "against": "original"}
-    said = swap.answer([better, b])
+    better = a | {"seeds_95": (0.01, 0.2), "holm": 0.05, "against": "original"}
+    at_0 = [better | {"seeds_95": limits} for limits in ((0, 0.2), (-0.2, 0))]
+    said = swap.answer([better, b, *at_0, better | {"judge": "CLIP"}, better | {"against": "b"}])
+    assert "of 4 comparisons" in said and "below 0 in 0." in said
     assert "above 0 in 1: a (test prompts)" in said and "p < .05: none" in said
     assert "p < .05: a (test prompts)" in swap.answer([better | {"holm": 0.04}, b])
 
@@ -199,9 +269,9 @@ def test_every_contrast_is_of_two_conditions():
         assert arm.drawn == arm.name.startswith("noisy ")
 
 
-def test_the_table_of_known_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_table_of_known_measures(monkeypatch: pytest.MonkeyPatch):
     """Each condition is measured once a seed, by the next seed's run, and keeps its own numbers."""
-    plan = Plan("mini", SOURCES["mini"], (3, 5, 8), tmp_path, 1, "cpu", {})
+    plan = replace(PLAN, seeds=(3, 5, 8))
     numbers = {condition.title: i / 100 for i, condition in enumerate(swap.CONDITIONS)}
     tasks = []
 
@@ -229,8 +299,13 @@ def test_the_table_of_known_measures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     family = [(title, "original") for title in numbers if title != "original"] + swap.CONTRASTS
     assert pairs == family * len(sets) * len(swap.JUDGES)
     assert result["prompts"] == {"DrawBench": 1, "test prompts": 2}
-    text = swap.text(result | {"seeds": [3, 5, 8], "command": "", "date": "", "data": "mini"})
+    about = {"command": "", "date": "", "data": "mini"}
+    text = swap.text(result | about | {"seeds": [3, 5, 8]})
+    line = "| 0.1 of the run's change | 2.0533 | +.0533 | -.0092 to +.1158 |"
+    by_clip, _, notes = text.partition("**CLIP, test prompts** (2 a seed)")[2].partition("\n\n* ")
+    assert by_clip.count(line) == by_clip.count("\n| 0.1 of") == 1 and "* The run is unet-mlc-cl." in notes
     assert all(f"| {title} |" in text for title in numbers if title != "original")
     assert all(f"| {a} − {b} |" in text for a, b in swap.CONTRASTS)
     alone = swap.compute(replace(plan, seeds=(3,)))
+    assert "above 0 in 0: none" in swap.text(alone | about | {"seeds": [3]})
     assert [row["per_seed"] for row in alone["rows"]] == [row["per_seed"][:1] for row in result["rows"]]

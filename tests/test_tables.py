@@ -197,10 +197,14 @@ def test_all_that_the_ensemble_needs_is_trained_once(make):
     targets = np.load(vit / "test-targets.npy")
     assert of(nine, "U-Net + ViT") == pytest.approx(cosines(mean, targets).mean(), abs=1e-6)
 
+    levels = read(folder, "figure-11")["levels_of_quantiles"]
+    assert levels == [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
     (eleven, *_), edges = (read(folder, "figure-11")[key] for key in ("per_seed", "edges_of_histogram"))
     assert (edges[0], edges[-1]) == (-1, 1) and np.diff(edges) == pytest.approx(0.05)
     assert eleven["cosines"]["ensemble"]["mean"] == pytest.approx(of(eight, "Ensemble, MLC, CL"))
     assert sum(eleven["cosines"]["vit-mlc-cl"]["histogram"]) == 12
+    quantiles = np.quantile(cosines(np.load(vit / "test.npy"), targets), levels)
+    assert eleven["cosines"]["vit-mlc-cl"]["quantiles"] == pytest.approx(quantiles, abs=1e-6)
 
     figure = read(folder, "figure-9")
     for run, (entry,) in figure["runs"].items():
@@ -213,6 +217,12 @@ def test_all_that_the_ensemble_needs_is_trained_once(make):
         low, high = entry["spearman_95"]
         assert low < entry["spearman"] < high
         assert entry["cosine"]["easy"] > entry["cosine"]["medium"] > entry["cosine"]["hard"]
+        if run == "unet-mlc":
+            names = [row["image"].partition("!")[2] for row in rows]
+            known = dict(zip(names, zip(score, undrawn, strict=True), strict=True))
+    shown = sum(figure["examples"].values(), [])
+    assert len({example["image"] for example in shown}) == len(shown) == 24
+    assert all((pytest.approx(e["cosine"]), e["undrawn"]) == known[e["image"]] for e in shown)
     with Image.open(folder / "results" / "figure-9.png") as sheet:
         assert sheet.width == 8 * 136 + 8
 
@@ -505,7 +515,7 @@ def test_percentiles_leave_out_a_few_undefined_draws():
 
 def test_undrawn_share():
     assert undrawn_share("a pair of purple ghosts, mist", ["a pair of", "mist"]) == pytest.approx(4 / 6)
-    assert undrawn_share("a car", []) == 0
+    assert undrawn_share("a car", []) == 0 and undrawn_share("car", ["car"]) == 1
 
 
 def test_numbers_are_written_as_the_paper_writes_them():
@@ -607,6 +617,7 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (["--figure", "5"], "--figure 5"),
         (["--table", "2", "--seeds", "0,x"], "--seeds 0,x"),
         (["--table", "2", "--seeds", "1,1"], "--seeds 1,1"),
+        (["--table", "2", "--seeds", "1" + 19 * "0"], "--seeds 1" + 19 * "0"),
         (["--table", "2", "--seed", "1"], "--seed: is set by each row"),
         (["--table", "2", "--out", "x"], "--out: is set by each row"),
         (["--table", "2", "--weights", "large"], "--weights large"),

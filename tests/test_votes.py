@@ -89,9 +89,13 @@ def test_votes_with_the_papers_counts_make_the_papers_table(tmp_path: Path, caps
         "prompt": "prompt 37", "people": [UNDECIDED, "trained", "original"], "probe": "original"
     }  # fmt: skip
     text = (tmp_path / "table-5.md").read_text()
+    assert "#1 and #3 " f"{result['alike'][1]} of 100" in text and "+24.7 percentage points" in text
+    assert f"the probe agree in {result['probe']['alike']} of 100 pairs" in text
     assert text == text_of(result) and text in capsys.readouterr().out
     trained, original, undecided = result["majority"]
     for row in (
+        "| choice | #1 | #2 | #3 | agreements | average | majority | probe | paper: #1 | paper: #2 | "
+        "paper: #3 | paper: agreements | paper: average |",
         f"| trained | 52 | 36 | 31 | 21 | 39.7 | {trained} | 30 | 52 | 36 | 31 | 21 | 39.6 |",
         f"| original | 30 | 10 | 5 | 2 | 15.0 | {original} | 20 | 30 | 10 | 5 | 2 | 15.0 |",
         f"| undecided | 18 | 54 | 64 | 14 | 45.3 | {undecided} | 50 | 18 | 54 | 64 | 14 | 45.4 |",
@@ -114,13 +118,16 @@ def test_the_sign_test():
     assert sign_test(3, 3) == 1 and sign_test(0, 0) is None
 
 
-def test_one_person_and_no_probe(tmp_path: Path):
-    left = ["trained", "original", "original"]
-    key_file(tmp_path, left)
-    assert table_5(tmp_path, vote_file(tmp_path / "a.json", left, "ttu")) == 0
+def test_one_person_two_and_no_probe(tmp_path: Path):
+    key_file(tmp_path, ["original"])
+    assert table_5(tmp_path, vote_file(tmp_path / "a.json", ["original"], "t")) == 0
     result = json.loads((tmp_path / "table-5.json").read_text())
-    assert (result["people"], result["kappa"], result["probe"]) == ([[2, 0, 1]], None, None)
+    assert (result["people"], result["kappa"], result["probe"]) == ([[1, 0, 0]], None, None)
     assert "kappa" not in (tmp_path / "table-5.md").read_text()
+    key_file(tmp_path, left := ["trained", "original"])
+    files = [vote_file(tmp_path / f"{name}.json", left, "tu") for name in "ab"]
+    assert table_5(tmp_path, *files) == 0
+    assert json.loads((tmp_path / "table-5.json").read_text())["kappa"] == pytest.approx(1)
 
 
 # -- refusals ----------------------------------------
@@ -192,7 +199,8 @@ def test_the_page_holds_the_pictures_at_the_sides_of_the_key_and_no_key():
         on_left = left[k] == "trained"
         assert np.array_equal(picture_of(pair["left"]), (trained if on_left else original)[k])
         assert np.array_equal(picture_of(pair["right"]), (original if on_left else trained)[k])
-    assert 8 < left.count("trained") < 32
+    assert [pair["id"] for pair in page["pairs"]] == [str(k) for k in range(1, 41)]
+    assert 8 < left.count("trained") < 32 and set(left) == OTHER.keys()
     assert "trained" not in html and "original" not in html and not re.search(r"https?://", html)
     assert votes.ballot(prompts, original, trained) == (page_id, left, html)
     other_id, other_left, _ = votes.ballot(prompts, trained, original)
@@ -206,6 +214,16 @@ def test_large_pictures_are_jpegs_of_their_own_size():
     assert pair["left"].startswith("data:image/jpeg")
     assert picture_of(pair["left"]).shape == (512, 512, 3)
     assert abs(int(picture_of(pair["left"]).mean()) - (200 if left == ["trained"] else 10)) < 3
+    kinds = [votes.data_uri(original[0, :side, :side].astype(np.uint8))[:15] for side in (256, 257)]
+    assert kinds == ["data:image/png;", "data:image/jpeg"]
+
+
+def test_the_probe_chooses_the_picture_that_shows_more(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generation, "words_shown", lambda pictures, requests: pictures)
+    drawn = {"trained": np.array([0.5, 0.2, 0.3]), "original": np.array([0.4, 0.25, 0.3])}
+    requests = [Request("a", "a view")] * 3
+    assert votes.probe_choices(requests, drawn) == ["trained", "original", UNDECIDED]
+    assert votes.probe_choices([*requests[1:], Request("a")], drawn) == [None] * 3
 
 
 def test_a_page_is_written_again_and_not_over_the_key_of_another(tmp_path: Path, monkeypatch, capsys):
@@ -220,7 +238,7 @@ def test_a_page_is_written_again_and_not_over_the_key_of_another(tmp_path: Path,
     monkeypatch.setattr(eval, "train_missing", lambda plan, runs: started.append((plan.seeds, runs)) or set())
     flags = ["--vote", "--weights", "paper", "--seeds", "3,4", "--device", "cpu", "--results", str(tmp_path)]
     assert eval.main(flags) == 0
-    assert started == [((3,), [RUN])]
+    assert started == [((3,), [RUN])] and "vote.html, 4 pairs for the voters" in capsys.readouterr().out
     page, key = ((tmp_path / name).read_bytes() for name in ("vote.html", "vote-key.json"))
     assert eval.main(flags) == 0 and page == (tmp_path / "vote.html").read_bytes()
     left = [pair["left"] for pair in json.loads(key)["pairs"]]
