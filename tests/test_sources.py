@@ -55,6 +55,7 @@ def fake_pip(monkeypatch, members: dict[str, bytes] | None) -> list[list[str]]:
 
     def run(command: list[str], **options) -> subprocess.CompletedProcess:
         commands.append(command)
+        assert options["stdin"] == subprocess.DEVNULL  # or pip might wait for a password
         if members is None:
             failing = "printf 'WARNING\\nERROR: No matching distribution\\n' >&2; exit 1"
             return REAL_RUN(["sh", "-c", failing], **options)

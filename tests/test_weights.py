@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from parity import randomise
 from safetensors.torch import load_file, save_file
@@ -561,6 +561,8 @@ def test_wrong_kinds_are_refused(pipeline: Path, single: Path):
         weights.load("unet", "minilm")
     with pytest.raises(weights.WeightsError, match="describes a UNet2DConditionModel, not a vae"):
         weights.load("vae", pipeline / "unet")
+    with pytest.raises(weights.WeightsError, match="describes a blip-2, not a blip"):
+        weights.load("blip", ROOT / "mini" / "blip2-mini")
     with pytest.raises(weights.WeightsError, match="without a minilm .nothing begins with a prefix of that"):
         weights.load("minilm", single)
 
