@@ -17,7 +17,7 @@ from models import clip, unet, vae, vit
 from weights import dialects
 from weights.kinds import KINDS
 from weights.kinds.clip import OPEN_CLIP_CUT
-from weights.options import sizes_of
+from weights.options import from_shapes, sizes_of
 
 # n ResBlocks a level, levels, levels with a transformer; diffusers' defaults are Stable Diffusion's.
 UNETS = {
@@ -282,6 +282,14 @@ def test_a_lone_file_of_unpublished_sizes_is_refused(kind: str, config: dict[str
     with pytest.raises(weights.WeightsError, match=says) as raised:
         sizes_of(KINDS[kind], None, ours, "file")
     assert "\n" not in str(raised.value) and str(raised.value).endswith("give a folder with its config.json")
+
+
+def test_fields_that_tensors_show_by_hand():
+    tensors = {"w": torch.zeros(3, 5), "a.0.b": torch.zeros(1), "a.2.b": torch.zeros(1)}
+    shapes = {"one": ("w", 1), "two": ("w", 1, 0), "none": ("w", 2), "no": ("v", 0), "has": ("w",),
+              "lacks": ("v",), "count": r"a\.(\d+)\."}
+    found = {"one": 5, "two": (5, 3), "has": True, "lacks": False, "count": 2}
+    assert from_shapes(shapes, tensors) == found
 
 
 def test_names_and_shapes_tell_every_published_model_from_every_other():

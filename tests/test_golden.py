@@ -372,8 +372,7 @@ def test_lacking_and_unknown_tensors(folders, tmp_path: Path):
 def test_a_port_may_leave_out_whole_files(vit: Path, tmp_path: Path):
     for part, status in (("activations", 3), ("outputs", 0)):
         (tmp_path / part).mkdir()
-        file = f"{part}.safetensors"
-        (tmp_path / part / file).symlink_to(vit / file)
+        (tmp_path / part / f"{part}.safetensors").symlink_to(vit / f"{part}.safetensors")
         assert compare(vit, tmp_path / part).status == status
 
 
@@ -441,9 +440,8 @@ def test_the_regressor_is_features_and_heads(source: str, few_scenes: Path, cach
     if source == "run":
         assert index["config"]["unet_features"] == "middle"
     else:
-        matrix = held["heads.embedding.weight"]
-        drawn = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)).double()
-        assert torch.allclose(matrix, drawn / matrix.shape[1] ** 0.5)
+        matrix, draw = held["heads.embedding.weight"], torch.Generator().manual_seed(0)
+        assert torch.allclose(matrix.float() * matrix.shape[1] ** 0.5, torch.randn(matrix.shape, generator=draw))
         assert logits.shape == (2, 100)
     assert compare(folder, folder).status == 0
 
@@ -455,8 +453,8 @@ def test_the_sampler_predicts_noise_or_v(source: str, tmp_path: Path):
     timesteps, alphas = files["constants"]["timesteps"].tolist(), files["constants"]["alphas_bar"].double()
     assert timesteps == [751, 501, 251, 1]
     assert list(files["activations"]) == ["unet", "unet#1", "unet#2", "unet#3"]
-    assert [len(files["inputs"][name][0]) for name in ("context", "negative")] == [77, 77]
-    assert [len(files["inputs"][name]) for name in ("context", "negative")] == [2, 1]
+    shapes = {name: value.shape[:2] for name, value in files["inputs"].items()}
+    assert shapes == {"noise": (2, 4), "context": (2, 77), "negative": (1, 77)}
     x = files["inputs"]["noise"].double()
     for i, t in enumerate(timesteps):
         without, with_context = files["activations"][f"unet#{i}" if i else "unet"].chunk(2)
