@@ -440,8 +440,9 @@ def test_the_regressor_is_features_and_heads(source: str, few_scenes: Path, cach
     if source == "run":
         assert index["config"]["unet_features"] == "middle"
     else:
-        matrix, draw = held["heads.embedding.weight"], torch.Generator().manual_seed(0)
-        assert torch.allclose(matrix.float() * matrix.shape[1] ** 0.5, torch.randn(matrix.shape, generator=draw))
+        matrix = held["heads.embedding.weight"].float() * features.shape[1] ** 0.5
+        draw = torch.Generator().manual_seed(0)
+        assert torch.allclose(matrix, torch.randn(matrix.shape, generator=draw))
         assert logits.shape == (2, 100)
     assert compare(folder, folder).status == 0
 
