@@ -203,9 +203,9 @@ def test_a_stranger_is_refused():
         ({f"{part}.value.bias": two, "blocks.0.attn.qkv.bias": two}, "two tensors for blocks.0.attn.qkv"),
         ({}, "blocks.0.attn.qkv.bias is made of q, k and v, of which there is no v$"),
     ):
+        biases = {f"{part}.query.bias": two, f"{part}.key.bias": two} | bias
         with pytest.raises(weights.WeightsError, match=message):
-            q_and_k = {f"{part}.query.bias": two, f"{part}.key.bias": two}
-            weights.to_home("vit", q_and_k | bias, "hf-model")
+            weights.to_home("vit", biases, "hf-model")
 
 
 @pytest.mark.parametrize("kind", ["unet", "vae", "clip-text"])
@@ -288,8 +288,8 @@ def test_fields_that_tensors_show_by_hand():
     tensors = {"w": torch.zeros(3, 5), "a.0.b": torch.zeros(1), "a.2.b": torch.zeros(1)}
     shapes = {"one": ("w", 1), "two": ("w", 1, 0), "none": ("w", 2), "no": ("v", 0), "has": ("w",),
               "lacks": ("v",), "count": r"a\.(\d+)\."}
-    found = {"one": 5, "two": (5, 3), "has": True, "lacks": False, "count": 2}
-    assert from_shapes(shapes, tensors) == found
+    expected = {"one": 5, "two": (5, 3), "has": True, "lacks": False, "count": 2}
+    assert from_shapes(shapes, tensors) == expected
 
 
 def test_names_and_shapes_tell_every_published_model_from_every_other():

