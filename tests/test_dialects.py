@@ -17,7 +17,7 @@ from models import clip, unet, vae, vit
 from weights import dialects
 from weights.kinds import KINDS
 from weights.kinds.clip import OPEN_CLIP_CUT
-from weights.options import sizes_of
+from weights.options import from_shapes, sizes_of
 
 # n ResBlocks a level, levels, levels with a transformer; diffusers' defaults are Stable Diffusion's.
 UNETS = {
@@ -187,8 +187,8 @@ def test_messages_spell_our_names_as_the_file_does():
 
 
 def test_a_stranger_is_refused():
-    with pytest.raises(weights.WeightsError, match="no unet in any dialect"):
-        weights.to_home("unet", {"a.b": torch.zeros(1)})
+    with pytest.raises(weights.WeightsError, match=r"no unet in any dialect .* are a.b, c, d \.\.\.$"):
+        weights.to_home("unet", dict.fromkeys(("a.b", "c", "d", "e"), torch.zeros(1)))
     with pytest.raises(weights.WeightsError, match="no dialect 'klingon'; it has ldm, diffusers"):
         weights.from_home("unet", small_unet(), "klingon")
     with pytest.raises(weights.WeightsError, match="needs all of"):
@@ -197,6 +197,15 @@ def test_a_stranger_is_refused():
     with pytest.raises(weights.WeightsError, match="two tensors for encoder.norm_out"):
         weights.to_home("vae", weights.from_home("vae", small_vae())
                         | {"encoder.norm_out.weight": torch.zeros(1)})
+    part, two = "encoder.layer.0.attention.attention", torch.zeros(2)
+    for bias, message in (
+        ({f"{part}.value.bias": torch.zeros(3)}, r"qkv.bias is .*, whose shapes differ: \[\(2,\), \(3,"),
+        ({f"{part}.value.bias": two, "blocks.0.attn.qkv.bias": two}, "two tensors for blocks.0.attn.qkv"),
+        ({}, "blocks.0.attn.qkv.bias is made of q, k and v, of which there is no v$"),
+    ):
+        biases = {f"{part}.query.bias": two, f"{part}.key.bias": two} | bias
+        with pytest.raises(weights.WeightsError, match=message):
+            weights.to_home("vit", biases, "hf-model")
 
 
 @pytest.mark.parametrize("kind", ["unet", "vae", "clip-text"])
@@ -262,16 +271,25 @@ def test_a_lone_clip_is_refused_for_its_activation(kind: str, dialect: str, tmp_
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize("kind, config", [
-    ("vae", {"ch": 24, "norm_groups": 24}), ("unet", {"model_channels": 96}), ("unet", {"context_dim": 24}),
-    ("unet", {"in_channels": 9}),
+@pytest.mark.parametrize("kind, config, nearest", [
+    ("vae", {"ch": 24, "norm_groups": 24}, "sd-"), ("unet", {"model_channels": 96}, "sd-"),
+    ("unet", {"context_dim": 24}, "sd-2, which differs in input_blocks.1.1.transformer_blocks.0.attn2.to_k"),
+    ("unet", {"in_channels": 9}, "sd-2, which differs in input_blocks.0.0.weight;"),
 ])
-def test_a_lone_file_of_unpublished_sizes_is_refused(kind: str, config: dict[str, int]):
+def test_a_lone_file_of_unpublished_sizes_is_refused(kind: str, config: dict[str, int], nearest: str):
     ours = meta(weights.build, kind, dataclasses.replace(KINDS[kind].configs["sd-2"], **config))
-    says = r"^file: without a config.json only published sizes are read \(sd-1, .*\); nearest is sd-"
+    says = rf"^file: without a config.json only published sizes are read \(sd-1, .*\); nearest is {nearest}"
     with pytest.raises(weights.WeightsError, match=says) as raised:
         sizes_of(KINDS[kind], None, ours, "file")
     assert "\n" not in str(raised.value) and str(raised.value).endswith("give a folder with its config.json")
+
+
+def test_fields_that_tensors_show_by_hand():
+    tensors = {"w": torch.zeros(3, 5), "a.0.b": torch.zeros(1), "a.2.b": torch.zeros(1)}
+    shapes = {"one": ("w", 1), "two": ("w", 1, 0), "none": ("w", 2), "no": ("v", 0), "has": ("w",),
+              "lacks": ("v",), "count": r"a\.(\d+)\."}
+    expected = {"one": 5, "two": (5, 3), "has": True, "lacks": False, "count": 2}
+    assert from_shapes(shapes, tensors) == expected
 
 
 def test_names_and_shapes_tell_every_published_model_from_every_other():

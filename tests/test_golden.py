@@ -20,9 +20,9 @@ from torch.nn import functional as F
 import weights
 from models import clip, layers, unet
 from tests.test_train import tiny_blip
-from weights.__main__ import main
+from weights.__main__ import main, parser
 from weights.compare import compare
-from weights.golden import Nudge, Recording, Subject, golden, load_or_draw, precision_of, record
+from weights.golden import NORMS, Nudge, Recording, Subject, golden, load_or_draw, precision_of, record, write
 from weights.kinds import KINDS as ENTRIES
 
 KINDS = [("vit", "vit-mini"), ("swin", "swin-mini"), ("swin", "swinv2-mini"), ("clip-vision", "clip-mini"),
@@ -103,14 +103,34 @@ def test_golden_files_are_what_the_model_makes(kind: str, source: str, folders):
     assert (report.status, report.lacking, report.precision) == (0, [], "float64")
 
 
-def test_the_command_writes_what_the_function_does(vit: Path, tmp_path: Path):
-    usual, seeded = tmp_path / "usual", tmp_path / "seeded"
+def test_the_command_writes_what_the_function_does(vit: Path, tmp_path: Path, capsys):
+    usual, seeded = tmp_path / "usual", tmp_path / "new" / "seeded"
+    usual.mkdir()
     assert main(["golden", "vit", str(usual), "--source", "vit-mini", "--float64"]) == 0
     assert main(["golden", "vit", str(seeded), "--source", "vit-mini", "--batch", "1", "--seed", "3"]) == 0
     images = [load_file(path / "inputs.safetensors")["images"] for path in (vit, usual, seeded)]
     assert torch.equal(images[0], images[1]) and images[1].dtype == torch.float64
     assert images[2].shape == (1, 3, 64, 64) and images[2].dtype == torch.float32
-    assert json.loads((seeded / "index.json").read_text())["seed"] == 3
+    index = json.loads((seeded / "index.json").read_text())
+    assert (index["seed"], index["version"]) == (3, 2)
+    printed = f"{usual}: inputs, 44 activations from patch_embed.proj to norm, outputs, weights"
+    assert capsys.readouterr().out.splitlines()[0] == printed
+    for flag, value in (("--seed", 0), ("--seed", 2**63 - 1), ("--batch", 1)):
+        assert vars(parser().parse_args(["golden", "vit", "g", flag, str(value)]))[flag[2:]] == value
+    assert parser().parse_args(["compare", "g", "p", "--tolerance", "1"]).tolerance == 1
+
+
+def test_random_models_and_inputs_are_drawn_with_seed_0(folders):
+    ids = load_file(folders("clip-text", "sd-2-tiny") / "inputs.safetensors")["ids"]
+    assert torch.equal(ids, torch.randint(1024, (2, 77), generator=torch.Generator().manual_seed(0)))
+    for kind in ("clip-text", "unet"):
+        draw, model = torch.Generator().manual_seed(0), load_or_draw(kind, "sd-2-tiny")
+        for name, parameter in model.named_parameters():
+            noise, (module, _, which) = torch.randn(parameter.shape, generator=draw), name.rpartition(".")
+            expected = noise * (0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+            if which == "weight" and isinstance(model.get_submodule(module), NORMS):
+                expected = 1 + 0.1 * noise
+            assert torch.allclose(parameter, expected), name
 
 
 def test_blip_and_minilm(tmp_path: Path, minilm_folder: Path):
@@ -124,6 +144,10 @@ def test_blip_and_minilm(tmp_path: Path, minilm_folder: Path):
             again = model(**inputs)
         outputs = load_file(tmp_path / f"golden-{kind}" / "outputs.safetensors")
         assert torch.allclose(again, outputs["output"].float(), atol=1e-5)
+        if kind == "blip":  # its text layers give their cache too
+            seen = load_file(tmp_path / "golden-blip" / "activations.safetensors")
+            layer = "text_decoder.bert.encoder.layer.0"
+            assert torch.equal(seen[layer], seen[f"{layer}.output.LayerNorm"])
     sentences = ["a cat", "a red house in the snow"]  # the regression targets are `embedding`
     ids, counts = model._tokenise(sentences)
     rows = torch.nn.utils.rnn.pad_sequence(ids.long().split(counts.tolist()), batch_first=True)
@@ -264,6 +288,49 @@ def test_blur_is_the_largest_of_three(off: tuple, of_deviation: float, blur: flo
     assert entry == {"rounding": [abs(off[0])] * 2, "epsilon": 1e-5, "blur": blur}
 
 
+@pytest.mark.parametrize("norm, rows", [(nn.LayerNorm(2, eps=1.0), 24), (nn.GroupNorm(2, 4, eps=1.0), 4)])
+def test_the_blur_of_a_norm_by_hand(norm: nn.Module, rows: int):
+    """In each row half of the numbers are 1 and half -1, so the variance is the epsilon."""
+    x = torch.tensor([1.0, -1]).expand(2, 4, 3, 2)
+    subject = Subject(nn.Sequential(norm), {"x": x}, lambda model, of: {"y": model(of["x"])}, {}, {})
+    nudge, more = record(subject, torch.float64).nudges["0"], (2 / 1.9) ** 0.5 - 1
+    assert nudge.epsilon == 1 and torch.allclose(nudge.change, more * x.double() / 2**0.5)
+    assert nudge.blur == pytest.approx(2**-24 / (more * rows**0.5))
+
+
+@pytest.mark.parametrize("dtype, share, rest, blur, tolerance, found", [
+    (torch.float64, 0, 0, 0, 0, ""),
+    (torch.float64, 0, 0.9, 0, 1, ""), (torch.float64, 0, 1, 0, 1, "unseen"),  # 1 / 8 is more than 0.12
+    (torch.float64, 0, 0, 0.11 * 2**22, 1, ""), (torch.float64, 0, 0, 0.13 * 2**22, 1, "unseen"),
+    (torch.float32, 0, 0, 0.11, 1, ""), (torch.float32, 0, 0, 0.13, 1, "unseen"),
+    (torch.float64, 0.4, 0, 0, 1, ""), (torch.float64, 0.6, 0, 0, 1, "9.4e-06"),
+    (torch.float64, 2, 0, 0, 1, "8.0e-06"), (torch.float64, -2, 0, 0, 1, "1.2e-05"),
+    (torch.float64, 1, 0.43, 0, 0, "9.0e-06"), (torch.float64, 1, 0.75, 0, 0, "off by"),  # of all: 0.39, 0.6
+])  # fmt: skip
+def test_an_epsilon_is_named_where_it_can_be_seen(
+    dtype: torch.dtype, share: float, rest: float, blur: float, tolerance: float, found: str, tmp_path: Path
+):
+    """A port's norm of 64 numbers is off by `share` of a smaller epsilon's change and by as much noise."""
+    draw = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 2, 4, 8, generator=draw)
+    model = nn.Sequential(nn.LayerNorm(8))
+    subject = Subject(model, {"x": x}, lambda model, of: {"y": model(of["x"])}, {}, {})
+    write(tmp_path, "vit", subject, dtype)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["activations"][0]["blur"] = blur
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    change = load_file(tmp_path / "epsilons.safetensors")["0"].double()
+    noise = noise - (noise * change).sum() / change.square().sum() * change
+    off = share * change + rest * noise * change.norm() / noise.norm()
+    port = load_file(tmp_path / "activations.safetensors")["0"] + off
+    save_file({"0": port.to(dtype)}, tmp_path / "port.safetensors")
+    report = compare(tmp_path, tmp_path / "port.safetensors", tolerance)
+    problem = report.differences[0].problem
+    assert report.unseen == (["0"] if found == "unseen" else [])
+    named = re.findall(r"as with an epsilon of (\S+) instead of 1.0e-05", problem)
+    assert named == ([found] if "e-" in found else []) and bool(problem) == (found not in ("", "unseen"))
+
+
 def test_float32_may_be_eight_times_its_rounding_away_and_four_times_in_the_mean(folders, tmp_path: Path):
     folder, name = folders("clip-text", "sd-mini"), "text_model.embeddings.token_embedding"
     exact = load_file(folder / "activations.safetensors")[name]  # of a table: its rounding counts as 2^-23
@@ -302,6 +369,13 @@ def test_lacking_and_unknown_tensors(folders, tmp_path: Path):
     assert compared(folder, port | {"middle_block": right["middle_block"]}, tmp_path)[0] == 0  # equal to it
 
 
+def test_a_port_may_leave_out_whole_files(vit: Path, tmp_path: Path):
+    for part, status in (("activations", 3), ("outputs", 0)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"{part}.safetensors").symlink_to(vit / f"{part}.safetensors")
+        assert compare(vit, tmp_path / part).status == status
+
+
 def test_precisions_are_compared(vit: Path, folders, tmp_path: Path):
     port = load_file(vit / "activations.safetensors") | load_file(vit / "outputs.safetensors")
     assert compared(vit, port, tmp_path)[0] == 0
@@ -325,6 +399,10 @@ def test_constants_of_a_port_are_compared(folders, tmp_path: Path):
     assert compared(folder, port | {"causal_mask": mask}, tmp_path)[0] == 0
     status, lines = compared(folder, port | {"causal_mask": mask.T}, tmp_path)
     assert status == 1 and lines[0].startswith("causal_mask is the first that differs")
+    arrays = {name: value.numpy() for name, value in port.items()}
+    np.savez(tmp_path / "port.npz", **arrays, position_ids=np.full(77, None))  # objects could run a program
+    with pytest.raises(weights.WeightsError, match="port.npz: position_ids.npy is damaged"):
+        compare(folder, tmp_path / "port.npz")
     folder = folders("unet-encoder", "sd-mini")
     layer = {"input_blocks.0.0": load_file(folder / "activations.safetensors")["input_blocks.0.0"].float()}
     sinusoids = load_file(folder / "constants.safetensors")["sinusoids"]
@@ -344,15 +422,28 @@ def test_the_regressor_is_features_and_heads(source: str, few_scenes: Path, cach
         flags = ("--train-blocks", "0", "--captions", "empty", "--unet-features", "middle")
         path = str(train_here(few_scenes, tmp_path / "run", *flags, "--head-start", "random"))
     folder = tmp_path / "golden"
-    assert main(["golden", "regressor", str(folder), "--source", path]) == 0
+    assert main(["golden", "regressor", str(folder), "--source", path, "--seed", "5"]) == 0
     files = {part: load_file(folder / f"{part}.safetensors") for part in FILES}
+    index = json.loads((folder / "index.json").read_text())
+    assert index["seed"] == 5 and index["config"]["heads"] == 3
     seen, held = files["activations"], {name: value.double() for name, value in files["weights"].items()}
     features = seen["backbone"]
     if source != "vit-mini":
         assert torch.equal(features, seen["backbone.unet.middle_block.2"].amax(dim=(2, 3)))
         assert not files["constants"]["timesteps"].any() and "timesteps" not in files["inputs"]
+        cosines, sines = files["constants"]["sinusoids"].chunk(2, dim=1)
+        assert cosines.eq(1).all() and sines.eq(0).all()
     embedding = features @ held["heads.embedding.weight"].T + held["heads.embedding.bias"]
     assert torch.allclose(embedding, files["outputs"]["embedding"], rtol=0, atol=1e-10)
+    logits = embedding @ held["heads.vocabulary.weight"].T + held["heads.vocabulary.bias"]
+    assert torch.allclose(logits, files["outputs"]["logits"], rtol=0, atol=1e-10)
+    if source == "run":
+        assert index["config"]["unet_features"] == "middle"
+    else:
+        matrix = held["heads.embedding.weight"].float() * features.shape[1] ** 0.5
+        draw = torch.Generator().manual_seed(0)
+        assert torch.allclose(matrix, torch.randn(matrix.shape, generator=draw))
+        assert logits.shape == (2, 100)
     assert compare(folder, folder).status == 0
 
 
@@ -362,6 +453,9 @@ def test_the_sampler_predicts_noise_or_v(source: str, tmp_path: Path):
     files = {part: load_file(tmp_path / "golden" / f"{part}.safetensors") for part in FILES}
     timesteps, alphas = files["constants"]["timesteps"].tolist(), files["constants"]["alphas_bar"].double()
     assert timesteps == [751, 501, 251, 1]
+    assert list(files["activations"]) == ["unet", "unet#1", "unet#2", "unet#3"]
+    shapes = {name: value.shape[:2] for name, value in files["inputs"].items()}
+    assert shapes == {"noise": (2, 4), "context": (2, 77), "negative": (1, 77)}
     x = files["inputs"]["noise"].double()
     for i, t in enumerate(timesteps):
         without, with_context = files["activations"][f"unet#{i}" if i else "unet"].chunk(2)
@@ -400,6 +494,8 @@ def test_faults_in_one_line(vit: Path, tmp_path: Path, capsys):
         assert says in printed and len(printed.strip().splitlines()) == 1
     for arguments in (("compare", str(vit), str(vit), "--tolerance", "inf"),
                       ("compare", str(vit), str(vit), "--tolerance", "-1"),
+                      ("compare", str(vit), str(vit), "--tolerance", "1.1"),
+                      ("golden", "vit", str(tmp_path / "g"), "--seed", str(2**63)),
                       ("golden", "vit", str(tmp_path / "g"), "--batch", "0"),
                       ("golden", "vit", str(tmp_path / "g"), "--seed", "9" * 30)):
         with pytest.raises(SystemExit) as end:
@@ -407,10 +503,11 @@ def test_faults_in_one_line(vit: Path, tmp_path: Path, capsys):
         assert end.value.code == 2
 
 
-def test_an_array_that_claims_to_be_huge_is_not_read(vit: Path, tmp_path: Path):
+@pytest.mark.parametrize("version", ["1_0", "2_0"])
+def test_an_array_that_claims_to_be_huge_is_not_read(version: str, vit: Path, tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "port.npz", "w") as archive, archive.open("norm.npy", "w") as file:
         claim = {"descr": "<f8", "fortran_order": False, "shape": (10**13,)}
-        np.lib.format.write_array_header_1_0(file, claim)
+        getattr(np.lib.format, f"write_array_header_{version}")(file, claim)
     problem = compare(vit, tmp_path / "port.npz").wrong[0].problem
     assert problem.startswith("shape (10000000000000,) instead of")
 
@@ -420,8 +517,16 @@ def test_damaged_golden_files_are_refused(folders, tmp_path: Path):
     for path in whole.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     index = json.loads((whole / "index.json").read_text())
+
+    def entry(part: str, k: int, **fields) -> dict:
+        return {part: [*index[part][:k], index[part][k] | fields, *index[part][k + 1 :]]}
+
+    norm = next(k for k, entry in enumerate(index["activations"]) if "epsilon" in entry)
     for change in ({"version": 1}, {"activations": None}, {"inputs": None}, {"dtype": "int8"},
-                   {"activations": index["activations"][:-1]}, {"outputs": [{"name": "output"}]}):
+                   {"activations": index["activations"][:-1]}, {"outputs": [{"name": "output"}]},
+                   entry("activations", 0, rounding=[-1, 0]), entry("activations", 0, rounding=[0, -1]),
+                   entry("activations", 0, epsilon=1, blur=0), entry("activations", norm, blur=-1),
+                   entry("outputs", 0, equal=None)):
         (tmp_path / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(weights.WeightsError, match="write the golden files again"):
             compare(tmp_path, whole)

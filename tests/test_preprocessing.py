@@ -108,6 +108,7 @@ HUGGING_FACE = {
     "deit": ("vit", 224, {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True,
                           "feature_extractor_type": "DeiTFeatureExtractor", "resample": 3, "size": 256,
                           **IMAGENET_HF}),
+    "deit, defaults": ("vit", 224, {"image_processor_type": "DeiTImageProcessor"}),
     "swin": ("swin", 64, {"do_normalize": True, "do_resize": True, "resample": 3, "size": 64,
                           "feature_extractor_type": "ViTFeatureExtractor", **IMAGENET_HF}),
     "blip": ("blip", 96, {"do_normalize": True, "do_resize": True, "resample": 3, **RESCALED, **CLIP_HF,

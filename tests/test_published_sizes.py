@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models import bert, blip, blip2, clip, swin, unet, vae, vit
+from weights.golden import SD_2_TINY
 
 SD_1 = dict(num_heads=8, num_head_channels=None)
 SD_2 = dict(num_heads=None, num_head_channels=64)
@@ -43,6 +44,8 @@ PUBLISHED = [
     (blip.BLIP, blip.CONFIGS, "blip-base", 223_971_644, BLIP | {"vision_num_attention_heads": 12}),
     (blip.BLIP, blip.CONFIGS, "blip-large", 446_290_492, BLIP | {"vision_num_attention_heads": 16}),
     (blip2.BLIP2, blip2.CONFIGS, "blip2-opt-2.7b", 3_744_761_856, BLIP_2),
+    (unet.UNet, SD_2_TINY, "unet", 5_880_068, SD_2 | dict(num_head_channels=32, attention_levels=(0, 1))),
+    (clip.CLIPText, SD_2_TINY, "clip-text", 441_408, EXACT | {"num_attention_heads": 3}),
     (bert.Bert, bert.CONFIGS, "minilm", 22_565_376, {"num_attention_heads": 12, "layer_norm_eps": 1e-12}),
 ]
 

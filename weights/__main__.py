@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m weights", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="List, find, fetch and verify checkpoints; write and compare golden files.",
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
     for run, text, arguments in COMMANDS:
         command = commands.add_parser(run.__name__[1:], help=text, description=text)
         command.set_defaults(run=run)

@@ -79,8 +79,8 @@ class Stored:
     nbytes: int
 
     def meta(self) -> Tensor:
-        """A tensor of that dtype and shape without values."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        """A tensor of that shape without values."""
+        return torch.empty(self.shape, device="meta")
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own. Raises WeightsError if the file was cut short meanwhile."""

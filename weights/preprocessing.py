@@ -146,7 +146,7 @@ def _processor(config: Mapping[str, Any], name: str, size: tuple[int, int], wher
     if config["do_normalize"]:
         mean, std = (_three(config[f"image_{key}"], where) for key in ("mean", "std"))
     # (x * factor - mean) / std for grey levels x, written for x / 255
-    scale = 1.0 if math.isclose(255 * factor, 1.0) else 255 * factor
+    scale = 255 * factor
     colours = {"mean": tuple(m / scale for m in mean), "std": tuple(s / scale for s in std)}
 
     to = config["size"]
@@ -159,7 +159,7 @@ def _processor(config: Mapping[str, Any], name: str, size: tuple[int, int], wher
             raise WeightsError(f"{where}: a crop without a resize is not done here; set do_resize to true")
         to = list(size)  # pictures must come in the size that the model reads
     elif shorter is not None:
-        if not crop or not isinstance(shorter, int):
+        if not crop:
             raise WeightsError(f"{where}: size {to!r} without a crop leaves pictures of many sizes")
         return _fields(crop, shorter, filter, colours, "transformers")
     box = _pair(to, f"{where}: size")

@@ -223,7 +223,6 @@ class WeightsSource:
 
 def read(kind: str, source: str | os.PathLike) -> WeightsSource:
     """The `kind` in `source`, parsed once for each state of its files. Raises WeightsError as `load`."""
-    find_kind(kind)
     path = resolve(source, kind)
     path = part_folder(kind, path) if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
