@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_baseline_rows import SIZES, Known, by_hand
 from test_tables import QUICK, Here, make, read, trained_here  # noqa: F401  (fixtures)
 
 from mini import naming, scenes
@@ -74,12 +75,28 @@ def test_words_that_the_probe_does_not_find_are_replaced_or_removed():
     blank = torch.full((len(naming.LABELS),), 0.01)
     blank[[naming.POSITION["subject", "cat"], naming.POSITION["colour", "red"]]] = 0.9
     assert seen_view(two, blank).things[0] == two.things[0] and seen_view(two, blank).relation is None
+    cats, found = View((Thing("cat", "red"),), count=3, style="oil"), blank.clone()
+    assert seen_view(cats, found) == View((Thing("cat", "red"),))
+    found[[naming.POSITION["count", 4], naming.POSITION["style", "oil"]]] = torch.tensor([0.5, 0.9])
+    assert seen_view(cats, found) == View((Thing("cat", "red"),), style="oil")  # 1/2 is not above it
+    found[naming.POSITION["count", 3]] = 0.9
+    assert seen_view(cats, found) == cats
+
+
+def test_a_converged_read_out_is_ridge_regression_on_both_readers():
+    members = [Known(1), Known(2)]
+    x = {split: np.concatenate([m.predicted(split) for m in members], 1).astype(float) for split in SIZES}
+    expected = cosines(by_hand(x, members[0].truth), members[0].truth["test"])
+    assert budget.converged_cosines(members, "cpu") == pytest.approx(expected, abs=1e-5)
 
 
 def test_texts_of_denoised_targets(few_scenes: Path, tmp_path: Path):
-    plan = Plan(str(few_scenes), SOURCES["mini"], (0,), tmp_path, 1, "cpu", {})
+    folder = tmp_path / "new" / "runs"
+    plan = Plan(str(few_scenes), SOURCES["mini"], (0,), folder, 1, "cpu", {})
     denoised.write_texts(plan)
-    files = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("paraphrases", "same-subject")}
+    files = {name: (folder / f"{name}.jsonl").read_text() for name in ("paraphrases", "same-subject")}
+    denoised.write_texts(plan)  # at each call of eval.py
+    assert {name: (folder / f"{name}.jsonl").read_text() for name in files} == files
     lines = {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()}
     views = denoised.default_views()
     for one, other in zip(*lines.values(), strict=True):
@@ -111,6 +128,8 @@ def test_the_tables(make: Callable[..., Path], monkeypatch):  # noqa: F811
         assert parts["wording"] == pytest.approx(1 - limits["said"])
         assert parts["not drawn"] == pytest.approx(limits["said"] - limits["drawn"])
     assert limits["read"] < limits["said"]
+    for found in result["contents"].values():  # of one wording, of all three, of infinitely many
+        assert found["1"] < found["4"] == found["12"] < found["limit"]
 
     result = read(folder, "table-denoised")
     trained, frozen = ({r["name"]: r["cosine"] for r in part["rows"]} for part in (result, result["frozen"]))
