@@ -106,7 +106,7 @@ def test_dakl_without_target_rows_is_the_plain_form_on_the_sources(plan: Plan):
     f, g = f - f.mean(dim=1, keepdim=True), g - g.mean(dim=1, keepdim=True)
     mean = f.mean(dim=0)
     f, g, y = f - mean, g - mean, p.train_targets.double()
-    scale = float(((f - f.mean(dim=0)) ** 2).sum()) / 6  # the trace of F_S F_S' over the 6 numbers of a row
+    scale = float((f**2).sum()) / 6  # the trace of F_S F_S' over the 6 numbers of a row
     relative = {"sources": 60, "in units of its scale": chosen["alpha"] / scale}
     assert chosen == pytest.approx(relative | {"alpha": chosen["alpha"]})
     solution = torch.linalg.solve(f @ f.T + chosen["alpha"] * torch.eye(60).double(), y - y.mean(dim=0))

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_baseline_rows import SIZES, Known, by_hand
 from test_tables import QUICK, Here, make, read, trained_here  # noqa: F401  (fixtures)
 
 from mini import naming, scenes
@@ -81,13 +80,6 @@ def test_words_that_the_probe_does_not_find_are_replaced_or_removed():
     assert seen_view(cats, found) == View((Thing("cat", "red"),), style="oil")  # 1/2 is not above it
     found[naming.POSITION["count", 3]] = 0.9
     assert seen_view(cats, found) == cats
-
-
-def test_a_converged_read_out_is_ridge_regression_on_both_readers():
-    members = [Known(1), Known(2)]
-    x = {split: np.concatenate([m.predicted(split) for m in members], 1).astype(float) for split in SIZES}
-    expected = cosines(by_hand(x, members[0].truth), members[0].truth["test"])
-    assert budget.converged_cosines(members, "cpu") == pytest.approx(expected, abs=1e-5)
 
 
 def test_texts_of_denoised_targets(few_scenes: Path, tmp_path: Path):

@@ -58,13 +58,6 @@ def test_each_axis_is_tried_with_the_best_of_those_before_it(made: tuple[dict, l
     assert "| Swin | lr 0.001, head_lr 0.0002 | 752 | .7500 | +.0004 | cpu | chosen |" in text
 
 
-def test_a_longer_training_is_chosen_for_a_gain_of_flat_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sweep, "FLAT", 0.25)
-    for gain, epochs in ((0.125, 4), (0.25, 6)):
-        tried = [({"epochs": 4}, {"val": 0.5}), ({"epochs": 6}, {"val": 0.5 + gain})]
-        assert sweep.best_of(tried) == {"epochs": epochs}
-
-
 @pytest.mark.parametrize("curve, gain", [
     ([0.1, 0.2, 0.4], 0.2), ([0.1, 0.2, 0.4, 0.5], 0.1), ([0.1, 0.2, 0.4, 0.5, 0.6, 0.65], 0.05),
     ([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9], 0.4),
