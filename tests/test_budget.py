@@ -14,7 +14,7 @@ from mini.scenes import Thing, View
 from tables import budget, denoised
 from tables.budget import PARTS, parts_of, seen_view
 from tables.runs import SOURCES, Plan
-from tables.wordings import limit_cosines, wordings
+from tables.wordings import limit_cosines, random_of, wordings
 from training.metrics import cosines
 
 CAT = View((Thing("cat", "red"),), place="snow", light="night")
@@ -98,6 +98,9 @@ def test_texts_of_denoised_targets(few_scenes: Path, tmp_path: Path):
         named = [word for _, word in scenes.words_of(scenes.SUBJECTS, view.things[0].subject)]
         named += [scenes.PLURALS.get(word, word) for word in named]
         assert all(any(word in text for word in named) for text in other["texts"])
+        for thing in scenes.sample_view(random_of(view)).things[1:]:  # of the first sentence's content
+            second = [word for _, word in scenes.words_of(scenes.SUBJECTS, thing.subject)]
+            assert any(word in other["texts"][0] for word in second)
     assert len(lines["paraphrases"]) == 84
 
 

@@ -213,11 +213,10 @@ def test_the_table_of_frozen_features(few_scenes: Path, cache: Path, tmp_path: P
     swin = f"| {rows['Swin']['cosine']:.4f}".replace("0.", ".")
     assert swin in (results / "table-readouts.md").read_text()
 
-    options = {"val_size": 12, "test_size": 12, "captions": "empty"}
-    plan = Plan(str(few_scenes), SOURCES["mini"], (1,), tmp_path, 1, "cpu", options)
+    plan = Plan(str(few_scenes), SOURCES["mini"], (1,), tmp_path, 1, "cpu", {"val_size": 12, "test_size": 12})
     of_cells = frozen_cosines(plan, {"a": RunName("swin", "plain")}, 1)
     assert of_cells["a"].mean() == pytest.approx(rows["Swin"]["cosine"], abs=1e-6)
     assert of_cells[MEAN].mean() == pytest.approx(of_mean)
-    heads_alone = dataclasses.replace(plan, options=options | {"train_blocks": 0})
+    heads_alone = dataclasses.replace(plan, options=plan.options | {"train_blocks": 0})
     levels, widths = readouts.unet_levels(heads_alone, "empty", 0)  # not the frozen U-Net's own features
     assert pooled(levels, widths, True, "maximum") == pytest.approx(features, abs=1e-3)
