@@ -13,6 +13,7 @@ from conftest import entries, train_here
 from sklearn.linear_model import Ridge as TheirRidge
 from torch import nn
 
+import data
 import eval
 import weights
 from backbones import UNetFeatures
@@ -217,6 +218,11 @@ def test_the_table_of_frozen_features(few_scenes: Path, cache: Path, tmp_path: P
     of_cells = frozen_cosines(plan, {"a": RunName("swin", "plain")}, 1)
     assert of_cells["a"].mean() == pytest.approx(rows["Swin"]["cosine"], abs=1e-6)
     assert of_cells[MEAN].mean() == pytest.approx(of_mean)
+    read = data.Preprocessing(**weights.preprocessing("blip", "blip-mini"))
+    images = torch.stack([data.image_tensor(prepared.pairs.image(i), read) for i in range(3)])
+    texts = weights.load("blip", "blip-mini").eval().generate(images)
+    captions = readouts.caption_features(plan).rows[:3]
+    assert captions == pytest.approx(weights.load("minilm").encode(texts).numpy(), abs=1e-4)
     heads_alone = dataclasses.replace(plan, options=plan.options | {"train_blocks": 0})
     levels, widths = readouts.unet_levels(heads_alone, "empty", 0)  # not the frozen U-Net's own features
     assert pooled(levels, widths, True, "maximum") == pytest.approx(features, abs=1e-3)

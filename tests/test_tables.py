@@ -148,7 +148,7 @@ def test_table_2_is_what_its_runs_say_and_a_second_call_trains_nothing(make, cap
     assert result["rows"][5]["cosine_95"] == pytest.approx(bootstrap_interval(pairs[0], resamples=2000))
 
     text = (folder / "results" / "table-2.md").read_text()
-    assert text in capsys.readouterr().out
+    assert f"{text}\nwritten: {folder / 'results' / 'table-2.md'} and .json\n" in capsys.readouterr().out
     assert (folder / "results" / "table-2.json").read_text() == json.dumps(result, indent=1) + "\n"
     assert "\n* Rows without a number in the column" in text  # the first row, not trained, is one
     assert f"| Swin, head 3 | {short(result['rows'][5]['cosine'])} |" in text
@@ -369,9 +369,9 @@ def test_ctrl_c_stops_what_runs_and_starts_no_more(tmp_path: Path, monkeypatch: 
     class Endless:
         started: list["Endless"] = []
 
-        def __init__(self, *_: object, env: dict, start_new_session: bool, **__: object):
+        def __init__(self, *_: object, env: dict, start_new_session: bool, stdin: int, **__: object):
             assert env["OMP_NUM_THREADS"] == "1"  # three cores for two trainings
-            assert start_new_session  # Ctrl-C reaches it from here alone
+            assert start_new_session and stdin == subprocess.DEVNULL  # keys reach this process alone
             self.ends: list[str] = []
             self.started.append(self)
 
