@@ -194,12 +194,6 @@ def test_all_that_the_ensemble_needs_is_trained_once(make, few_scenes: Path):
     stated = json.loads((folder / "runs" / "vit-mlc-cl-seed0" / "config.json").read_text())
     assert stated["phase_1"] == str(folder / "runs" / "vit-mlc-seed0")
 
-    # The same by hand.
-    unet, vit = (folder / "runs" / f"{b}-mlc-cl-seed0" / "predictions" for b in ("unet", "vit"))
-    mean = np.load(unet / "test.npy") + np.load(vit / "test.npy")
-    targets = np.load(vit / "test-targets.npy")
-    assert of(nine, "U-Net + ViT") == pytest.approx(cosines(mean, targets).mean(), abs=1e-6)
-
     # k-NN by the run's prediction, and by pretrained features of the images and of the prompts.
     p = dataclasses.replace(plan(folder / "runs", val_size=12, test_size=12), data=str(few_scenes))
     quick = dataclasses.replace(p, options=p.options | {"train_blocks": 0})
@@ -219,6 +213,12 @@ def test_all_that_the_ensemble_needs_is_trained_once(make, few_scenes: Path):
         near[near < np.sort(near, axis=1)[:, [-chosen["k"]]]] = -np.inf
         weight = np.exp(near / chosen["temperature"])
         assert found == pytest.approx(unit(weight @ member.targets("train")), abs=1e-5), method
+
+    # The same by hand.
+    unet, vit = (folder / "runs" / f"{b}-mlc-cl-seed0" / "predictions" for b in ("unet", "vit"))
+    mean = np.load(unet / "test.npy") + np.load(vit / "test.npy")
+    targets = np.load(vit / "test-targets.npy")
+    assert of(nine, "U-Net + ViT") == pytest.approx(cosines(mean, targets).mean(), abs=1e-6)
 
     (eleven, *_), edges = (read(folder, "figure-11")[key] for key in ("per_seed", "edges_of_histogram"))
     assert (edges[0], edges[-1]) == (-1, 1) and np.diff(edges) == pytest.approx(0.05)
