@@ -44,7 +44,7 @@ class Features:
 def unet_levels(plan: Plan, captions: str, timestep: int) -> tuple[np.ndarray, list[int]]:
     """(mean and maximum of every block's output, (n, 2 sum of widths), the width of each block)."""
     config = plan.config(RunName("unet", "mlc"), plan.seeds[0])
-    config = dataclasses.replace(config, captions=captions, unet_features="levels")
+    config = dataclasses.replace(config, captions=captions, train_blocks=None)
     prepared = prepare(config, plan.device)
     latents, contexts = prepared.inputs
     source = config.weights
@@ -99,8 +99,7 @@ def caption_features(plan: Plan, run: RunName = CAPTIONED) -> Features:
 
 def frozen(plan: Plan, run: RunName, seed: int) -> Prepared:
     """The inputs of a run's heads if its backbone were frozen: the features of all pairs."""
-    config = dataclasses.replace(plan.config(run, seed), train_blocks=0, curriculum="none")
-    return prepare(config, plan.device)
+    return prepare(dataclasses.replace(plan.config(run, seed), train_blocks=0), plan.device)
 
 
 def black_box(plan: Plan, backbone: str) -> Features:

@@ -37,7 +37,7 @@ class Sweep:
 
 
 def sweeps() -> dict[str, Sweep]:
-    start = {"lr": 1e-3, "head_lr": 5e-5, "layer_decay": 1.0, "epochs": 4}
+    start = {"layer_decay": 1.0, "epochs": 4}
     axes = (
         grid(lr=(3e-4, 1e-3, 2e-3), head_lr=(5e-5, 2e-4)),
         grid(layer_decay=(0.7, 1.0)),

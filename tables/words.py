@@ -102,7 +102,7 @@ def new_world(plan: Plan) -> World:
     folder, by_prompt = new_scenes(plan)
     prepared = {}
     for run in RUNS:
-        config = dataclasses.replace(plan.config(run, plan.seeds[0]), data=folder, clean="off")
+        config = dataclasses.replace(plan.config(run, plan.seeds[0]), data=folder)
         prepared[run.backbone] = prepare(config, plan.device)
     pairs = prepared[RUNS[0].backbone].pairs
     items = items_of([by_prompt[prompt] for prompt in pairs.prompts])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import reverse_sd
 from baselines import PENALTIES
-from tables.methods import DaklMethod, FrozenMethod, RidgeMethod, predicted_by
+from tables.methods import DaklMethod, EnsembleMethod, FrozenMethod, RidgeMethod, predicted_by
 from tables.rows import ROW_TABLES
 from tables.runs import SOURCES, Plan, RunName
 
@@ -106,6 +106,9 @@ def test_dakl_without_target_rows_is_the_plain_form_on_the_sources(plan: Plan):
     f, g = f - f.mean(dim=1, keepdim=True), g - g.mean(dim=1, keepdim=True)
     mean = f.mean(dim=0)
     f, g, y = f - mean, g - mean, p.train_targets.double()
+    scale = float((f**2).sum()) / 6  # the trace of F_S F_S' over the 6 numbers of a row
+    relative = {"sources": 60, "in units of its scale": chosen["alpha"] / scale}
+    assert chosen == pytest.approx(relative | {"alpha": chosen["alpha"]})
     solution = torch.linalg.solve(f @ f.T + chosen["alpha"] * torch.eye(60).double(), y - y.mean(dim=0))
     expected = F.normalize(g @ f.T @ solution + y.mean(dim=0), dim=1)
     assert found == pytest.approx(expected.numpy(), abs=1e-5)
@@ -123,6 +126,13 @@ def test_weighted_centroids_of_four_points():
     torch.testing.assert_close(sources[order], torch.tensor([[0.0, 1.0], [0.9, 0.1]]))
     torch.testing.assert_close(theirs[order], torch.tensor([[0.3, 0.3], [0.0, 1.0]]))  # the nearest row's
     assert DaklMethod(4).sources(rows, targets)[0] is rows
+
+
+def test_fitted_weights_are_those_of_the_prediction(plan: Plan):
+    members = [Known(1, noise=0.3), Known(2, noise=2)]
+    found, chosen = EnsembleMethod("fitted")(members, plan, 0)
+    (a, b), (x, y) = chosen["weights"], (m.predicted("test") for m in members)
+    assert a > b and found == pytest.approx(unit(a * x + b * y), abs=1e-6)
 
 
 def test_dakl_on_the_median(plan: Plan):

@@ -14,7 +14,7 @@ from mini.scenes import Thing, View
 from tables import budget, denoised
 from tables.budget import PARTS, parts_of, seen_view
 from tables.runs import SOURCES, Plan
-from tables.wordings import limit_cosines, wordings
+from tables.wordings import limit_cosines, random_of, wordings
 from training.metrics import cosines
 
 CAT = View((Thing("cat", "red"),), place="snow", light="night")
@@ -74,12 +74,21 @@ def test_words_that_the_probe_does_not_find_are_replaced_or_removed():
     blank = torch.full((len(naming.LABELS),), 0.01)
     blank[[naming.POSITION["subject", "cat"], naming.POSITION["colour", "red"]]] = 0.9
     assert seen_view(two, blank).things[0] == two.things[0] and seen_view(two, blank).relation is None
+    cats, found = View((Thing("cat", "red"),), count=3, style="oil"), blank.clone()
+    assert seen_view(cats, found) == View((Thing("cat", "red"),))
+    found[[naming.POSITION["count", 4], naming.POSITION["style", "oil"]]] = torch.tensor([0.5, 0.9])
+    assert seen_view(cats, found) == View((Thing("cat", "red"),), style="oil")  # 1/2 is not above it
+    found[naming.POSITION["count", 3]] = 0.9
+    assert seen_view(cats, found) == cats
 
 
 def test_texts_of_denoised_targets(few_scenes: Path, tmp_path: Path):
-    plan = Plan(str(few_scenes), SOURCES["mini"], (0,), tmp_path, 1, "cpu", {})
+    folder = tmp_path / "new" / "runs"
+    plan = Plan(str(few_scenes), SOURCES["mini"], (0,), folder, 1, "cpu", {})
     denoised.write_texts(plan)
-    files = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("paraphrases", "same-subject")}
+    files = {name: (folder / f"{name}.jsonl").read_text() for name in ("paraphrases", "same-subject")}
+    denoised.write_texts(plan)  # at each call of eval.py
+    assert {name: (folder / f"{name}.jsonl").read_text() for name in files} == files
     lines = {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()}
     views = denoised.default_views()
     for one, other in zip(*lines.values(), strict=True):
@@ -89,6 +98,9 @@ def test_texts_of_denoised_targets(few_scenes: Path, tmp_path: Path):
         named = [word for _, word in scenes.words_of(scenes.SUBJECTS, view.things[0].subject)]
         named += [scenes.PLURALS.get(word, word) for word in named]
         assert all(any(word in text for word in named) for text in other["texts"])
+        for thing in scenes.sample_view(random_of(view)).things[1:]:  # of the first sentence's content
+            second = [word for _, word in scenes.words_of(scenes.SUBJECTS, thing.subject)]
+            assert any(word in other["texts"][0] for word in second)
     assert len(lines["paraphrases"]) == 84
 
 
@@ -111,6 +123,8 @@ def test_the_tables(make: Callable[..., Path], monkeypatch):  # noqa: F811
         assert parts["wording"] == pytest.approx(1 - limits["said"])
         assert parts["not drawn"] == pytest.approx(limits["said"] - limits["drawn"])
     assert limits["read"] < limits["said"]
+    for found in result["contents"].values():  # of one wording, of all three, of infinitely many
+        assert found["1"] < found["4"] == found["12"] < found["limit"]
 
     result = read(folder, "table-denoised")
     trained, frozen = ({r["name"]: r["cosine"] for r in part["rows"]} for part in (result, result["frozen"]))

@@ -48,6 +48,9 @@ def test_fitted_weights_prefer_what_is_better():
     assert weights[0] > weights[1] > weights[2]
     assert cosine(ensemble(predictions, weights=weights), truth) > cosine(ensemble(predictions), truth) + 0.01
     assert torch.equal(weights, fit_ensemble_weights(predictions, truth))
+    lengths = torch.linspace(0.1, 9, len(truth))[:, None]
+    again = fit_ensemble_weights([p * lengths for p in predictions], truth * lengths)
+    assert torch.allclose(weights, again, atol=1e-4)  # directions count, no lengths
 
 
 def test_fitted_weights_find_the_best_of_a_grid():

@@ -1,5 +1,6 @@
 """Ridge regression as a baseline and as the start of the embedding head."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,17 +13,21 @@ from conftest import entries, train_here
 from sklearn.linear_model import Ridge as TheirRidge
 from torch import nn
 
+import data
 import eval
 import weights
 from backbones import UNetFeatures
 from baselines import PENALTIES, RidgeSums, ridge
 from reverse_sd import Heads, Regressor, Vocabulary, load_run
 from tables import readouts
+from tables.cells import MEAN, frozen_cosines
 from tables.readouts import POOLED, fitted, pooled
+from tables.runs import SOURCES, Plan, RunName
 from training.config import TrainConfig, resolve
 from training.folder import saved_config
 from training.inputs import Samples, evaluation_batches, prepare
 from training.loop import Process
+from training.metrics import cosines
 
 
 def problem() -> tuple[torch.Tensor, ...]:
@@ -181,9 +186,10 @@ def test_pooled_takes_the_columns_of_its_blocks():
 
 def test_the_table_of_frozen_features(few_scenes: Path, cache: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(readouts, "TIMESTEPS", (0,))
-    argv = ["--table", "readouts", "--data", str(few_scenes), "--seeds", "1", "--results", str(tmp_path)]
+    results = tmp_path / "new" / "results"
+    argv = ["--table", "readouts", "--data", str(few_scenes), "--seeds", "1", "--results", str(results)]
     assert eval.main([*argv, "--val-size", "12", "--test-size", "12", "--captions", "empty"]) == 0
-    result = json.loads((tmp_path / "table-readouts.json").read_text())
+    result = json.loads((results / "table-readouts.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert {"mean training embedding", "caption", "Swin", "Swin + caption"} < rows.keys()
     assert rows["Swin + caption"]["width"] == rows["Swin"]["width"] + 384
@@ -200,5 +206,23 @@ def test_the_table_of_frozen_features(few_scenes: Path, cache: Path, tmp_path: P
     _, expected = fitted(features, prepared, "cpu")
     found = rows["U-Net, empty text, middle block, maximum"]["per_seed"]
     assert found == pytest.approx([expected], abs=1e-4)
+    captioned = rows["U-Net, captions, middle block, maximum"]["per_seed"]
+    assert captioned != found and rows["Swin"]["penalties"][0] in PENALTIES
+    truth = {split: prepared.targets[of] for split, of in prepared.splits.items()}
+    of_mean = cosines(truth["train"].mean(axis=0), truth["test"]).mean()
+    assert rows["mean training embedding"]["per_seed"] == pytest.approx([of_mean])
     swin = f"| {rows['Swin']['cosine']:.4f}".replace("0.", ".")
-    assert swin in (tmp_path / "table-readouts.md").read_text()
+    assert swin in (results / "table-readouts.md").read_text()
+
+    plan = Plan(str(few_scenes), SOURCES["mini"], (1,), tmp_path, 1, "cpu", {"val_size": 12, "test_size": 12})
+    of_cells = frozen_cosines(plan, {"a": RunName("swin", "plain")}, 1)
+    assert of_cells["a"].mean() == pytest.approx(rows["Swin"]["cosine"], abs=1e-6)
+    assert of_cells[MEAN].mean() == pytest.approx(of_mean)
+    read = data.Preprocessing(**weights.preprocessing("blip", "blip-mini"))
+    images = torch.stack([data.image_tensor(prepared.pairs.image(i), read) for i in range(3)])
+    texts = weights.load("blip", "blip-mini").eval().generate(images)
+    captions = readouts.caption_features(plan).rows[:3]
+    assert captions == pytest.approx(weights.load("minilm").encode(texts).numpy(), abs=1e-4)
+    heads_alone = dataclasses.replace(plan, options=plan.options | {"train_blocks": 0})
+    levels, widths = readouts.unet_levels(heads_alone, "empty", 0)  # not the frozen U-Net's own features
+    assert pooled(levels, widths, True, "maximum") == pytest.approx(features, abs=1e-3)

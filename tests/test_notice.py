@@ -33,7 +33,7 @@ SETTINGS = {
         "SEED": 5_000_011, "DRAWINGS": {1: 1000, 2: 500}, "NATURAL": 2000, "RESAMPLES": 1000, "NOISE": 25,
         "BLEND": 0.3,
     },
-    "probe": {"WORDINGS": 24},
+    "probe": {"WORDINGS": 24, "ALPHAS": [1e-6, 1e-5, 1e-4, 0.001, 0.01, 0.1, 1, 10, 100, 1000]},
     "prompts": {"SENTENCES": 10_000, "SENTENCES_SEED": 6_000_011, "EXAMPLES": 8, "LIKELY": 0.5},
     "readouts": {"TIMESTEPS": (0, 50, 150, 400)},
     "redrawn": {
@@ -146,9 +146,9 @@ def test_the_cosines_of_cells_are_those_of_their_runs(monkeypatch: pytest.Monkey
     rows = {name: np.random.default_rng(i).normal(size=(5, 4)) for i, name in enumerate(("a", "b", "true"))}
     rows["true"] /= np.linalg.norm(rows["true"], axis=1, keepdims=True)  # as sentence embeddings are
     members = [
-        SimpleNamespace(targets=lambda split: rows["true"][3:] if split == "test" else rows["true"][:3],
+        SimpleNamespace(targets=lambda split, own=own: rows["true"][3:] if split == "test" else rows[own][:3],
                         predicted=lambda split, name=name: rows[name][3:] if split == "test" else None)
-        for name in ("a", "b")
+        for name, own in (("a", "true"), ("b", "b"))  # the second has other training targets
     ]  # fmt: skip
     monkeypatch.setattr(cells, "members_of", lambda plan, runs, seed: members if runs == (1, 2) else None)
     found = cells.trained_cosines(None, {"first": 1, "second": 2}, 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import train_here
 from PIL import ImageOps
 from test_baseline_rows import Known, by_hand, unit
 from test_tables import make, read, trained_here  # noqa: F401  (fixtures)
@@ -182,6 +183,18 @@ def test_the_table_of_known_cosines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     alone = shift.compute(dataclasses.replace(plan, seeds=(0,)))["rows"]
     rows = [row for row in result["rows"] if row["shift"] == shifts[0].name]
     assert [row["per_seed"] for row in alone] == [row["per_seed"][:1] for row in rows]
+
+
+def test_a_run_predicts_for_the_pictures_of_another(few_scenes: Path, cache: Path, negatives: Path, tmp_path):
+    run = train_here(few_scenes, tmp_path / "run", "--backbone", "swin", "--train-blocks", "0")
+    config = json.loads((run / "config.json").read_text()) | {"data": str(negatives)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for split in ("val", "test"):
+        own, theirs = (
+            shift.predicted_for_run(plan_of(few_scenes, tmp_path), run, of)[split] for of in (run, tmp_path)
+        )
+        assert own == pytest.approx(Member(run).predicted(split), abs=1e-5)
+        assert own.shape == theirs.shape and abs(own - theirs).max() > 0.01
 
 
 @pytest.mark.slow

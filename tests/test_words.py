@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from test_baseline_rows import Known, by_hand
 from test_tables import QUICK, make, read, trained_here  # noqa: F401  (fixtures)
 
 import eval
@@ -18,6 +19,7 @@ from tables import confidence, words
 from tables.runs import SOURCES, Plan
 from training import calibration
 from training.calibration import fit_calibration, fit_words, logistic_regression, own_and_other, sigmoid
+from training.inputs import prepare
 from training.metrics import auroc, binned, calibration_error
 
 YES, NO = True, False
@@ -210,10 +212,19 @@ def test_areas_within_words_and_prompts_by_hand():
     assert areas["same prompt", "s"] == pytest.approx(1)
 
 
+def test_a_bootstrap_of_one_scene_draws_that_scene():
+    items = words.Items(np.array([0, 0]), ["red", "owl"], np.array([NO, YES]), [])
+    scores = {"column": np.array([0, 1]), "s": np.array([1.0, 2.0])}
+    for of in words.measured(items, scores, ["s"], True).values():
+        assert len(of) == 1 + words.RESAMPLES and (np.isnan(of).all() or (of == 1).all())
+
+
 def test_an_interval_over_scenes_holds_all_resamples_and_not_the_estimate():
     found = words.summary([np.array([0.5, 0.1, 0.3]), np.array([0.7, 0.3, 0.5])])
     assert found["mean"] == pytest.approx(0.6) and found["per_seed"] == [0.5, 0.7]
     assert found["scenes_95"] == pytest.approx((0.205, 0.395))
+    rare = words.summary([np.array([0.5, np.nan, *np.full(60, 0.25)])])  # one resample lacks a pair of words
+    assert rare == {"mean": 0.5, "scenes_95": [0.25, 0.25], "per_seed": [0.5]}
 
 
 def test_the_numbers_of_table_words_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -296,6 +307,24 @@ def test_estimates_of_the_cosine_and_their_measures(tmp_path: Path, monkeypatch:
     assert [row["estimate"] for row in rows] == 4 * list(by_name)
 
 
+def test_fitted_estimates_of_the_cosine_by_hand():
+    """Lines and slopes by least squares; the length after ridge regression from the unit predictions."""
+    member, rng = Known(1, noise=1.0), np.random.default_rng(5)
+    predicted = {s: rows * rng.uniform(0.2, 0.9, (len(rows), 1)) for s, rows in member.arrays.items()}
+    true, found = confidence.estimates(predicted, member)
+    x, y = ({s: rows.astype(float) for s, rows in of.items()} for of in (member.arrays, member.truth))
+    cosine = {s: (x[s] * y[s]).sum(axis=1) for s in ("val", "test")}
+    again = {s: np.linalg.norm(by_hand(x | {"test": x[s]}, y), axis=1) for s in cosine}
+    slope = again["val"] @ cosine["val"] / (again["val"] @ again["val"])
+    assert true == pytest.approx(cosine["test"], abs=1e-6)
+    assert found[confidence.OURS] == pytest.approx(slope * again["test"], abs=1e-5)
+    length = {s: np.linalg.norm(predicted[s], axis=1) for s in cosine}
+    nearest = {s: (x[s] @ y["train"].T).max(axis=1) for s in cosine}
+    for name, of in (("length", length), ("the nearest training prompt's cosine", nearest)):
+        line = np.polyfit(of["val"], cosine["val"], 1)
+        assert found[f"line of {name}"] == pytest.approx(np.polyval(line, of["test"]), abs=1e-5)
+
+
 # -- both tables from trainings ----------------------------------------
 
 
@@ -312,13 +341,32 @@ def test_both_tables_from_trainings(make: Callable[..., Path], monkeypatch):  # 
     monkeypatch.setattr(words, "predicted_by", kept(predicted, predicted_by))
     monkeypatch.setattr(words, "scores_of", kept(scored, scores_of))
     folder = make("--table", "words,confidence", "--seeds", "0,1", *QUICK)
-    for ((world, *_), (scores, _)), (_, (embedding, p)) in zip(scored, predicted[::2], strict=True):
+    for ((world, plan, run, seed), (scores, reliable)), (_, (embedding, p)), (_, (_, of_val)) in zip(
+        scored, predicted[::2], predicted[1::2], strict=True
+    ):
         scene, known = world.items.scene, scores["column"] >= 0
         cosine = np.einsum("kd,kd->k", embedding[scene], world.prompts[scene])
         without = np.einsum("kd,kd->k", embedding[scene], world.shortened)
         assert scores["cosine of the prompt"] == pytest.approx(cosine, abs=1e-6)
         assert scores["leave the word out"] == pytest.approx(cosine - without, abs=1e-6)
-        assert (scores["vocabulary head"][known] == p[scene[known], scores["column"][known]]).all()
+        own, column = prepare(plan.config(run, seed)), scores["column"][known]
+        listed = json.loads((plan.run_folder(run, seed) / "vocabulary.json").read_text())
+        texts = {s: [own.pairs.prompts[i] for i in own.splits[s]] for s in ("train", "val")}
+        texts["new"] = world.prepared[run.backbone].pairs.prompts
+        present = {s: np.array([[w in words.words(t) for w in listed] for t in texts[s]]) for s in texts}
+        count = present["train"].sum(axis=0)
+        base = np.log((count + 0.5) / (len(own.splits["train"]) - count + 0.5))
+        slope, offsets = fit_words(calibration.logit(of_val), present["val"], base)
+        calibrated = slope * calibration.logit(p) + offsets
+        for name, of in (("vocabulary head", p), ("vocabulary head, calibrated", calibrated)):
+            assert scores[name][known] == pytest.approx(of[scene[known], column], abs=1e-5)
+        assert scores["base rate of the word"][known] == pytest.approx(base[column])
+        pair, word, is_own = own_and_other(present["new"])
+        error = calibration_error(sigmoid(calibrated)[pair, word], is_own)
+        assert reliable["calibration error"]["vocabulary head, calibrated"] == pytest.approx(error, abs=1e-5)
+        for name, kind in (("not shown", ~world.items.shown), ("shown", world.items.shown)):
+            doubted = scores[words.OURS][known & kind] < 0.5
+            assert reliable[f"{name}, below .5"] == pytest.approx(doubted.mean())
     result = read(folder, "table-words")
     areas = {
         (row["backbone"], row["score"]): row["per_seed"]
