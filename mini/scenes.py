@@ -21,6 +21,8 @@ import sys
 import textwrap
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,7 +35,7 @@ from tqdm import tqdm
 from command import Parser, run_command
 from command import number as number_of
 from data import clean
-from files import atomic_write
+from files import DataError, atomic_write
 from mini.backdrops import GROUNDS, SKIES
 from mini.pen import INK, PAINT, SHADE, Pen, floats, gradient, mix, pick, picture, stream, unit_grid
 from mini.styles import STYLE_PAINT
@@ -468,7 +470,7 @@ def build(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed
     jobs = [(seed, index, truthful) for _, _, chosen in missing for index in chosen]
     progress_bar = tqdm(total=len(jobs), desc="drawing mini scenes", disable=not progress or not jobs)
     with workers(len(jobs)) as pool, progress_bar as bar:
-        drawn = pool.imap(draw_pair, jobs, 25) if pool else map(draw_pair, jobs)
+        drawn = pool.map(draw_pair, jobs, chunksize=25) if pool else map(draw_pair, jobs)
         for path, number, chosen in missing:
             pairs = []
             for _ in chosen:
@@ -481,18 +483,23 @@ def build(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed
 @contextmanager
 def workers(jobs: int):
     """Context manager: a process pool, or None if not useful or not possible. Only the parent writes files
-    and handles Ctrl-C."""
+    and handles Ctrl-C. No signal ends the workers, which one that just starts could miss."""
     count = min(os.cpu_count() or 1, 8, jobs // 50)
     if count < 2 or multiprocessing.current_process().daemon:
         yield None
         return
     try:
-        pool = multiprocessing.Pool(count, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        pool = ProcessPoolExecutor(count, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+        pool.submit(int).result()
     except OSError:                                                   # no semaphores, no room for processes
         yield None
         return
-    with pool:
+    try:
         yield pool
+    except BrokenProcessPool as error:
+        raise DataError("drawing: a process was ended, for lack of memory?; repeat the command") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def bracketed(prompt: str, undrawn: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The little world: what is said is drawn but for the words recorded as undrawn; builds repeat exactly."""
 
 import json
+import os
 import sys
 import zipfile
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data import clean, read_pairs
+from data import DataError, clean, read_pairs
 from mini import scenes
 from mini.backdrops import GROUNDS, SKIES
 from mini.pen import PAINT, pick, stream
@@ -225,10 +226,21 @@ def test_several_processes_draw_the_same(tmp_path, monkeypatch):
 
 
 def test_no_processes_to_be_had(tmp_path, monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **keywords):
         raise OSError("no semaphores")
     monkeypatch.setattr(scenes.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(scenes.multiprocessing, "Pool", refuse)
+    monkeypatch.setattr(scenes, "ProcessPoolExecutor", refuse)
+    build(tmp_path, parts=1, per_part=100, progress=False)
+    assert len(read_pairs(tmp_path)) == 100
+
+
+def test_a_process_that_is_ended_is_one_line_and_no_hang(tmp_path, monkeypatch):
+    parent = os.getpid()
+    monkeypatch.setattr(scenes.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(scenes, "render", lambda of: render(of) if os.getpid() == parent else os._exit(9))
+    with pytest.raises(DataError, match="^drawing: a process was ended, .* repeat the command$"):
+        build(tmp_path, parts=1, per_part=100, progress=False)
+    monkeypatch.undo()
     build(tmp_path, parts=1, per_part=100, progress=False)
     assert len(read_pairs(tmp_path)) == 100
 
