@@ -391,7 +391,7 @@ def test_cbs_is_set_in_epochs_or_as_a_twentieth_of_the_run(
     every: float | None, steps: float, few_scenes: Path, cache: Path, tmp_path: Path
 ):
     trainer = trainer_of(few_scenes, tmp_path, curriculum="cbs", cbs_every=every)
-    for trainer.step in range(10):
+    for trainer.step in range(11):
         assert trainer.rate() == pytest.approx(1e-3 * (1 + math.cos(math.pi * trainer.step / 10)) / 2)
         assert trainer.smoothing.sigma == pytest.approx(0.9 ** (trainer.step // steps))
 
@@ -413,6 +413,8 @@ def test_with_a_rate_of_the_heads_lerac_falls_over_the_blocks_alone(
     few_scenes: Path, cache: Path, tmp_path: Path
 ):
     fields = {"curriculum": "lerac", "lerac_epochs": 0.5, "lerac_min_lr": 1e-5, "head_lr": 2e-4}
+    few = trainer_of(few_scenes, tmp_path, train_blocks=2, **fields)  # the second block, the heads, the first
+    assert sorted({group["scale"] for group in few.optimizer.param_groups}) == pytest.approx([0.01, 0.2, 1])
     trainer = trainer_of(few_scenes, tmp_path, **fields)
     groups = trainer.optimizer.param_groups
     rates = dict(zip(trainer.names, (g for g in groups for _ in g["params"]), strict=True))

@@ -156,7 +156,7 @@ def test_exif_where_imagemagick_keeps_it(tmp_path, key, after):
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
 @pytest.mark.parametrize("kind", ["pnginfo", "pngcomp", "rgbinfo", "rgbcomp"])
-def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
+def test_texts_hidden_in_the_pixels(tmp_path, kind, form, monkeypatch):
     texts = {
         INFOTEXT: META,
         json.dumps({"Description": WANT, "Comment": json.dumps({"steps": 28, "uc": "ugly"})}): {"st": 28},
@@ -177,6 +177,9 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form):
         for mode in ("RGBA",) if kind.startswith("png") else ("RGBA", "RGB"):
             image.convert(mode).save(path, form, lossless=True)
             assert embedded_prompt(path) == (WANT, settings)
+    for limit, found in ((len(body), True), (len(body) - 1, False)):
+        monkeypatch.setattr(embedded, "MAX_TEXT", limit)
+        assert bool(embedded_prompt(path)) == found
     Image.new("RGB", (1, 40)).save(path, form)
     assert embedded_prompt(path) is None
 
