@@ -71,6 +71,8 @@ def test_embeddings_are_pooled_like_the_ids_of_a_text(clip: inversion.Clip):
         tokens = row[1 : int((row == TOKENIZER.end).int().argmax())]
         slots = clip.text.text_model.embeddings.token_embedding(tokens)[None]
         assert torch.allclose(clip.slots(slots)[0], F.normalize(expected, dim=0), atol=1e-6)
+    many = clip.texts(["a red fox", *["the sea"] * 256])
+    assert torch.allclose(many[[0, -1]], F.normalize(pooled, dim=1), atol=1e-6) and len(many) == 257
 
 
 def random_numbers(allowed: inversion.Candidates) -> Tensor:

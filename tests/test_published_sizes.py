@@ -6,8 +6,8 @@ import torch
 from models import bert, blip, blip2, clip, swin, unet, vae, vit
 from weights.golden import SD_2_TINY
 
-SD_1 = dict(num_heads=8, num_head_channels=None)
-SD_2 = dict(num_heads=None, num_head_channels=64)
+SD_1 = dict(num_heads=8, num_head_channels=None, use_linear_in_transformer=False)
+SD_2 = dict(num_heads=None, num_head_channels=64, use_linear_in_transformer=True)
 FACTOR = dict(scale_factor=0.18215, norm_groups=32)
 QUICK, EXACT = (dict(hidden_act=name, layer_norm_eps=1e-5) for name in ("quick_gelu", "gelu"))
 TIMM_VIT = dict(norm_eps=1e-6, class_token=True, global_pool="token", fc_norm=False)
