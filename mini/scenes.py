@@ -483,7 +483,7 @@ def build(folder: str | Path, parts: int = PARTS, per_part: int = PER_PART, seed
 @contextmanager
 def workers(jobs: int):
     """Context manager: a process pool, or None if not useful or not possible. Only the parent writes files
-    and handles Ctrl-C. No signal ends the workers, which one that just starts could miss."""
+    and handles Ctrl-C. Workers end without a signal, since one that has just started could miss it."""
     count = min(os.cpu_count() or 1, 8, jobs // 50)
     if count < 2 or multiprocessing.current_process().daemon:
         yield None
