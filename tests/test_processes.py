@@ -208,6 +208,25 @@ def test_an_image_is_decoded_once_for_latents_and_captions(
     assert np.array_equal(alone[0][0], rows) and np.array_equal(both[1][0], written) and len(decoded) == 27
 
 
+def test_images_from_four_processes_with_few_open_files(pictures: Pairs, tmp_path: Path):
+    """Tensors would each take one: torch waited for ever, or ended in a traceback."""
+    script = """
+import resource, sys
+from pathlib import Path
+from data import Preprocessing, read_pairs
+from training.cache import Encoder, cached_images
+mean = Encoder("mean", "mean", (3,), "float32", 4, lambda images: images.mean((2, 3)))
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+rows, ok = cached_images(Path(sys.argv[2]), read_pairs(sys.argv[1]), Preprocessing.square(8), mean, 4)
+print(ok.sum(), len({*rows[:, 0].tolist()}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, pictures.archives[0], tmp_path / "rows"],
+        capture_output=True, text=True, timeout=60, env=environment(),
+    )
+    assert done.stdout == "8 9\n", done.stderr
+
+
 # -- choices -----------------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,28 +76,33 @@ def image_caches(
         key = {"encoder": encoder.key, "preprocessing": asdict(preprocessing)}
         caches[RowCache(folder, encoder, key, content, len(pairs))] = preprocessing
 
-    def stacked(batch: dict[int, list[Tensor]], k: int) -> Callable[[list[int]], Tensor]:
-        return lambda rows: torch.stack([batch[row][k] for row in rows])
+    def stacked(batch: dict[int, list[np.ndarray]], k: int) -> Callable[[list[int]], Tensor]:
+        return lambda rows: torch.from_numpy(np.stack([batch[row][k] for row in rows]))
 
     with filling(list(caches)) as passes:
         for lacking, batches in passes:
             images = ImageRows(pairs, [caches[cache] for cache in lacking])
-            # A separate generator: drawing from torch's global one would change training in the run that
-            # fills the cache.
-            loader = DataLoader(
-                images,
-                batch_sampler=batches,
-                num_workers=readers(workers, images, device),
-                collate_fn=dict,
-                generator=torch.Generator(),
-            )
-            for batch in loader:
+            for batch in in_batches(images, batches, readers(workers, images, device), dict):
                 reasons = {row: views for row, views in batch.items() if isinstance(views, str)}
                 for k, cache in enumerate(lacking):
                     cache.encode(list(batch), stacked(batch, k), reasons)
     for cache in caches:
         cache.warn()
     return [(cache.rows, cache.state == DONE) for cache in caches]
+
+
+def in_batches(
+    rows: Dataset, batches: Iterable[Sequence[int]], workers: int, collate: Callable[[list], Any]
+) -> DataLoader:
+    """The batches of `rows`, each made by `collate`, by `workers` processes beside this one (0: none).
+
+    They must be arrays: each tensor that another process hands over takes an open file and shared memory, of
+    which there are few; torch then waits for ever. A separate generator: the loader would draw from torch's
+    global one, and a run that resumes or fills a cache would differ from one that does not.
+    """
+    return DataLoader(
+        rows, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=torch.Generator()
+    )
 
 
 def readers(workers: int | None, images: ImageRows, device: str) -> int:
@@ -135,7 +141,7 @@ def as_texts(rows: np.ndarray) -> list[str]:
 
 
 class ImageRows(Dataset):
-    """Item i: (i, the image as each preprocessing's tensor), or (i, error message)."""
+    """Item i: (i, the image as each preprocessing's array), or (i, error message)."""
 
     def __init__(self, pairs: Pairs, preprocessings: Sequence[Preprocessing]) -> None:
         self.pairs, self.preprocessings = pairs, preprocessings
@@ -143,10 +149,10 @@ class ImageRows(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, i: int) -> tuple[int, list[Tensor] | str]:
+    def __getitem__(self, i: int) -> tuple[int, list[np.ndarray] | str]:
         try:
             image = self.pairs.image(i)
-            return i, [image_tensor(image, preprocessing) for preprocessing in self.preprocessings]
+            return i, [image_tensor(image, preprocessing).numpy() for preprocessing in self.preprocessings]
         except DataError as error:
             return i, str(error)
 

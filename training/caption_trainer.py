@@ -20,18 +20,18 @@ from training.trainer import PairsTrainer, uses_bf16
 
 
 class CaptionSamples(Samples):
-    """Rows as tensors: image, tokens of the prompt, vocabulary targets, row number. `counts` (n,): tokens
+    """Rows as arrays: image, tokens of the prompt, vocabulary targets, row number. `counts` (n,): tokens
     that the loss counts."""
 
     def __init__(self, prepared: Prepared, rows: np.ndarray, vocabulary: Vocabulary, captioner: Captioner):
         super().__init__(prepared, rows, vocabulary)
         ids = captioner.tokens([prepared.pairs.prompts[i] for i in rows])
-        self.ids, self.counts = ids.int(), captioner.counts(ids).numpy()
+        self.ids, self.counts = ids.int().numpy(), captioner.counts(ids).numpy()
 
-    def __getitem__(self, i: int) -> tuple[Tensor | int, ...]:
+    def __getitem__(self, i: int) -> tuple[np.ndarray | int, ...]:
         row, (images,) = int(self.rows[i]), self.prepared.inputs
-        words = self.vocabulary.targets([self.prepared.pairs.prompts[row]])[0]
-        return torch.from_numpy(images[row]), self.ids[i], words, row
+        words = self.vocabulary.targets([self.prepared.pairs.prompts[row]])[0].numpy()
+        return images[row], self.ids[i], words, row
 
 
 class CaptionerTrainer(PairsTrainer):

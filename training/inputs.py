@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import data
 import weights
@@ -33,6 +33,7 @@ from training.cache import (
     cached_rows,
     cached_texts,
     image_caches,
+    in_batches,
     readers,
 )
 from training.config import TrainConfig
@@ -379,7 +380,7 @@ def load_backbone(config: TrainConfig) -> nn.Module:
 
 
 class Samples(Dataset):
-    """Rows as tensors: the backbone's inputs, target, vocabulary targets, row number."""
+    """Rows as arrays: the backbone's inputs, target, vocabulary targets, row number."""
 
     def __init__(self, prepared: Prepared, rows: np.ndarray, vocabulary: Vocabulary):
         self.prepared, self.rows, self.vocabulary = prepared, rows, vocabulary
@@ -387,10 +388,10 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[Tensor | int, ...]:
+    def __getitem__(self, i: int) -> tuple[np.ndarray | int, ...]:
         p, row = self.prepared, int(self.rows[i])
-        numbers = (torch.from_numpy(x[row].astype(np.float32)) for x in (*p.inputs, p.targets))
-        return *numbers, self.vocabulary.targets([p.pairs.prompts[row]])[0], row
+        numbers = (x[row].astype(np.float32) for x in (*p.inputs, p.targets))
+        return *numbers, self.vocabulary.targets([p.pairs.prompts[row]])[0].numpy(), row
 
 
 def sample_readers(workers: int | None, prepared: Prepared, device: str) -> int:
@@ -400,7 +401,21 @@ def sample_readers(workers: int | None, prepared: Prepared, device: str) -> int:
     return readers(workers, ImageRows(images.pairs, [images.preprocessing]), device)
 
 
-def evaluation_batches(samples: Samples, process: Process, workers: int) -> tuple[DataLoader, np.ndarray]:
+def stacked(items: list[tuple[np.ndarray | int, ...]]) -> list[np.ndarray]:
+    return [np.stack(column) for column in zip(*items, strict=True)]
+
+
+def sample_batches(
+    samples: Samples, batches: Iterable[Sequence[int]], workers: int
+) -> Iterator[list[Tensor]]:
+    """Each batch of positions as tensors; `workers` processes beside this one read the samples."""
+    for arrays in in_batches(samples, batches, workers, stacked):
+        yield [torch.from_numpy(array) for array in arrays]
+
+
+def evaluation_batches(
+    samples: Samples, process: Process, workers: int
+) -> tuple[Iterator[list[Tensor]], np.ndarray]:
     """(this process's share of the batches of all samples, in order; the positions of their samples).
 
     The batches are the same for any number of processes, and so are the bits of what is computed from them.
@@ -408,6 +423,5 @@ def evaluation_batches(samples: Samples, process: Process, workers: int) -> tupl
     starts = range(0, len(samples), EVALUATION_BATCH)
     batches = [range(start, min(start + EVALUATION_BATCH, len(samples))) for start in starts]
     batches = batches[process.rank :: process.world]
-    # A separate generator, since a resumed run would otherwise draw more often from the global one.
-    loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
-    return loader, np.asarray([i for batch in batches for i in batch], np.int64)
+    places = np.asarray([i for batch in batches for i in batch], np.int64)
+    return sample_batches(samples, batches, workers), places

@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import data
 from reverse_sd import curriculum_batches, easiness
 from schema import NULL, OBJECT, number
 from training.config import RESUMABLE, TrainConfig, epoch_weights
 from training.folder import save_cosines
-from training.inputs import Prepared, Samples, evaluation_batches, sample_readers
+from training.inputs import Prepared, Samples, evaluation_batches, sample_batches, sample_readers
 from training.loop import Process, Trainer, epoch_batches, learning_rate, save_tensors
 
 
@@ -107,16 +106,10 @@ class PairsTrainer(Trainer):
         for whole, tensors in zip(batches, self.loader(batches), strict=True):
             yield len(whole), (len(whole), self.on_device(tensors, whole))
 
-    def loader(self, batches: list[np.ndarray]) -> DataLoader:
-        """This process's share of the batches.
-
-        A separate generator: each iteration would otherwise draw from the global one, and a resumed run
-        iterates more often.
-        """
+    def loader(self, batches: list[np.ndarray]) -> Iterator[list[Tensor]]:
+        """This process's share of the batches."""
         shares = [rank_share(batch, self.process.rank, self.process.world) for batch in batches]
-        return DataLoader(
-            self.train_samples, batch_sampler=shares, num_workers=self.workers, generator=torch.Generator()
-        )
+        return sample_batches(self.train_samples, shares, self.workers)
 
     def on_device(self, batch: list[Tensor], whole: np.ndarray) -> list[Tensor]:
         """This process's share of a batch on the device, with each sample's weight in the loss in place of
