@@ -282,9 +282,8 @@ class Trainer(ABC):
         """Train to the last step. Ctrl-C saves first; kill -9 loses the steps after the last checkpoint."""
         self.restore()
         self.model.train()
-        bar = tqdm(
-            total=self.total, initial=self.step, desc=self.label, unit="step", disable=not self.process.first
-        )
+        hidden = {} if self.process.first else {"disable": True}  # False would undo TQDM_DISABLE
+        bar = tqdm(total=self.total, initial=self.step, desc=self.label, unit="step", **hidden)
         with self.recorder() as record, bar, self.stop_between_steps():
             while self.step < self.total:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
