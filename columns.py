@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from archives import LOOSE, MEMBER
-from embedded import MAX_PROMPT
 from files import DataError, cache_dir, exclusive, json_object, write_json
+from graphs import MAX_PROMPT
 
 log = logging.getLogger(__name__)
 

@@ -14,28 +14,17 @@ import re
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from graphs import MAX_PROMPT, NoPrompt, graph_of, graph_prompt
+
 MAX_TEXT = 1 << 23  # bytes of one text
 MAX_TEXTS = 1 << 25  # bytes of all texts of one image
-MAX_NODES = 10_000  # of a graph
-MAX_PASSES = 100  # of one picture through a graph
 MAX_DEPTH = 4  # of JSON within JSON
-MAX_PROMPT = 500_000  # characters
-UNKNOWN = "\0"  # stands for a text that was made while the graph ran
-
-
-class NoPrompt(ValueError):
-    """Nothing inside is certainly the prompt. `reason` is one of few, `detail` names what this image has."""
-
-    def __init__(self, reason: str, detail: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
 
 
 class Candidate(NamedTuple):
@@ -46,7 +35,7 @@ class Candidate(NamedTuple):
     certainty: int
 
 
-PLAIN, BARE, EDITED, GRAPH, WITH_SETTINGS = range(5)  # EDITED: a graph as the editor keeps it
+PLAIN, BARE, EDITED, GRAPH, WITH_SETTINGS, BOTH = range(6)  # EDITED: a graph as the editor keeps it
 PLACEHOLDERS = frozenset(("unknown", "none", "null", "undefined", "nan", "n/a", "empty", "[object object]"))
 
 
@@ -254,13 +243,15 @@ SETTINGS = {
 }
 NUMBERS = {"se": int, "st": int, "c": float}
 DREAM = {"s": "steps", "S": "seed", "C": "cfg", "A": "sampler"}  # flags of InvokeAI's command line
+MIDJOURNEY = re.compile(r"Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\s*\Z")
 PLAIN_KEYS = ("parameters", "prompt")  # PNG's fields whose text is a prompt although nothing else shows it
 
 
 def find_prompt(texts: dict[str, str]) -> tuple[str, dict]:
     """(prompt, settings) of the best supported source. Raises NoPrompt where none is certain."""
     fields = _from_row(texts)  # of Easy Diffusion and NovelAI
-    candidates = [fields] if fields and fields.prompt and fields.settings else []
+    sure = fields and fields.prompt and (fields.settings or fields.certainty == BOTH)
+    candidates = [fields] if sure else []
     reasons: list[NoPrompt] = []
     for key, text in texts.items():
         try:
@@ -294,6 +285,8 @@ def _from_text(key: str, text: str) -> list[Candidate]:
     value = _json(text)
     if value is not None:
         candidates = _from_object(value)
+    elif job := MIDJOURNEY.search(text, max(len(text) - 60, 0)):
+        candidates = [Candidate(text[:job.start()].strip(), {}, BARE)]
     elif candidate := _from_dream(text) if key == "Dream" else _from_infotext(text):
         candidates = [candidate]
     else:
@@ -333,7 +326,7 @@ def _from_object(value: Any, depth: int = 0) -> list[Candidate]:
         try:
             if inner is nodes:
                 certainty = EDITED if isinstance(value.get("nodes"), list) else GRAPH
-                candidates += [graph_prompt(nodes)._replace(certainty=certainty)] if nodes else []
+                candidates += [Candidate(*graph_prompt(nodes, _settings), certainty)] if nodes else []
             else:
                 candidates += _from_object(_json(inner) if isinstance(inner, str) else inner, depth + 1)
         except NoPrompt as reason:
@@ -350,11 +343,16 @@ def _from_row(row: dict) -> Candidate | None:
     there = (key for key, partner in PROMPT_KEYS.items() if key in keys and partner in ("", *keys))
     for value in (keys[key] for key in there):
         if isinstance(value, list):  # InvokeAI 2: [{"prompt", "weight"}, ...]
-            parts = [part.get("prompt") if isinstance(part, dict) else part for part in value]
+            parts = [part.get("prompt") if isinstance(part, dict) else part for part in value
+                     if not (isinstance(part, dict) and str(part.get("weight")).startswith("-"))]
             value = ", ".join(part for part in parts if isinstance(part, str)) or None
         if isinstance(value, str) and _json(value) is None:
             texts.append(value.strip())
-    return _candidate(next(filter(None, texts), ""), _settings(row)) if texts else None
+    if not texts:
+        return None
+    candidate = _candidate(next(filter(None, texts), ""), _settings(row))
+    both = any(isinstance(value, str) and (key == "uc" or "negative" in key) for key, value in keys.items())
+    return candidate._replace(certainty=BOTH) if both else candidate
 
 
 def _candidate(prompt: str, settings: dict) -> Candidate:
@@ -388,7 +386,7 @@ def _settings(row: dict) -> dict:
 # AUTOMATIC1111's infotext -----------------------------------------------------------------------------------
 
 SETTINGS_LINE = re.compile(r"^(?:Steps|Seed|Sampler|CFG scale|Size|Model): ", re.MULTILINE)
-SETTINGS_INSIDE = re.compile(r"(?<=[\s,.;])Steps: ?\d+, ")
+SETTINGS_INSIDE = re.compile(r"(?<=[\s,.;])Steps: ?\d+(?:, |$)", re.MULTILINE)
 NEGATIVE_LINE = re.compile(r"^Negative prompt:", re.MULTILINE | re.IGNORECASE)
 NEGATIVE_INSIDE = re.compile(r"(?<=[\s,.;])Negative prompt:", re.IGNORECASE)
 LABEL = re.compile(r"\A\s*(?:Positive )?Prompt: ", re.IGNORECASE)
@@ -448,333 +446,3 @@ def _from_dream(text: str) -> Candidate:
         prompt, flags = (text[:cut.start()], text[cut.start():]) if cut else (text, "")
     values = reversed(re.findall(r"\s-([sSCA]) ?([\w.]+)", flags))
     return _candidate(prompt, _settings({DREAM[flag]: value for flag, value in values}))
-
-
-# ============================================================================================================
-# ComfyUI's graph
-# ============================================================================================================
-
-# Words of the names of inputs. Names are the only types that a graph has.
-PICTURES = frozenset(("image", "images", "pixels", "samples", "latent", "latents"))
-NO_TEXT = PICTURES | frozenset(
-    ("model", "vae", "mask", "masks", "net", "controlnet", "vision", "noise", "sigmas", "sampler",
-     "scheduler", "seed", "steps", "cfg", "denoise", "width", "height", "detector", "lora")
-)
-TEXT = frozenset(("text", "prompt", "string", "caption", "positive", "wildcard", "populated", "tags", "value",
-                  "clip", "xxl", "llama"))
-OPTION = frozenset(("name", "filename", "path", "file", "type", "mode", "device", "dtype", "style", "styles",
-                    "format", "method", "system", "template", "normalization", "interpretation", "parser",
-                    "font", "delimiter", "separator", "option", "find", "pattern", "regex", "replace"))
-NEGATIVE = frozenset(("negative",))
-SIDES = NEGATIVE | {"positive", "populated"}
-SEPARATOR = frozenset(("delimiter", "separator"))
-SILENT = frozenset(("zero",))  # kinds that take the text out of what they hand on
-SELECTOR = frozenset(("select", "selected", "index", "input", "choice", "switch", "boolean", "condition"))
-MADE = frozenset(("temperature", "tokens", "beams", "maxlength"))  # inputs of what writes a text itself
-ALTERED = frozenset(("find", "pattern", "regex"))  # of what rewrites one
-FLAGS = frozenset(("yes", "no", "true", "false", "on", "off", "auto", "none", "enable", "disable"))
-SETTLED = PICTURES | TEXT | NEGATIVE | {"conditioning", "model", "vae"}  # no way to a painter's numbers
-SHORT = {"pos": "positive", "neg": "negative", "uncond": "negative", "uc": "negative"}
-SPELLED = {"comma": ", ", "space": " ", "newline": "\n", "none": "", "\\n": "\n"}
-MUTED, BYPASSED = 2, 4  # modes of the editor
-CONTROLS_AFTER = ("fixed", "increment", "decrement", "randomize")  # the editor's own, after a seed
-
-
-class Node(NamedTuple):
-    """A node: its kind, its inputs' values, and for each linked input the node at the other end and which of
-    that node's outputs it is."""
-
-    kind: str
-    values: dict[str, Any]
-    links: dict[str, str]
-    slots: dict[str, int]
-
-
-def graph_of(value: dict) -> dict[str, Node] | None:
-    """The nodes of a graph as ComfyUI runs it, {id: {class_type, inputs}}, or edits it; None for others."""
-    if isinstance(value.get("nodes"), list) and isinstance(value.get("links"), list):
-        value = _run_form(value)
-    raw = {str(key): node for key, node in value.items()
-           if isinstance(node, dict) and isinstance(node.get("inputs"), dict)}
-    nodes = {}
-    for key, node in raw.items():
-        ends = {name: end for name, end in node["inputs"].items() if isinstance(end, list)
-                and len(end) == 2 and isinstance(end[1], int) and str(end[0]) in raw}
-        values = {name: value for name, value in node["inputs"].items() if name not in ends}
-        nodes[key] = Node(str(node.get("class_type", "")), values,
-                          {name: str(end[0]) for name, end in ends.items()},
-                          {name: end[1] for name, end in ends.items()})
-    return nodes or None
-
-
-def _run_form(workflow: dict) -> dict:
-    """A graph as the editor keeps it in the form that is run, with a socket's type before its name.
-
-    A node's texts have names only where it has a socket for each; of a node with several texts and no such
-    sockets it is not known which is the prompt, and none is taken.
-    """
-    nodes = {str(node.get("id")): node for node in workflow["nodes"]
-             if isinstance(node, dict) and node.get("mode") != MUTED}
-    ends = {link[0]: (str(link[1]), link[2], str(link[5])) for link in workflow["links"]
-            if isinstance(link, list) and len(link) > 5 and isinstance(link[0], int)}
-    graph = {}
-    for key, node in nodes.items():
-        inputs = _widgets(node)
-        for socket in _sockets(node):
-            if end := _behind_bypassed(nodes, ends, socket.get("link")):
-                inputs.pop(str(socket.get("name")), None)
-                inputs[f"{end[2].lower()} {socket.get('name')}"] = list(end[:2])
-        if node.get("mode") != BYPASSED:
-            graph[key] = {"class_type": node.get("type"), "inputs": inputs}
-    return graph
-
-
-def _sockets(node: dict) -> list[dict]:
-    sockets = node.get("inputs")
-    return [socket for socket in sockets if isinstance(socket, dict)] if isinstance(sockets, list) else []
-
-
-def _behind_bypassed(nodes: dict[str, dict], ends: dict[int, tuple], link: Any) -> tuple | None:
-    """(node, output, type) at the other end of a link; a bypassed node hands on its first input of the type
-    that is wanted."""
-    for _ in range(MAX_PASSES):
-        end = ends.get(link) if isinstance(link, int) else None
-        node = nodes.get(end[0]) if end else None
-        if node is None or node.get("mode") != BYPASSED:
-            return end
-        link = next((socket.get("link") for socket in _sockets(node) if socket.get("type") == end[2]), None)
-    return None
-
-
-def _widgets(node: dict) -> dict[str, Any]:
-    """The values of a node of the editor by name, or its one text under a name that is no other's."""
-    values = node.get("widgets_values")
-    if isinstance(values, dict):
-        return dict(values)
-    if not isinstance(values, list):
-        return {}
-    names = [str(socket["name"]) for socket in _sockets(node) if isinstance(socket.get("widget"), dict)
-             and "name" in socket]
-    named = [value for k, value in enumerate(values) if not (k and value in CONTROLS_AFTER)]
-    if names and len(named) >= len(names):
-        return dict(zip(names, named[:len(names)], strict=True))
-    if len(values) == 1 and type(values[0]) in (int, bool):
-        return {"select": values[0]}
-    texts = [value for value in values if isinstance(value, str) and value not in CONTROLS_AFTER]
-    kind = str(node.get("type"))
-    name = "text" if _has(kind, TEXT) and not _has(kind, OPTION) else "widget"
-    return {name: texts[0]} if len(texts) == 1 else {}
-
-
-def graph_prompt(nodes: dict[str, Node]) -> Candidate:
-    """The prompt of the picture that the graph saves. Raises NoPrompt where there is none or more than one.
-
-    From the node that saves, the picture's links are followed back to the nodes that paint: those to whose
-    other inputs a text leads. Where one paints over another's picture (a second pass, a detailer), the first
-    one's prompt is the picture's.
-    """
-    if len(nodes) > MAX_NODES:
-        raise NoPrompt(f"its ComfyUI graph has more than {MAX_NODES:,} nodes")
-    texts = _texts_at(nodes)
-    prompts: dict[str, dict] = {}
-    for saver in _savers(nodes):
-        paints = not _pictures(nodes[saver]) and texts[saver]  # a graph without its last nodes
-        for key in [saver] if paints else _painters(nodes, texts, saver) or [saver]:
-            first = _first_painter(nodes, texts, key)
-            settings = _graph_settings(nodes, first) or _graph_settings(nodes, key)
-            prompts.setdefault(texts[first], settings)
-    prompts.pop("", None)
-    if not prompts:
-        raise NoPrompt("in its ComfyUI graph no text leads to the picture")
-    if any(UNKNOWN in prompt for prompt in prompts):
-        raise NoPrompt("its prompt was made while its ComfyUI graph ran")
-    if len(prompts) > 1:
-        raise NoPrompt("its ComfyUI graph has several pictures with different prompts")
-    (prompt, settings), = prompts.items()
-    return Candidate(prompt, settings, GRAPH)
-
-
-def _words(name: str) -> tuple[str, ...]:
-    return _words_of(name[-100:])
-
-
-@lru_cache(2000)
-def _words_of(name: str) -> tuple[str, ...]:
-    name = re.sub(r"\bn_", "negative_", name)  # as in n_prompt
-    words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)
-    return tuple(SHORT.get(word.lower(), word.lower()) for word in words)
-
-
-def _has(name: str, words: frozenset[str]) -> bool:
-    return not words.isdisjoint(_words(name))
-
-
-def _pictures(node: Node) -> list[str]:
-    return [end for name, end in node.links.items() if _has(name, PICTURES)]
-
-
-def _savers(nodes: dict[str, Node]) -> list[str]:
-    """The nodes that save pictures, or else those that show them, or else the last of all."""
-    used = {end for node in nodes.values() for end in node.links.values()}
-    last = [key for key in nodes if key not in used]
-    saving = [key for key, node in nodes.items() if "save" in node.kind.lower() and _pictures(node)]
-    return saving or [key for key in last if _pictures(nodes[key])] or last
-
-
-def _upstream(start: str, ends: Callable[[str], Iterable[str]]) -> Iterator[str]:
-    """`start` and the nodes that lead to it, nearest first; `ends`: those before a node, as far as wanted."""
-    found = {start}
-    queue = deque(found)
-    while queue:
-        key = queue.popleft()
-        yield key
-        new = [end for end in dict.fromkeys(ends(key)) if end not in found]
-        found.update(new)
-        queue += new
-
-
-def _painters(nodes: dict[str, Node], texts: dict[str, str], start: str) -> list[str]:
-    """The nearest nodes upstream of the picture at `start` to which a text leads."""
-
-    def ends(key: str) -> list[str]:
-        links = nodes[key].links.items()
-        unnamed = [end for name, end in links if not _has(name, NO_TEXT | NEGATIVE)]
-        ends_here = (texts[key] and key != start) or _has(nodes[key].kind, SILENT)
-        return [] if ends_here else _pictures(nodes[key]) or unnamed
-
-    return [key for key in _upstream(start, ends) if texts[key] and key != start]
-
-
-def _first_painter(nodes: dict[str, Node], texts: dict[str, str], key: str) -> str:
-    """The painter whose picture `key` paints over, as far back as there is one; of several, none."""
-    seen = {key}
-    while _pictures(nodes[key]) and len(seen) < MAX_PASSES:
-        before = [end for end in _painters(nodes, texts, key) if end not in seen]
-        if len({texts[end] for end in before}) != 1:
-            break
-        key = before[0]
-        seen.add(key)
-    return key
-
-
-def _graph_settings(nodes: dict[str, Node], painter: str) -> dict:
-    """The settings in a painter's inputs and in the nodes that lead to them."""
-
-    def ends(key: str) -> list[str]:
-        return [end for name, end in nodes[key].links.items() if not _has(name, SETTLED)]
-
-    settings: dict[str, Any] = {}
-    for key in _upstream(painter, ends):
-        values = nodes[key].values | {"scheduler": None}
-        for name, end in nodes[key].links.items():  # a number may come from a node of its own
-            numbers = (value for value in nodes[end].values.values() if type(value) in (int, float))
-            values |= {} if "sampler" in _words(name) else {name: next(numbers, None)}
-        settings = _settings(values) | settings
-        if len(settings) == len(SETTINGS):
-            break
-    return settings
-
-
-def _texts_at(nodes: dict[str, Node]) -> dict[str, str]:
-    """The text that leads to each node, through links of any kind but of pictures, models and numbers."""
-    inputs = {key: _text_inputs(node) for key, node in nodes.items()}
-    taken = _taken_outputs(nodes)
-    texts: dict[str, str] = {}
-    handed: dict[tuple[str, int | None], str] = {}  # also a text of no known name, not painted
-    stack, entered = list(nodes), set()
-    while stack:
-        key = stack[-1]
-        node = nodes[key]
-        if key not in entered:
-            entered.add(key)
-            ends = (end for name, end in node.links.items() if name in inputs[key] or _has(name, NEGATIVE))
-            stack += [end for end in ends if end not in entered]
-        elif stack.pop() not in texts:
-            found = {name: _handed(handed, node, name) if name in node.links else value
-                     for name, value in inputs[key].items()}
-            known = {name: text for name, text in found.items() if UNKNOWN not in str(text)}
-            one = _selected(nodes, node, found)
-            found = one if known.keys() & one.keys() or not known or not one else known
-            unwanted = {_handed(handed, node, name) for name in node.links if _has(name, NEGATIVE)}
-            wanted = {name: text for name, text in found.items() if text not in unwanted}
-            found = wanted if any(wanted.values()) else found
-            texts[key] = "" if _has(node.kind, SILENT) else _joined(node, found)
-            handed[key, None] = texts[key] or _joined(node, _unnamed_texts(node))
-            if _is_made(node):
-                handed[key, None] = UNKNOWN
-            elif len(taken[key]) > 1 and len(found) > max(taken[key]) and not any(
-                    _has(name, SIDES | SEPARATOR) for name in (*node.values, *node.links)):
-                handed |= {(key, k): text.strip() for k, text in enumerate(found.values())}
-    return texts
-
-
-def _handed(handed: dict[tuple[str, int | None], str], node: Node, name: str) -> str:
-    """The text at the other end of a link."""
-    end = node.links[name]
-    return handed.get((end, node.slots[name]), handed.get((end, None), ""))
-
-
-def _taken_outputs(nodes: dict[str, Node]) -> dict[str, set[int]]:
-    """The outputs of each node from which others may take a text. Where there are several, they are those of
-    the node's texts in turn, unless the names of its inputs tell positive from negative."""
-    taken: dict[str, set[int]] = {key: set() for key in nodes}
-    for node in nodes.values():
-        for name, end in node.links.items():
-            if not (_has(name, NO_TEXT) or _words(name)[-1:] == ("clip",)):
-                taken[end].add(node.slots[name])
-    return taken
-
-
-def _unnamed_texts(node: Node) -> dict[str, str]:
-    return {name: value for name, value in node.values.items() if isinstance(value, str)
-            and " " in value.strip() and not _has(f"{name} {node.kind}", NO_TEXT | OPTION | NEGATIVE)}
-
-
-def _is_made(node: Node) -> bool:
-    """Whether the node writes or rewrites its text while the graph runs."""
-    names = (*node.values, *node.links)
-    return any(_has(name, MADE) or _key(name) in MADE for name in names) or any(
-        _has(name, ALTERED) and isinstance(value, str) and value for name, value in node.values.items())
-
-
-def _joined(node: Node, found: dict[str, str]) -> str:
-    """The texts of a node's inputs as one: those named positive, or else all."""
-    texts = {name: text.strip(" \t\r\n") for name, text in found.items() if text.strip()}
-    for wanted in ("populated", "positive"):
-        texts = {name: text for name, text in texts.items() if wanted in _words(name)} or texts
-    parts = [texts[name] for name in sorted(texts, key=lambda name: "conditioning" not in _words(name))]
-    if "switch" in node.kind.lower():
-        parts = parts[:1]
-    between = next((value for name, value in node.values.items()
-                    if _has(name, SEPARATOR) and isinstance(value, str)), None)
-    parts = list(dict.fromkeys(parts)) if between is None else parts
-    joined = (", " if between is None else SPELLED.get(between, between)).join(parts)
-    if len(joined) > MAX_PROMPT:
-        raise NoPrompt(f"its prompt is longer than {MAX_PROMPT:,} characters")
-    return joined
-
-
-def _text_inputs(node: Node) -> dict[str, Any]:
-    """The inputs, by name, that may hold or lead to the positive text."""
-    values = {} if _has(node.kind, NEGATIVE) else node.values
-    chosen = {name: value for name, value in values.items() if isinstance(value, str)
-              and _has(name, TEXT) and not _has(name, OPTION | NEGATIVE) and value.lower() not in FLAGS}
-    for name, end in node.links.items():  # the text of a link that a node shows is beside it as `text_0`
-        shown = f"{name}_0" in node.values
-        if not (shown or _has(name, NO_TEXT | NEGATIVE) or _words(name)[-1:] == ("clip",)):
-            chosen[name] = end
-    return chosen
-
-
-def _selected(nodes: dict[str, Node], node: Node, chosen: dict[str, str]) -> dict[str, str]:
-    """Of the inputs of a switch the one that it hands on; all of another node."""
-    linked = {name: next(iter(nodes[end].values.values())) for name, end in node.links.items()
-              if _has(name, SELECTOR) and len(nodes[end].values) == 1}
-    values = node.values | linked
-    numbers = {str(value) for name, value in values.items() if type(value) is int and _has(name, SELECTOR)}
-    truths = {str(value).lower() for value in values.values() if type(value) is bool}
-    for wanted in (numbers, truths):
-        one = {name: value for name, value in chosen.items() if _words(name)[-1:] == tuple(wanted)}
-        if one and wanted:
-            return one
-    return chosen

@@ -13,8 +13,8 @@ import pytest
 from test_data_readers import chunk, part, picture
 
 import data
-import embedded
 import files
+import graphs
 import schema
 from data import (
     DataError,
@@ -231,7 +231,7 @@ def test_arrays_have_the_dtype_and_shape_that_are_wanted(tmp_path):
 
 def test_large_files_and_texts_are_refused(tmp_path, monkeypatch):
     folder_of(tmp_path, *"ab")
-    long = "x" * (embedded.MAX_PROMPT + 1)
+    long = "x" * (graphs.MAX_PROMPT + 1)
     (tmp_path / "list.csv").write_text(f"file_name,text\na,{long}\nb,{long[1:]}\n")
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == [long[1:]] and "longer than 500,000 characters" in pairs.skipped[0]

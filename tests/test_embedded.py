@@ -15,8 +15,9 @@ from PIL import Image
 from test_embedded_graphs import GRAPH, GRAPH_SETTINGS, WANT, clip, node, sampler, saved, text_png
 
 import embedded
+import graphs
 from data import embedded_prompt, load_image, read_pairs
-from embedded import NoPrompt, decoded, find_prompt, graph_of, graph_prompt, sidecar_prompt
+from embedded import NoPrompt, decoded, find_prompt, sidecar_prompt
 
 SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 11, Size: 64x64, Model: x"
 INFOTEXT = f"{WANT}\nNegative prompt: blurry, ugly\n{SETTINGS}"
@@ -220,6 +221,7 @@ def test_texts_hidden_in_the_pixels(tmp_path, kind, form, monkeypatch):
         (rf"a \new barn, {SETTINGS}", r"a \new barn", META),
         ("a poster\nSeed: 7", "a poster\nSeed: 7", {}),
         (f"{WANT}\nClip skip: 2, {SETTINGS}", WANT, META),
+        (f"{WANT}\nClip skip: 2, CFG scale: 7, Steps: 20\n", WANT, {"st": 20}),
         (f"a sign\n{WANT} {SETTINGS}", f"a sign\n{WANT}", META),
         (f"sign: a barn, {SETTINGS}", "sign: a barn", META),
         (f"{WANT}\nNegative prompt: ugly", WANT, {}),
@@ -326,6 +328,22 @@ OBJECTS = {
         {"se": 3},
     ),
     "a list of nodes": ({"UserComment": {"nodes": [], "prompt": WANT}}, {}),
+    "draw things": (
+        {
+            "xmp 0": f"{WANT}\n-ugly\nSteps: 8, Sampler: UniPC, Guidance Scale: 1.0, Seed: 5, Size: 64x64",
+            "xmp 1": json.dumps({"c": WANT, "uc": "ugly", "scale": 1, "seed": 5, "steps": 8}),
+        },
+        {"se": 5, "st": 8, "c": 1},
+    ),
+    "named fields beside an uncertain graph": (
+        {
+            "prompt": json.dumps(saved({"3": sampler(["6", 0]), "6": node("LLM", temperature=1)})),
+            "positive_prompt": WANT,
+            "negative_prompt": "ugly",
+        },
+        {},
+    ),
+    "midjourney": ({"Description": f"{WANT} Job ID: 0a1b2c3d-1111-2222-3333-444455556666"}, {}),
     "novelai": ({"Description": WANT, "Comment": json.dumps({"steps": 28, "uc": "ugly"})}, {"st": 28}),
     "novelai, webp": (
         {
@@ -364,7 +382,9 @@ OBJECTS = {
     "invokeai 2, list": (
         {
             "sd-metadata": json.dumps(
-                {"image": {"prompt": [{"prompt": WANT + " [ugly, blurry]", "weight": 1}], "steps": 9}}
+                {"image": {"prompt": [
+                    {"prompt": WANT + " [ugly, blurry]", "weight": 1}, {"prompt": "fog", "weight": -0.5}
+                ], "steps": 9}}
             )
         },
         {"st": 9},
@@ -420,19 +440,18 @@ def test_long_and_deep_sources_end_soon(tmp_path):
     start = time.process_time()
     chain = {str(k): node("X", text=[str(k + 1), 0]) for k in range(100, 5100)}
     graph = saved({"3": sampler(["100", 0]), **chain, "5100": clip(WANT)})
-    assert graph_prompt(graph_of(graph)).prompt == WANT
+    assert find_prompt({"prompt": json.dumps(graph)})[0] == WANT
     passes = {str(k): sampler(["6", 0], latent_image=[str(k + 1), 0]) for k in range(100, 5100)}
-    assert graph_prompt(
-        graph_of(saved({"3": sampler(["6", 0], latent_image=["100", 0]), "6": clip(WANT), **passes}))
-    )
+    graph = saved({"3": sampler(["6", 0], latent_image=["100", 0]), "6": clip(WANT), **passes})
+    assert find_prompt({"prompt": json.dumps(graph)})[0] == WANT
     doubled = {
         str(k): node("Join", text1=[str(k + 1), 0], text2=[str(k + 1), 0], delimiter=" ")
         for k in range(100, 200)
     }
     with pytest.raises(NoPrompt, match="longer than"):
-        graph_prompt(graph_of(saved({"3": sampler(["100", 0]), **doubled, "200": clip(WANT)})))
+        find_prompt({"prompt": json.dumps(saved({"3": sampler(["100", 0]), **doubled, "200": clip(WANT)}))})
     with pytest.raises(NoPrompt, match="more than 10,000 nodes"):
-        graph_prompt(graph_of({str(k): clip("a") for k in range(10_001)}))
+        find_prompt({"prompt": json.dumps({str(k): clip("a") for k in range(10_001)})})
     with pytest.raises(NoPrompt, match="longer than"):
         find_prompt({"parameters": "x" * 600_000})
     for opening in ("<![CDATA[", "<a b='", '="', "><"):
@@ -468,7 +487,8 @@ def test_texts_are_read_up_to_their_limits(tmp_path, monkeypatch):
         (graph, "MAX_PROMPT", len(WANT)), (graph, "MAX_NODES", len(GRAPH)),
     ):  # fmt: skip
         for beyond, found in ((0, WANT), (1, None)):
-            monkeypatch.setattr(embedded, name, limit - beyond)
+            for module in (embedded, graphs):
+                monkeypatch.setattr(module, name, limit - beyond, raising=False)
             assert (embedded_prompt(png(path, part)) or (None,))[0] == found
         monkeypatch.undo()
     large = chunk(b"zTXt", b"w\0\0" + zlib.compress(bytes((1 << 23) + 1)))  # all texts: 32 MB

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from data import DataError, embedded_prompt, read_pairs
-from embedded import NoPrompt, find_prompt, graph_of, graph_prompt
+from embedded import NoPrompt, find_prompt
 
 WANT = "a red barn at dusk"
 UGLY = "blurry, ugly"
@@ -55,6 +55,10 @@ def saved(nodes):
         "4": node("CheckpointLoaderSimple", ckpt_name="some model.safetensors"),
         **nodes,
     }
+
+
+def prompt_of(graph):
+    return find_prompt({"prompt": json.dumps(graph)})
 
 
 GRAPH = saved({"3": sampler(["6", 0]), "6": clip(WANT)})
@@ -279,13 +283,89 @@ GRAPHS = {
         "21": node("Int", value=20),
         "6": clip(WANT),
     },
+    "parts in order": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("StringConcatenate", string_a=["1", 0], string_b="at dusk", delimiter=" "),
+        "1": node("PrimitiveStringMultiline", value="a red barn"),
+    },
+    "numbered parts of one word": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("CR Combine Prompt", part3="dusk", part1="a", part2=["1", 0], part4="", separator=" "),
+        "1": node("CR Prompt Text", prompt="red barn at"),
+    },
+    "by a boolean": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Text Input Switch", text_a=["1", 0], text_b=["2", 0], boolean=False),
+        "1": node("Text Multiline", text="not this one"),
+        "2": node("Text Multiline", text=WANT),
+    },
+    "by a condition": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("ImpactConditionalBranch", cond=True, tt_value=["2", 0], ff_value=["1", 0]),
+        "1": node("Text Multiline", text="not this one"),
+        "2": node("Text Multiline", text=WANT),
+    },
+    "by a name": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Prompt Switch", select="prompt_2", prompt_1="not this one", prompt_2=WANT),
+    },
+    "one line of a text": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("ImpactStringSelector", strings=f"a blue barn\n{WANT}\na cat", select=1),
+    },
+    "what the editor says": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node(
+            "easy wildcards", text=WANT, text_b="undefined", seed=5,
+            **{"Select to add Wildcard": "Select the Wildcard to add to the text"},
+        ),
+    },
+    "a text searched in the picture": {
+        "3": sampler(["6", 0], latent_image=["5", 0]),
+        "6": clip(WANT),
+        "5": node("VAEEncodeForInpaint", pixels=["2", 0], mask=["2", 1]),
+        "2": node("GroundingDinoSAMSegment", prompt="the dog", threshold=0.3, image=["1", 0]),
+        "1": node("LoadImage", image="a b.png"),
+    },
+    "numbered texts, the first output": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Text String", text=WANT, text_b="other words", text_c=""),
+    },
+    "added to a pipe": {
+        "1": node("pipeLoader", positive="a red barn at", negative=UGLY),
+        "2": node("pipeEncodeConcat", positive="dusk", negative="", pipe=["1", 0], separator=" "),
+        "3": node("pipeKSampler", seed=5, steps=20, cfg=8.0, sampler_name="euler", pipe=["2", 0]),
+    },
+    "a LoRA's tag beside it": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("StringConcatenate", string_a=["1", 0], string_b=WANT, delimiter=", "),
+        "1": node("Lora Loader", text="<lora:abc:0.8> <lora:b:1>"),
+    },
+    "a sampler that saves": {
+        "3": node(
+            "easy kSampler", seed=5, steps=20, cfg=8.0, sampler_name="euler", positive=["6", 0],
+            image_output="Save",
+        ),
+        "6": clip(WANT),
+        "8": node("Canny", image=["2", 0]),
+        "9": node("PreviewImage", images=["8", 0]),
+        "2": node("LoadImage", image="a b.png"),
+    },
 }
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_a_graph_is_walked_from_its_end(kind):
-    candidate = graph_prompt(graph_of(saved(GRAPHS[kind])))
-    assert (candidate.prompt, candidate.settings) == (WANT, GRAPH_SETTINGS)
+    assert prompt_of(saved(GRAPHS[kind])) == (WANT, GRAPH_SETTINGS)
 
 
 def test_what_is_added_to_a_scene_stands_behind_it():
@@ -295,7 +375,7 @@ def test_what_is_added_to_a_scene_stands_behind_it():
     graph = saved(
         {"3": sampler(["5", 0]), "5": box("sun", ["1", 0]), "1": box("bottle", ["6", 0]), "6": clip(WANT)}
     )
-    assert graph_prompt(graph_of(graph)).prompt == f"{WANT}, bottle, sun"
+    assert prompt_of(graph)[0] == f"{WANT}, bottle, sun"
     graph = saved(
         {
             "3": sampler(["5", 0]),
@@ -304,14 +384,14 @@ def test_what_is_added_to_a_scene_stands_behind_it():
             "5": node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["1", 0]),
         }
     )
-    assert graph_prompt(graph_of(graph)).prompt == "a barn, at night"
+    assert prompt_of(graph)[0] == "a barn, at night"
 
 
 def test_numbers_behind_texts_pictures_and_models_are_not_the_painters():
     links = {"positive": ["6", 0], "latent_image": ["21", 0], "model": ["22", 0]}
     others = {"20": node("Text", text=WANT, seed=9), "21": node("X", seed=9), "22": node("Y", seed=9)}
     graph = saved({"3": node("Painter", steps=20, **links), "6": clip(["20", 0]), **others})
-    assert graph_prompt(graph_of(graph))[:2] == (WANT, {"st": 20})
+    assert prompt_of(graph) == (WANT, {"st": 20})
 
 
 UNCERTAIN = {
@@ -362,6 +442,66 @@ UNCERTAIN = {
         "1": sampler(["5", 0]),
         "5": clip("two"),
         "20": node("SaveImage", images=["1", 0]),
+    },
+    "made in part of what a picture shows": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("StringFunction", action="append", text_a="masterpiece", text_b=["1", 0]),
+        "1": node("WD14Tagger", image=["2", 0], exclude_tags="watermark, text"),
+        "2": node("LoadImage", image="a b.png"),
+    },
+    "a file's in part": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Text Concatenate", delimiter=", ", text_a=["1", 0], text_b="best quality"),
+        "1": node("Text Load Line From File", file_path="C:/p.txt", label="TextBatch", index=0),
+    },
+    "a second pass over a picture of a text that is not known": {
+        "3": sampler(["1", 0], kind="FaceDetailer", image=["10", 0]),
+        "1": clip("a detailed face"),
+        "10": node("VAEDecode", samples=["2", 0]),
+        "2": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Load Prompt", path="x.txt"),
+    },
+    "an instruction": {
+        "3": node("FluxProUltraImageNode", prompt=["6", 0], seed=5),
+        "6": node("OpenAIChatNode", prompt="Write a flux prompt", model="gpt-5"),
+    },
+    "a service's": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Generate", prompt="Write of a barn", url="http://127.0.0.1:11434"),
+    },
+    "drawn by lot": {
+        "3": sampler(["6", 0]), "6": clip(["5", 0]), "5": node("OneButton", imagetype="octane render", seed=3)
+    },
+    "a template": {
+        "3": sampler(["6", 0]), "6": clip(["5", 0]), "5": node("Prompts", text="a {red|blue} barn", seed=3)
+    },
+    "replaced": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("StringFunction", action="replace", text_a="a blue barn", text_b="blue", text_c="red"),
+    },
+    "a switch by what was computed": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("easy ifElse", boolean=["20", 0], on_true=["1", 0], on_false=["2", 0]),
+        "20": node("easy compare", comparison="a == b", a=["1", 0], b=["2", 0]),
+        "1": node("Text Multiline", text="one"),
+        "2": node("Text Multiline", text="two"),
+    },
+    "no such line": {
+        "3": sampler(["6", 0]), "6": clip(["5", 0]), "5": node("Lines", strings="one\ntwo", select=2)
+    },
+    "names that say nothing": {"3": sampler(["5", 0], ["5", 1]), "5": node("Two", good="a barn", bad=UGLY)},
+    "names in another script": {
+        "3": sampler(["5", 0], ["5", 1]), "5": node("X", 正面提示词="a barn at dusk", 负面提示词=UGLY)
+    },
+    "a title on a loaded picture": {
+        "3": node("CR Overlay Text", image=["2", 0], text="My Title Here", font_size=50),
+        "2": node("LoadImage", image="a b.png"),
     },
     "in a circle": {
         "3": sampler(["1", 0], latent_image=["3", 0]),
@@ -447,6 +587,30 @@ def test_the_form_of_the_editor(kind):
     made = saved(UNCERTAIN["written by a model"])
     with pytest.raises(NoPrompt, match="made while"):  # the editor's form knows no better than the run's
         find_prompt(texts | {"prompt": json.dumps(made)})
+
+
+SUBGRAPH = "0b1c5f3e-1111-2222-3333-444455556666"
+UNCERTAIN_EDITED = {
+    "a subgraph's texts": [edited_node(6, SUBGRAPH, "a barn", UGLY, text="STRING", text_1="STRING")],
+    "a group's": [edited_node(6, "workflow>my group", UGLY)],
+    "a template": [edited_node(6, "CLIPTextEncode", "a {red|blue} barn")],
+    "perhaps the negative": [
+        edited_node(6, "My Pair", UGLY, 512, positive=("STRING", 4)), edited_node(10, "LoadLine", 3)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNCERTAIN_EDITED)
+def test_an_uncertain_graph_of_the_editor_gives_no_prompt(kind):
+    with pytest.raises(NoPrompt, match="graph"):
+        find_prompt(edited(*UNCERTAIN_EDITED[kind], *SAMPLED, links=LINKS))
+
+
+def test_links_of_the_editor_as_objects():
+    fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [dict(zip(fields, link, strict=True)) for link in LINKS]
+    nodes = edited_node(6, "CLIPTextEncode", WANT), *SAMPLED
+    assert find_prompt(edited(*nodes, links=links)) == (WANT, GRAPH_SETTINGS)
 
 
 def test_a_single_word_is_a_text_in_a_node_of_texts_alone():

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
 OURS |= {"archives", "backbones", "baselines", "clipscore", "columns", "command", "data", "embedded"}
-OURS |= {"files", "generate", "inversion", "reverse_sd", "schema", "words"}
+OURS |= {"files", "generate", "graphs", "inversion", "reverse_sd", "schema", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
@@ -40,9 +40,10 @@ ALLOWED = {
     "reverse_sd.py": {"torch", "numpy", "backbones", "files", "schema", "words"},
     "files.py": {"numpy"},
     "schema.py": {"files"},
-    "embedded.py": {"PIL", "numpy"},
+    "graphs.py": set(),
+    "embedded.py": {"PIL", "numpy", "graphs"},
     "archives.py": {"numpy", "files"},
-    "columns.py": {"numpy", "files", "embedded", "archives"},
+    "columns.py": {"numpy", "files", "graphs", "archives"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files", "archives", "columns"},
     "mini/pretrain.py": MINIATURES | {"tokenizers", "reverse_sd"},
     "mini/diffusion.py": MINIATURES | {"generate"},
@@ -54,7 +55,7 @@ ALLOWED = {
     "training/rows.py": {"torch", "numpy", "tqdm", "data", "files", "schema"},
     "training/cache.py": {"torch", "numpy", "data", "files", "training"},
     "training/loop.py": {"torch", "numpy", "safetensors", "tqdm", "data", "files", "schema"},
-    "training/bank.py": {"torch", "numpy", "tqdm", "weights", "columns", "data", "embedded", "files"},
+    "training/bank.py": {"torch", "numpy", "tqdm", "weights", "columns", "data", "graphs", "files"},
     "training/report.py": {"PIL", "files"},
     "training/reading.py": {"torch", "numpy", "PIL", "tqdm", "weights", "backbones", "clipscore", "command"}
     | {"data", "files", "models", "schema", "training", "words"},

@@ -16,7 +16,6 @@ from tqdm import tqdm
 import weights
 from columns import LONE_SURROGATE, Arrays, Texts, TextsBuilder, kept
 from data import TEXT_KEYS, DataError
-from embedded import MAX_PROMPT
 from files import (
     MAX_LINE,
     cache_dir,
@@ -28,6 +27,7 @@ from files import (
     stamp,
     write_array,
 )
+from graphs import MAX_PROMPT
 
 VERSION = 1  # of what is kept
 CHUNK = 4096  # prompts of a chunk, on average: some 10 to 20 s on one core
