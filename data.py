@@ -47,6 +47,17 @@ from files import (
     stamp,
     unzip,
 )
+from manifests import (
+    COLUMNS,
+    IMAGE_KEYS,
+    MANIFEST_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_KEYS,
+    first_value,
+    manifests_among,
+    read_manifest,
+    why_no_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +144,7 @@ IMAGE_SUFFIXES = frozenset((".png", ".apng", ".webp", ".jpg", ".jpeg", ".jpe", "
                             ".tif", ".tiff"))
 OTHER_SUFFIXES = frozenset((".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".ico", ".ppm",
                             ".exr", ".hdr", ".dng", ".mp4", ".webm", ".mov"))  # pictures, too, but not read
-TABLE_SUFFIXES = (".jsonl", ".csv", ".json", ".json1", ".ndjson", ".tsv", ".parquet", ".arrow", ".xlsx")
-TEXT_SUFFIXES = (".txt", ".caption")  # of texts beside images; the first wins
-IMAGE_KEYS = ("file_name", "image", "path", "filename", "name")
-TEXT_KEYS = ("text", "prompt", "caption", "p")
-COLUMNS = f"the image ({', '.join(IMAGE_KEYS)}) and the prompt ({', '.join(TEXT_KEYS)})"
+TEXT_SUFFIXES = (".txt", ".caption", ".json")  # of texts beside images; the first wins
 OUTSIDE = "the name leaves the archive"
 KEEP, KEPT = 50, 1  # parts from which on their columns are kept; version of what is kept
 
@@ -154,8 +161,11 @@ def read_pairs(path: str | Path) -> Pairs:
        caption or p; Hugging Face's metadata.jsonl is one. As it is the user's own list it may name files
        anywhere.
     3. a folder, searched to the bottom and through links, of images with a text beside them (`a.txt`,
-       `a.png.txt` or `a.caption` for a.png), or else with the text that Stable Diffusion front ends leave in
-       the file (see `embedded_prompt`).
+       `a.png.txt`, `a.caption` or `a.json` for a.png), or else with the text that Stable Diffusion front ends
+       leave in the file (see `embedded_prompt`).
+
+    Where a front end's infotext or JSON stands for a prompt, beside an image or in a manifest, its prompt is
+    taken.
 
     Images that cannot be used, and tables that are not understood, are passed over, listed in `.skipped` and
     counted in one warning. Raises DataError when there is nothing at `path`, no known kind, or nothing
@@ -167,22 +177,29 @@ def read_pairs(path: str | Path) -> Pairs:
     require_file(path)
     if is_zip(path):
         _read_parts([path], path, builder)
-    elif path.suffix.lower() not in (".jsonl", ".csv"):
+    elif path.suffix.lower() not in MANIFEST_SUFFIXES:
         raise DataError(f"{path}: neither a part's .zip nor a .jsonl or .csv manifest; give one of them")
-    elif not _names_columns(_first_record(path)):
-        raise DataError(f"{path}: its first line does not name {COLUMNS}; name them so")
+    elif why := why_no_manifest(path):
+        raise DataError(f"{path}: its first lines do not name {COLUMNS}, {why}; name them so")
     else:
-        _read_manifest(path, builder)
+        read_manifest(path, builder, {})
     return _pairs(path, *builder.columns())
 
 
 def _read_folder(path: Path, builder: PairsBuilder) -> tuple[Arrays, dict]:
     files = files_below(path, lambda folder, why: builder.skip(folder, "the folder cannot be listed", why))
+    images = {os.path.normpath(f): f for f in files if f.suffix.lower() in IMAGE_SUFFIXES}
     if parts := _parts_among(files):
+        homes = {part.parent for part in parts if not is_zip(part)}
+        for file in images.values():
+            if file.parent not in homes:
+                builder.skip(file, "in no part of DiffusionDB, which the folder holds")
         return _kept_parts(parts, path, builder)
-    if manifests := _manifests_among(files, path, builder):
+    if manifests := manifests_among(files, path, images.values(), builder):
         for manifest in manifests:
-            _read_manifest(manifest, builder)
+            read_manifest(manifest, builder, images)
+        for file in images.values():
+            builder.skip(file, "not in the manifest")
     else:
         _read_images(files, path, builder)
     if not len(builder.prompts) and not builder.skipped:
@@ -298,74 +315,6 @@ def _metadata_tables(root: Path) -> list[Path]:
     return [table for table in tables if table.is_file()]
 
 
-# manifests --------------------------------------------------------------------------------------------------
-
-
-def _manifests_among(files: list[Path], root: Path, builder: PairsBuilder) -> list[Path]:
-    """Hugging Face's metadata files anywhere, or else the one table in the root that is a manifest. Other
-    tables are passed over by name where there is none: the user may have meant one of them."""
-    tables = [f for f in files if f.suffix.lower() in (".jsonl", ".csv")]
-    for group in ([f for f in tables if f.stem == "metadata"], [f for f in tables if f.parent == root]):
-        wrong = {f: why for f in group if (why := _why_no_manifest(f))}
-        if manifests := [f for f in group if f not in wrong]:
-            break
-    if len(manifests) > 1 and any(f.stem != "metadata" for f in manifests):
-        names = ", ".join(f.name for f in manifests)
-        raise DataError(f"{root}: several manifests ({names}); give the path of the one to read")
-    if manifests:
-        return manifests
-    images = {f.with_suffix("") for f in files if f.suffix.lower() in IMAGE_SUFFIXES}
-    for table in files:
-        if table.suffix.lower() in TABLE_SUFFIXES and table.with_suffix("") not in images:
-            why = wrong.get(table) or (_why_no_manifest(table) if table in tables else "")
-            builder.skip(table, f"no manifest, which is a .jsonl or .csv with {COLUMNS}", why or None)
-    return []
-
-
-def _names_columns(first: dict) -> bool:
-    return any(key in first for key in IMAGE_KEYS) and any(key in first for key in TEXT_KEYS)
-
-
-def _first_record(path: Path) -> dict:
-    return next((row for _, row in records(path) if isinstance(row, dict)), {})
-
-
-def _why_no_manifest(path: Path) -> str:
-    """What a table has instead of a manifest's columns; "" for a manifest."""
-    try:
-        first = _first_record(path)
-        return "" if _names_columns(first) else "it has " + (", ".join(first)[:100] or "no columns")
-    except DataError as error:
-        return str(error)
-
-
-def _value(row: dict, keys: Sequence[str]) -> Any:
-    return next((row[key] for key in keys if row.get(key) is not None), None)
-
-
-def _read_manifest(path: Path, builder: PairsBuilder) -> None:
-    for k, row in records(path):
-        name = _value(row, IMAGE_KEYS) if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name:
-            builder.skip(f"{path}, line {k}", row if isinstance(row, str) else "names no image")
-            continue
-        if "\\" in name and not os.path.isfile(path.parent / name):  # written on Windows
-            name = name.replace("\\", "/")
-        if not os.path.isfile(path.parent / name):
-            builder.skip(path.parent / name, "in the manifest but not there")
-        else:
-            meta = {key: value for key, value in row.items() if key not in IMAGE_KEYS + TEXT_KEYS}
-            builder.add(path.parent, name, _texts(_value(row, TEXT_KEYS)), meta)
-
-
-def _texts(value: Any) -> Any:
-    """The list that a text is as JSON, as CSV has to write it; anything else as it is."""
-    if not (isinstance(value, str) and value.startswith("[")):
-        return value
-    texts = (json_object(f'{{"texts": {value}}}') or {}).get("texts")
-    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else value
-
-
 # images with their prompts beside or inside -----------------------------------------------------------------
 
 
@@ -382,13 +331,22 @@ def _read_images(files: list[Path], root: Path, builder: PairsBuilder) -> None:
     for file in tqdm(images, desc="reading prompts", unit="image", disable=len(images) < 5000):
         text = beside.get(file) or beside.get(file.with_suffix(""))
         try:
-            prompt, meta = sidecar_prompt(read_text(text, MAX_LINE)) if text else _prompt_inside(file)
+            prompt, meta = _prompt_beside(text, file) if text else _prompt_inside(file)
         except NoPrompt as error:
             builder.skip(file, f"no text beside it and {error.reason}", error.detail)
         except DataError as error:
             builder.skip(text or file, "cannot be read", error)
         else:
             builder.add(root, file.relative_to(root).as_posix(), prompt, meta)
+
+
+def _prompt_beside(text: Path, image: Path) -> tuple[str, dict]:
+    try:
+        return sidecar_prompt(read_text(text, MAX_LINE))
+    except NoPrompt:
+        if text.suffix.lower() != ".json":
+            raise
+        return _prompt_inside(image)  # JSON may be of anything
 
 
 def embedded_prompt(path: str | Path) -> tuple[str, dict] | None:
@@ -766,8 +724,8 @@ def _captions_by_name(path: Path) -> dict[str, str]:
             raise DataError(f"{path}: is not a JSON object {{image: caption}}; write it so")
     else:
         rows = (row for _, row in records(path) if isinstance(row, dict))
-        texts = {_value(row, IMAGE_KEYS): _value(row, ("caption", *TEXT_KEYS)) for row in rows
-                 if isinstance(_value(row, IMAGE_KEYS), str)}
+        texts = {first_value(row, IMAGE_KEYS): first_value(row, ("caption", *TEXT_KEYS)) for row in rows
+                 if isinstance(first_value(row, IMAGE_KEYS), str)}
     return {name.replace("\\", "/"): text.strip() for name, text in texts.items() if isinstance(text, str)}
 
 

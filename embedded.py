@@ -276,7 +276,10 @@ def find_prompt(texts: dict[str, str]) -> tuple[str, dict]:
 
 
 def sidecar_prompt(text: str) -> tuple[str, dict]:
-    """(prompt, settings) of a text file beside an image: AUTOMATIC1111's infotext, or else all of it."""
+    """(prompt, settings) of a text beside an image: AUTOMATIC1111's infotext, the prompt of a JSON object, or
+    else all of it. Raises NoPrompt for an object without a certain one."""
+    if isinstance(_json(text), dict):
+        return find_prompt({"text": text})
     candidate = _from_infotext(text)
     return (candidate.prompt, candidate.settings) if candidate else (text.strip(), {})
 

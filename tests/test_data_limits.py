@@ -158,11 +158,11 @@ def test_names_written_on_windows(tmp_path):
         ("images/list.csv", "a,b\n1,2\n", r" \(it has a, b\)"),
         ("metadata.csv", "file_name,label\na.png,3\n", r" \(it has file_name, label\)"),
         ("metadata.jsonl", '{"id": 1}\n', r" \(it has id\)"),
-        ("metadata.json", "[]", ""),
+        ("metadata.json", "[]", r" \(it is a .json\)"),
         ("list.csv", "file_name;text\na.png;x\n", r" \(it has file_name;text\)"),
-        ("list.tsv", "file_name\ttext\n", ""),
-        ("x.parquet", "PAR1", ""),
-        ("list.csv", "", r" \(it has no columns\)"),
+        ("list.tsv", "file_name\ttext\n", r" \(it is a .tsv\)"),
+        ("x.parquet", "PAR1", r" \(it is a .parquet\)"),
+        ("list.csv", "file_name,text\n", r" \(it has no rows\)"),
         ("metadata.csv", "file_name,text\na.png,\xff\n", r" \(.*metadata.csv: .*save it as UTF-8 .csv\)"),
     ],
 )
@@ -175,6 +175,57 @@ def test_tables_that_are_not_understood_are_named(tmp_path, name, text, why):
     pairs = read_pairs(tmp_path)
     assert pairs.prompts == ["a"] and len(pairs.skipped) == 1
     assert re.fullmatch(f".*{name}: no manifest, .*{re.escape(data.COLUMNS)}{why}", pairs.skipped[0])
+
+
+def test_what_is_not_listed_is_counted(tmp_path):
+    folder_of(tmp_path, "train/a.png", "test/a.png", "other/b.png", other__txt="b")
+    (tmp_path / "train/metadata.csv").write_text("file_name,text\na.png,one\n")
+    (tmp_path / "test/metadata.csv").write_text("file_name;text\na.png;two\n")
+    (tmp_path / "other/metadata.parquet").write_bytes(b"PAR1")
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["one"] and len(pairs.skipped) == 4
+    for where in ("test/metadata.csv: no man", "other/metadata.parquet: no", "test/a.png: not", "b.png: not"):
+        assert sum(where in line for line in pairs.skipped) == 1
+    part = folder_of(tmp_path / "parts", "part-000001/a.png", "b.png", b__txt="two")
+    (part / "part-000001/part-000001.json").write_text('{"a.png": {"p": "one"}}')
+    pairs = read_pairs(part)
+    assert pairs.prompts == ["one"] and pairs.skipped[0].startswith(f"{part}/b.png: in no part")
+    below = folder_of(tmp_path / "below", "sub/a.png")
+    (below / "sub/list.jsonl").write_text('{"file_name": "a.png", "text": "one"}')
+    with pytest.raises(DataError, match="sub/list.jsonl: a manifest, but in a folder below"):
+        read_pairs(below)
+
+
+INFOTEXT = "a barn\nNegative prompt: ugly\nSteps: 20, Sampler: Euler, Seed: 3"
+
+
+@pytest.mark.parametrize(
+    "rows, prompts",
+    [
+        ('{"image": 1, "filename": "a.png", "text": "", "caption": "one"}', ["one"]),
+        ('{"path": "a.png"}\n{"path": "b.png", "text": "two"}', ["", "two"]),
+        (json.dumps({"image": "a.png", "text": INFOTEXT}), ["a barn"]),
+        (json.dumps({"image": "a.png", "text": "['one', \"it's two\"]"}), ["one", "it's two"]),
+        (json.dumps({"image": "a.png", "text": "[one, two"}), ["[one, two"]),
+        (json.dumps({"image": "a.png", "text": "[1, 2]"}), ["[1, 2]"]),
+    ],
+)
+def test_texts_of_a_manifest(tmp_path, rows, prompts):
+    folder_of(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.jsonl").write_text(rows)
+    assert read_pairs(tmp_path).prompts == prompts
+
+
+def test_json_beside_an_image(tmp_path):
+    folder_of(tmp_path, "a.png", "b.png", "c.png", a__txt='{"prompt": "one", "negative_prompt": "ugly"}')
+    (tmp_path / "b.json").write_text('{"prompt": "two", "seed": 3, "num_inference_steps": 20}')
+    (tmp_path / "c.json").write_text('{"id": 3}')
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["one", "two"] and pairs.meta[1] == {"se": 3, "st": 20}
+    assert [line.split(": ")[-1] for line in pairs.skipped] == ["no text beside it and no prompt inside"]
+    (tmp_path / "list.jsonl").write_text('{"file_name": "a.png", "text": "{\\"id\\": 3}"}')
+    with pytest.raises(DataError, match="a.png: its text is no prompt: no text inside is certainly a prompt"):
+        read_pairs(tmp_path)
 
 
 # borders ----------------------------------------------------------------------------------------------------

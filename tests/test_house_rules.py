@@ -11,7 +11,7 @@ from conftest import ROOT
 
 OURS = {"models", "weights", "training", "mini", "tables"}
 OURS |= {"archives", "backbones", "baselines", "clipscore", "columns", "command", "data", "embedded"}
-OURS |= {"files", "generate", "graphs", "inversion", "reverse_sd", "schema", "words"}
+OURS |= {"files", "generate", "graphs", "inversion", "manifests", "reverse_sd", "schema", "words"}
 TENSORS = {"torch", "torchvision", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 COMPOSITION = OURS | TENSORS
 MINIATURES = {"torch", "numpy", "safetensors", "tqdm", "models", "weights", "data", "training", "mini"}
@@ -44,7 +44,9 @@ ALLOWED = {
     "embedded.py": {"PIL", "numpy", "graphs"},
     "archives.py": {"numpy", "files"},
     "columns.py": {"numpy", "files", "graphs", "archives"},
-    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files", "archives", "columns"},
+    "manifests.py": {"columns", "embedded", "files"},
+    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "embedded", "files", "archives", "columns",
+                "manifests"},
     "mini/pretrain.py": MINIATURES | {"tokenizers", "reverse_sd"},
     "mini/diffusion.py": MINIATURES | {"generate"},
     **{f"mini/{name}.py": MINIATURES | {"PIL", "generate"} for name in ("judge", "generated")},
