@@ -11,8 +11,8 @@ trained to read images.
 The sampler is DDIM (Song et al. 2021) with classifier-free guidance (Ho and Salimans 2022), as Stable
 Diffusion was published: deterministic once the noise is drawn. Each picture's noise comes from its own seed,
 drawn on the CPU, so that it does not depend on batch and device. Each picture's PNG holds the prompt and all
-settings, which data.py reads; grids and attention maps have none. Letters in shape comments: B batch, h w
-the latents' grid.
+settings, which data.py reads; grids and attention maps have none. Numbers go on where the folder's end, so
+that no picture is overwritten. Letters in shape comments: B batch, h w the latents' grid.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import copy
 import io
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 import weights
 from command import Parser, decodable, number, run_command
-from files import atomic_write
+from files import atomic_write, exclusive
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
 from schema import NULL, checked, one_of
@@ -526,9 +527,17 @@ def write_pictures(args: argparse.Namespace) -> None:
     device = weights.resolve_device(args.device)
     pipeline = load_pipeline(args.weights, device, getattr(torch, args.dtype), args.predicts_v)
     trained = [swapped_by_run(pipeline.unet, folder, args.weights) for folder in args.swap or []]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with exclusive(args.out, f"{args.out}: another command draws into it; waiting for it to end"):
+        numbers = (re.search(r"\d+", file.name) for file in args.out.glob("*.png"))
+        first = 1 + max((int(number[0]) for number in numbers if number), default=-1)
+        write_new_pictures(args, pipeline, trained, first)
+
+
+def write_new_pictures(args: argparse.Namespace, pipeline: Pipeline, trained: list[UNet], first: int) -> None:
+    """Pictures, or pages of them, numbered from `first` on."""
     prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
     seeds = [args.seed + i for _ in args.prompts for i in range(args.n)]
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.grid:
         if args.grid == "runs":
             names = [Path(folder).name for folder in args.swap]
@@ -544,11 +553,11 @@ def write_pictures(args: argparse.Namespace) -> None:
         ]
         names = [f"{prompt}  (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
         page = grid_picture(list(zip(*drawn, strict=True)), titles, names)
-        save(page, args.out / "grid.png")
+        save(page, args.out / f"grid-{first:03d}.png")
         return
     unet_at = after(args.swap_after, pipeline.unet, trained[0]) if trained else None
     if args.attention:
-        for number, prompt in enumerate(args.prompts):
+        for number, prompt in enumerate(args.prompts, first):
             with attention_maps(trained[0] if trained else pipeline.unet) as maps:
                 image = draw(pipeline, [prompt], [args.seed], args, unet_at)[0]
             seen = word_maps(maps, 1, prompt, pipeline.tokenizer)
@@ -559,7 +568,7 @@ def write_pictures(args: argparse.Namespace) -> None:
 
     def keep(start: int, batch: Tensor) -> None:
         for number, pixels in enumerate(batch, start):
-            path = args.out / f"{number:03d}-seed{seeds[number]}.png"
+            path = args.out / f"{first + number:03d}-seed{seeds[number]}.png"
             save(picture(pixels), path, described(prompts[number], args, seeds[number], args.size))
 
     draw(pipeline, prompts, seeds, args, unet_at, on_batch=keep)

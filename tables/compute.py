@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from backbones import READERS
 from files import write_array, write_json
+from schema import read_json
 from tables.exhibit import (
     COMPARED,
     Exhibit,
@@ -28,7 +28,7 @@ from tables.exhibit import (
 )
 from tables.methods import Member, members_of
 from tables.rows import ROW_TABLES, Row, Table
-from tables.runs import Plan, RunName, with_phase_1
+from tables.runs import Plan, RunName, result_of, with_phase_1
 from training.folder import saved_fields
 from training.metrics import (
     RESAMPLES,
@@ -71,7 +71,7 @@ def row_cosines(plan: Plan, row: Row, seed: int, like: Member) -> tuple[np.ndarr
         write_array(cached.with_suffix(".npy"), predicted)
         write_json(cached.with_suffix(".json"), chosen)
     predicted = np.load(cached.with_suffix(".npy"), allow_pickle=False)
-    return cosines(predicted, targets), json.loads(cached.with_suffix(".json").read_text())
+    return cosines(predicted, targets), read_json(cached.with_suffix(".json"))
 
 
 def mean_embedding_cosines(member: Member) -> np.ndarray:
@@ -132,7 +132,7 @@ def compute_table(table: Table, plan: Plan) -> dict:
 def run_settings(plan: Plan, run: RunName) -> dict:
     """Training settings of a run and its seconds by seed."""
     config = saved_fields(plan.run_folder(run, plan.seeds[0]))
-    results = [json.loads((plan.run_folder(run, seed) / "result.json").read_text()) for seed in plan.seeds]
+    results = [result_of(plan.run_folder(run, seed)) for seed in plan.seeds]
     settings = {name: config.get(name) for name in SETTINGS}
     return settings | {"seconds": [result["seconds"] for result in results]}
 

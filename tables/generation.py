@@ -26,6 +26,7 @@ import reverse_sd
 import weights
 from files import require_file
 from mini import drawbench, naming, scenes
+from schema import read_json
 from tables.exhibit import (
     COMPARED,
     Exhibit,
@@ -42,6 +43,7 @@ from tables.exhibit import (
 from tables.probe import default_views, verdicts
 from tables.runs import Plan, RunName
 from training.metrics import RESAMPLES, bootstrap_interval, cosines, paired_test, seeds_p, student_interval
+from training.reading import split_prompts
 
 log = logging.getLogger("tables")
 
@@ -83,8 +85,8 @@ def spread(items: Sequence[Any], n: int) -> list[Any]:
 def prompt_sets(plan: Plan, seed: int) -> dict[str, list[Request]]:
     """DrawBench, from its file or the miniature's own, and test prompts of the run of a seed."""
     mini = plan.sources["unet"] == "sd-mini"
-    rows = json.loads((plan.run_folder(RUN, seed) / "predictions" / "rows.json").read_text())
-    seen = {row["prompt"] for split in rows.values() for row in split}
+    splits = split_prompts(plan.run_folder(RUN, seed), "train", "val", "test")
+    seen = set().union(*splits)
     sets = {}
     if plan.drawbench is not None:
         sets["DrawBench"] = [Request(prompt) for prompt in read_drawbench(plan.drawbench)]
@@ -93,7 +95,7 @@ def prompt_sets(plan: Plan, seed: int) -> dict[str, list[Request]]:
     else:
         log.warning("DrawBench is skipped; give its file with --drawbench")
     views = default_views() if mini else {}
-    test = [row["prompt"] for row in spread(rows["test"], MINI_PROMPTS if mini else PROMPTS)]
+    test = spread(splits[2], MINI_PROMPTS if mini else PROMPTS)
     return sets | {"test prompts": [Request(prompt, views.get(prompt)) for prompt in test]}
 
 
@@ -295,7 +297,7 @@ def compute_table_5(plan: Plan) -> dict:
         [int((a > b).sum()), int((a < b).sum()), int((a == b).sum())]
         for a, b in zip(shares["trained"], shares["original"], strict=True)
     ]
-    card = json.loads((naming.FOLDER / "probe" / "card.json").read_text())
+    card = read_json(naming.FOLDER / "probe" / "card.json")
     return drawing_settings() | {
         "n": len(shares["original"][0]),
         "votes": votes,

@@ -7,7 +7,6 @@ the hardest, a drawing of the same prompt and the same jitter in which exactly o
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from mini import naming, scenes
 from mini.judge import new_scenes
 from mini.scenes import Scene, View
 from mini.subjects import SHAPES
+from schema import read_json
 from tables.exhibit import Exhibit, bullets, markdown, page, percent, percents, provenance_text
 from tables.probe import Verdicts, default_views, pixels_of, verdicts
 from tables.runs import Plan, RunName
@@ -312,7 +312,7 @@ def compute(plan: Plan) -> dict:
 def card_of(name: str) -> dict:
     """The card of a probe that is loaded."""
     folder = naming.FOLDER if name == "probe" else naming.SECOND
-    return json.loads((folder / name / "card.json").read_text())
+    return read_json(folder / name / "card.json")
 
 
 RATES = {

@@ -25,6 +25,7 @@ import data
 import inversion
 import weights
 from files import atomic_write, write_json
+from schema import OBJECT, many, read_value
 from tables.exhibit import Exhibit, bullets, interval, markdown, page, provenance_text, short
 from tables.generation import (
     ALL_HEARD,
@@ -166,7 +167,7 @@ def searched(plan: Plan, o: inversion.Options, pictures: Sequence[Image.Image]) 
             found = invert(batch)
             seconds = (time.monotonic() - started) / len(batch)
             write_json(path, [row | {"seconds": round(seconds, 3)} for row in found])
-        rows += json.loads(path.read_text())
+        rows += read_value(path, many(OBJECT))
     return rows
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import data
 from backbones import BACKBONES, CAPTIONERS, READERS
+from schema import number, read_json
 from training.config import REGRESSORS, RESUMABLE, TrainConfig, resolve
 from training.folder import saved_fields
 from training.inputs import prepare
@@ -167,7 +168,10 @@ class Plan:
                     f"{folder}: was trained with {name} {old}, not {value}; give another --runs folder or "
                     "the flags of the first call"
                 )
-        return (folder / "result.json").exists()
+        if not (folder / "result.json").exists():
+            return False
+        result = result_of(folder)  # an evaluation of a stopped run is none of the run
+        return result["step"] == result["steps"]
 
 
 def validation_curve(folder: Path) -> tuple[int, list[float]]:
@@ -210,8 +214,15 @@ def step_text(folder: Path) -> str:
         return f"{folder.name} starts"
 
 
+def result_of(folder: Path) -> dict:
+    """A run's result.json; older ones have no steps. Raises DataError if it is damaged."""
+    steps = number(int, 0).or_else(0)
+    fields = {"test_cosine": number(), "seconds": number(), "step": steps, "steps": steps}
+    return read_json(folder / "result.json", fields)
+
+
 def result_text(folder: Path) -> str:
-    result = json.loads((folder / "result.json").read_text())
+    result = result_of(folder)
     return f"{folder.name}: test cosine {result['test_cosine']:.4f}, {result['seconds']:.0f} s"
 
 

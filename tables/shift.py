@@ -9,7 +9,6 @@ target's, which have labels that a domain adaptation does not have.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable
 from itertools import permutations
@@ -39,6 +38,7 @@ from training.folder import saved_config
 from training.inputs import Samples, pairs_folder, prepare, sample_readers, split_pairs
 from training.loop import Process
 from training.metrics import cosines, holm, paired_test, seeds_p
+from training.reading import split_prompts
 
 log = logging.getLogger("tables")
 
@@ -136,8 +136,8 @@ def predicted_for_run(plan: Plan, source: Path, target: Path) -> dict[str, np.nd
 
 def predicted_for_guidance(plan: Plan, run: RunName, seed: int, guidance: float) -> dict[str, np.ndarray]:
     """The predictions of a run for pictures of validation and test prompts."""
-    rows = json.loads((plan.run_folder(run, seed) / "predictions" / "rows.json").read_text())
-    prompts = {split: [row["prompt"] for row in spread(rows[split], PICTURES)] for split in ("val", "test")}
+    splits = zip(("val", "test"), split_prompts(plan.run_folder(run, seed), "val", "test"), strict=True)
+    prompts = {split: spread(every, PICTURES) for split, every in splits}
     return {split: predicted(plan, seed, drawn(plan, of, guidance), run) for split, of in prompts.items()}
 
 

@@ -125,7 +125,7 @@ def test_the_prompts_that_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     here = plan(tmp_path)
     views = probe.default_views()
     prompts = [*list(views)[:40], *(f"no scene {i}" for i in range(400))]
-    rows = {"test": [{"prompt": p} for p in prompts], "train": [{"prompt": "a b c"}]}
+    rows = {"test": [{"prompt": p} for p in prompts], "train": [{"prompt": "a b c"}], "val": []}
     folder = here.run_folder(generation.RUN, 0) / "predictions"
     folder.mkdir(parents=True)
     (folder / "rows.json").write_text(json.dumps(rows))

@@ -346,23 +346,25 @@ def test_a_run_is_put_back_to_draw(run: Path, tmp_path: Path, capsys: pytest.Cap
     asked = ["--steps", "3", "--out", str(tmp_path), "--swap", str(run), "a red cat"]
     assert generate.main(asked) == 0
     assert generate.main([*asked, "--grid", "0,1,3"]) == 0
-    page = Image.open(tmp_path / "grid.png")
+    page = Image.open(tmp_path / "grid-001.png")
     original, at_once, after_1, after_3 = (column(page, j) for j in range(4))
     assert original == after_3 and len({original, at_once, after_1}) == 3
-    for more, titles in (([], [run.name]), (["--swap", str(run)], [str(run)] * 2)):  # two of one name
+    pairs = ([], [run.name]), (["--swap", str(run)], [str(run)] * 2)  # two of one name
+    for number, (more, titles) in enumerate(pairs, 2):
         assert generate.main([*asked, *more, "--grid", "runs"]) == 0
-        page, blank = Image.open(tmp_path / "grid.png"), Image.new("RGB", (64, 64))
+        page, blank = Image.open(tmp_path / f"grid-00{number}.png"), Image.new("RGB", (64, 64))
         titled = generate.grid_picture([[blank] * (1 + len(titles))], ["original", *titles], [""])
         assert page.width == titled.width and column(page, 0) == original
         assert page.crop((0, 0, page.width, 16)).tobytes() == titled.crop((0, 0, page.width, 16)).tobytes()
     assert generate.main([*asked, "--swap-after", "2"]) == 0
-    assert Image.open(tmp_path / "000-seed0.png").info["parameters"] == (
+    assert Image.open(tmp_path / "004-seed0.png").info["parameters"] == (
         "a red cat\nSteps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 0, Size: 64x64, Model: sd-mini, "
         "Swap: unet after 2"
     )
     assert generate.main([*asked, "--attention"]) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"000-seed0.png", "grid.png", "attention-000.png"}
+    grids = {f"grid-00{number}.png" for number in (1, 2, 3)}
+    assert names == {"000-seed0.png", *grids, "004-seed0.png", "attention-005.png"}
     pipeline = generate.load_pipeline("sd-mini")
     trained = generate.swapped_by_run(pipeline.unet, run, "sd-mini")
     changed = [name for name, value in trained.state_dict().items()

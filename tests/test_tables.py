@@ -459,7 +459,13 @@ def test_a_finished_run_is_that_of_the_same_settings(tmp_path: Path, monkeypatch
     monkeypatch.setattr(runs, "saved_fields", lambda _: saved)
     (folder / "config.json").touch()
     assert not p.finished(run, 0)
-    (folder / "result.json").touch()
+    for steps, whether in (({}, True), ({"step": 9, "steps": 9}, True), ({"step": 8, "steps": 9}, False)):
+        (folder / "result.json").write_text(json.dumps({"test_cosine": 0.5, "seconds": 1.0} | steps))
+        assert p.finished(run, 0) is whether
+    (folder / "result.json").write_text('{"test_cos')
+    with pytest.raises(data.DataError, match="result.json: cannot be read as JSON"):
+        p.finished(run, 0)
+    (folder / "result.json").write_text('{"test_cosine": 0.5, "seconds": 1.0}')
     assert p.finished(run, 0) and dataclasses.replace(p, data=str(Path("mini").resolve())).finished(run, 0)
     with pytest.raises(data.DataError, match="was trained with data mini, not drawn; give another --runs"):
         dataclasses.replace(p, data="drawn").finished(run, 0)

@@ -475,6 +475,25 @@ def test_a_finished_run_resumed_only_evaluates_again(uninterrupted: Path):
     assert (uninterrupted / "model.safetensors").read_bytes() == before
 
 
+def test_the_evaluation_of_a_stopped_run_says_so(uninterrupted: Path, caplog: pytest.LogCaptureFixture):
+    state = json.loads((uninterrupted / "last/state.json").read_text())
+    result = json.loads((uninterrupted / "result.json").read_text())
+    assert result["step"] == result["steps"] == state["total"]
+    (uninterrupted / "last/state.json").write_text(json.dumps(state | {"step": 3}))
+    assert eval.main([str(uninterrupted)]) == 0
+    assert f"stopped at step 3 of {state['total']}" in caplog.text
+    assert json.loads((uninterrupted / "result.json").read_text())["step"] == 3
+
+
+def test_a_run_is_not_evaluated_on_other_pairs(uninterrupted: Path, capsys: pytest.CaptureFixture):
+    config = json.loads((uninterrupted / "config.json").read_text())
+    before = (uninterrupted / "result.json").read_bytes()
+    (uninterrupted / "config.json").write_text(json.dumps(config | {"seed": 5}))
+    assert eval.main([str(uninterrupted)]) == 2
+    assert "was trained on other pairs, or on another split" in capsys.readouterr().err
+    assert (uninterrupted / "result.json").read_bytes() == before
+
+
 # -- bad input ----------------------------------------
 
 
@@ -484,6 +503,15 @@ def error_line(capsys: pytest.CaptureFixture, *argv: str) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "result.json", "last/state.json"])
+def test_files_of_a_runs_names_are_not_overwritten(name: str, few_scenes: Path, tmp_path: Path, capsys):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    said = error_line(capsys, "--data", str(few_scenes), "--out", str(tmp_path), *SMALL)
+    assert f"holds {name.split('/')[0]}, which a run would overwrite" in said
+    assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "config.json").exists()
 
 
 def test_no_such_data(cache: Path, tmp_path: Path, capsys):

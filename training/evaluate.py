@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,19 @@ import numpy as np
 import torch
 
 from backbones import CAPTIONERS
+from data import DataError
 from files import write_array, write_json
 from reverse_sd import EMBEDDING_WIDTH, Run, load_run, predict
+from schema import read_json
 from training.calibration import fit_calibration, write_calibration
 from training.captions import caption_predictions
 from training.config import read_run
 from training.inputs import Prepared, Samples, evaluation_batches, sample_readers
-from training.loop import Process
+from training.loop import STATE, Process
 from training.metrics import average_precision, bootstrap_interval, cosines
 from training.pictures import examples_picture
+
+log = logging.getLogger("eval")
 
 
 def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float = 0.0) -> dict | None:
@@ -31,10 +36,11 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
     predictions are the sentence embeddings of its captions, of validation and test; captions.jsonl holds
     these and their scores, and blip/ the BLIP in the published format.
 
-    `seconds`: time spent before this call, added to this call's own in `seconds` of the result.
+    `seconds`: time spent before this call, added to this call's own in `seconds` of the result. Raises
+    DataError if the run was trained on other pairs.
     """
     started = time.time()
-    config = read_run(folder)
+    config, progress = read_run(folder), training_progress(folder, prepared)
     read = caption_predictions if config["backbone"] in CAPTIONERS else regressor_predictions
     predictions, report = read(folder, prepared, process)
     if not process.first:
@@ -48,11 +54,29 @@ def evaluate(folder: Path, prepared: Prepared, process: Process, seconds: float 
             {"image": prepared.pairs.where(i), "prompt": prepared.pairs.prompts[i]} for i in rows
         ]
     write_json(folder / "predictions" / "rows.json", rows_by_split)
-    result = cosine_result(prepared, predictions) | {"seed": config["seed"]} | report()
+    result = cosine_result(prepared, predictions) | {"seed": config["seed"]} | progress | report()
     result["seconds"] = round(seconds + time.time() - started, 1)
     write_json(folder / "result.json", result)
     print(summary(folder, result))
     return result
+
+
+def training_progress(folder: Path, prepared: Prepared) -> dict[str, int]:
+    """{"step", "steps"} of the run's last checkpoint, {} without one; a run that was stopped is mentioned.
+    Raises DataError if `prepared` has other pairs or another split than those of the training."""
+    path = folder / "last" / "state.json"
+    if not path.exists():
+        return {}
+    state = read_json(path, STATE)
+    if (state["data"] or state["identity"]) != prepared.fingerprint:
+        raise DataError(
+            f"{folder}: was trained on other pairs, or on another split, than its data has now; training "
+            "pairs could be among the test pairs. Give back its data, or train a new run"
+        )
+    if state["step"] < state["total"]:
+        steps = state["step"], state["total"]
+        log.warning("%s: stopped at step %d of %d; to go on: train.py --resume %s", folder, *steps, folder)
+    return {"step": state["step"], "steps": state["total"]}
 
 
 def cosine_result(prepared: Prepared, predictions: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -18,12 +18,17 @@ from schema import TEXT, number, read_json
 from training.config import NO_COSINES, TrainConfig, read_run
 from training.inputs import Prepared
 
+# The names in a run's folder beside config.json, in no order
+WRITTEN = ("vocabulary.json", "model.safetensors", "last", "log.jsonl", "result.json", "predictions",
+           "calibration.json", "calibration.npy", "examples.png", "captions.jsonl", "blip", "phase-1",
+           "cosines.npy", "easiness.npy", "curriculum.json")  # fmt: skip
+
 
 def new_folder(config: TrainConfig, out: Path | None) -> Path:
     """The folder of a new run, created here: --out, or the first free runs/BACKBONE-DATA[-CURRICULUM]-seedN.
 
     `mkdir` without `exist_ok` separates two runs that start at once. Raises data.DataError if --out holds a
-    run already or is not a folder, and if the folder cannot be created.
+    run already, or files of the names that a run writes, or is not a folder, and if it cannot be created.
     """
     kind = "" if config.curriculum == "none" else f"-{config.curriculum}"
     name = f"{config.backbone}-{Path(config.data).resolve().name}{kind}-seed{config.seed}"
@@ -47,6 +52,10 @@ def new_folder(config: TrainConfig, out: Path | None) -> Path:
     if (folder / "config.json").exists():
         raise data.DataError(
             f"{folder}: holds a run already; continue it with --resume {folder}, or give another --out"
+        )
+    if there := [name for name in WRITTEN if (folder / name).exists()]:
+        raise data.DataError(
+            f"{folder}: holds {', '.join(there)}, which a run would overwrite; give another --out"
         )
     return folder
 

@@ -143,13 +143,19 @@ def read_training_prompts(folder: Path) -> tuple[list[str], np.ndarray]:
     """The training prompts of a run and their embeddings (n, E), a memory map. Raises DataError if the run is
     not evaluated."""
     try:
-        rule = record({"train": many(record({"prompt": TEXT}))})
-        rows = read_value(folder / "predictions" / "rows.json", rule, sys.maxsize)["train"]
-        shape = len(rows), CONFIGS["minilm"].hidden_size
+        (prompts,) = split_prompts(folder, "train")
+        shape = len(prompts), CONFIGS["minilm"].hidden_size
         targets = read_array(folder / "predictions" / "train-targets.npy", np.float32, shape, "c")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: not evaluated yet ({error}); run: python eval.py {folder}") from error
-    return [row["prompt"] for row in rows], targets
+    return prompts, targets
+
+
+def split_prompts(folder: Path, *splits: str) -> list[list[str]]:
+    """The prompts of each of these splits of an evaluated run, in the order of its predictions."""
+    rule = record({split: many(record({"prompt": TEXT})) for split in splits})
+    rows = read_value(folder / "predictions" / "rows.json", rule, sys.maxsize)
+    return [[row["prompt"] for row in rows[split]] for split in splits]
 
 
 class Captioner:
