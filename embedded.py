@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from graphs import MAX_PROMPT, NoPrompt, graph_of, graph_prompt
+from graphs import MAX_PROMPT, NoPrompt, graph_of, graph_prompt, show_texts
 
 MAX_TEXT = 1 << 23  # bytes of one text
 MAX_TEXTS = 1 << 25  # bytes of all texts of one image
@@ -253,9 +253,10 @@ def find_prompt(texts: dict[str, str]) -> tuple[str, dict]:
     sure = fields and fields.prompt and (fields.settings or fields.certainty == BOTH)
     candidates = [fields] if sure else []
     reasons: list[NoPrompt] = []
+    workflow = _json(texts.get("workflow", ""))
     for key, text in texts.items():
         try:
-            candidates += _from_text(key, text)
+            candidates += _from_text(key, text, workflow)
         except NoPrompt as reason:
             reasons.append(reason)
     real = [c for c in candidates if c.prompt.lower() not in PLACEHOLDERS]
@@ -284,10 +285,10 @@ def sidecar_prompt(text: str) -> tuple[str, dict]:
     return (candidate.prompt, candidate.settings) if candidate else (text.strip(), {})
 
 
-def _from_text(key: str, text: str) -> list[Candidate]:
+def _from_text(key: str, text: str, workflow: Any) -> list[Candidate]:
     value = _json(text)
     if value is not None:
-        candidates = _from_object(value)
+        candidates = _from_object(value, workflow)
     elif job := MIDJOURNEY.search(text, max(len(text) - 60, 0)):
         candidates = [Candidate(text[:job.start()].strip(), {}, BARE)]
     elif candidate := _from_dream(text) if key == "Dream" else _from_infotext(text):
@@ -314,11 +315,13 @@ def _json(text: str) -> Any:
     return value if isinstance(value, dict | list) else None
 
 
-def _from_object(value: Any, depth: int = 0) -> list[Candidate]:
-    """The prompts of an object: its own, or those of a graph and of objects (also as text) within it."""
+def _from_object(value: Any, workflow: Any, depth: int = 0) -> list[Candidate]:
+    """The prompts of an object: its own, or those of a graph and of objects (also as text) within it;
+    `workflow`: the editor's form of the graph, if there is one."""
     if not isinstance(value, dict) or depth > MAX_DEPTH or "edges" in value:  # InvokeAI's graph has edges
         return []
-    nodes = graph_of(value) or {}
+    nodes, workflow = graph_of(value) or {}, value.get("workflow", workflow)
+    show_texts(nodes, _json(workflow) if isinstance(workflow, str) else workflow)
     if not nodes and (own := _from_row(value)):
         return [own]
     candidates: list[Candidate] = []
@@ -331,7 +334,8 @@ def _from_object(value: Any, depth: int = 0) -> list[Candidate]:
                 certainty = EDITED if isinstance(value.get("nodes"), list) else GRAPH
                 candidates += [Candidate(*graph_prompt(nodes, _settings), certainty)] if nodes else []
             else:
-                candidates += _from_object(_json(inner) if isinstance(inner, str) else inner, depth + 1)
+                inner = _json(inner) if isinstance(inner, str) else inner
+                candidates += _from_object(inner, workflow, depth + 1)
         except NoPrompt as reason:
             reasons.append(reason)
     if reasons and not candidates:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 MAX_NODES = 10_000  # of a graph
 MAX_PASSES = 100  # of one picture through a graph
 MAX_PROMPT = 500_000  # characters
+MAX_SELECTORS = 9  # of a switch
 UNKNOWN = "\0"  # stands for a text that was made while the graph ran
 
 
@@ -112,6 +113,22 @@ def graph_of(value: dict) -> dict[str, Node] | None:
         inputs = {name: link(end) for name, end in node["inputs"].items()}
         nodes[key] = Node(str(node.get("class_type", "")), inputs)
     return nodes or None
+
+
+def show_texts(nodes: dict[str, Node], workflow: Any) -> None:
+    """Put the texts that nodes show beside a link, as `text_0`, in their place: in the run's form they are
+    those of the run before, in the editor's, `workflow`, this run's. UNKNOWN where a node has several."""
+    edited = workflow.get("nodes") if isinstance(workflow, dict) else None
+    for node in edited if isinstance(edited, list) else ():
+        if not isinstance(node, dict) or str(node.get("id")) not in nodes:
+            continue
+        inputs, values = nodes[str(node["id"])].inputs, node.get("widgets_values")
+        lists = [value if isinstance(value, list) else [value]
+                 for value in (values if isinstance(values, list) else ())]
+        texts = [text for each in lists for text in each if isinstance(text, str)]
+        for name in [f"{name}_0" for name in inputs if f"{name}_0" in inputs]:
+            if texts and inputs[name] not in texts:
+                inputs[name] = texts[0] if len(texts) == 1 else UNKNOWN
 
 
 def _run_form(workflow: dict) -> dict:
@@ -323,12 +340,13 @@ def _texts_at(nodes: dict[str, Node]) -> dict[str, str]:
     taken = _taken_outputs(nodes)
     texts: dict[str, str] = {}
     handed: dict[tuple[str, int | None], str] = {}  # also a text of no known name, not painted
+    sees = {key for key, node in nodes.items() if _pictures(node)}
     stack, entered = list(nodes), set()
 
     def brought(node: Node, name: str) -> str | None:
-        link = node.links[name]
+        link = node.inputs[name]
         text = handed.get((link.node, link.slot), handed.get((link.node, None)))
-        if _has(name, TEXT_LINKS) and (text is None or _pictures(nodes[link.node])):
+        if _has(name, TEXT_LINKS) and (text is None or link.node in sees):
             return UNKNOWN  # a file's, or what a model sees in a picture
         return text
 
@@ -444,7 +462,8 @@ def _selected(nodes: dict[str, Node], node: Node, found: dict[str, str]) -> dict
     text the chosen one; all of another node."""
     selectors = {}
     for name, value in node.inputs.items():
-        if _has(name, SELECTOR) or _words(name) in (("input",), ("cond",)):
+        selects = _has(name, SELECTOR) or _words(name) in (("input",), ("cond",))
+        if selects and len(selectors) < MAX_SELECTORS:
             if isinstance(value, Link):
                 values = [*nodes[value.node].values.values()]
                 value = values[0] if len(values) == 1 else None

@@ -450,6 +450,9 @@ def test_long_and_deep_sources_end_soon(tmp_path):
     }
     with pytest.raises(NoPrompt, match="longer than"):
         find_prompt({"prompt": json.dumps(saved({"3": sampler(["100", 0]), **doubled, "200": clip(WANT)}))})
+    switch = {f"text_{k}": str(k) for k in range(10_000)} | {f"select_{k}": -k for k in range(10_000)}
+    with pytest.raises(NoPrompt, match="made while"):
+        find_prompt({"prompt": json.dumps(saved({"3": sampler(["6", 0]), "6": node("Switch", **switch)}))})
     with pytest.raises(NoPrompt, match="more than 10,000 nodes"):
         find_prompt({"prompt": json.dumps({str(k): clip("a") for k in range(10_001)})})
     with pytest.raises(NoPrompt, match="longer than"):

@@ -606,6 +606,23 @@ def test_an_uncertain_graph_of_the_editor_gives_no_prompt(kind):
         find_prompt(edited(*UNCERTAIN_EDITED[kind], *SAMPLED, links=LINKS))
 
 
+@pytest.mark.parametrize(
+    "values, prompt", [([[WANT]], WANT), ([WANT], WANT), ([], "of the run before"), (["one", "two"], None)]
+)
+def test_a_shown_text_is_that_of_the_editors_form(values, prompt):
+    """In the run's form it is what the run before has shown."""
+    shown = node("ShowText|pysssss", text=["1", 0], text_0="of the run before")
+    graph = saved({"3": sampler(["6", 0]), "6": clip(["5", 0]), "5": shown, "1": node("LLM", seed=3)})
+    workflow = {"nodes": [{"id": 5, "type": "ShowText|pysssss", "widgets_values": values}, 7]}
+    apart = {"prompt": json.dumps(graph), "workflow": json.dumps(workflow)}
+    for texts in (apart, {"UserComment": json.dumps({"prompt": graph, "workflow": workflow})}):
+        try:
+            found = find_prompt(texts)[0]
+        except NoPrompt:
+            found = None
+        assert found == prompt
+
+
 def test_links_of_the_editor_as_objects():
     fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     links = [dict(zip(fields, link, strict=True)) for link in LINKS]
