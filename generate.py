@@ -50,15 +50,26 @@ TRAIN_STEPS = 1000
 # (benchmarks/busy.py). Stable Diffusion 1 has 4,096 places a picture, the miniature 64.
 FEW_PLACES = 256
 PUBLISHED = {"sd-1": (512, False), "sd-2": (768, True)}  # side in pixels, whether it predicts v: `trained_as`
-# The fields of scheduler_config.json that belong to the trained model, with diffusers' defaults; the others
-# choose a sampler.
+_DDPM = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_LDM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# diffusers' samplers of the process that is implemented here, with the betas that they assume
+SAMPLERS = {f"{name}Scheduler": betas for names, betas in {
+    """DDPM DDPMParallel DDIM DDIMParallel DDIMInverse PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete
+       DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSinglestep DEISMultistep UniPCMultistep
+       SASolver""": _DDPM,
+    "HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverSDE": _LDM | {"beta_schedule": "linear"},
+    "LCM TCD": _LDM,
+}.items() for name in names.split()}  # fmt: skip
+# The fields of scheduler_config.json that belong to the trained model; the others choose a sampler.
 SCHEDULER = {
-    "beta_start": number_rule(above=0, below=1).or_else(0.0001),
-    "beta_end": number_rule(above=0, below=1).or_else(0.02),
-    "beta_schedule": one_of("linear", "scaled_linear").or_else("linear"),
+    "_class_name": one_of(*SAMPLERS).or_else("DDIMScheduler"),
+    "beta_start": number_rule(above=0, below=1),
+    "beta_end": number_rule(above=0, below=1),
+    "beta_schedule": one_of("linear", "scaled_linear"),
     "num_train_timesteps": one_of(TRAIN_STEPS).or_else(TRAIN_STEPS),
     "prediction_type": one_of("epsilon", "v_prediction").or_else("epsilon"),
     "rescale_betas_zero_snr": one_of(False).or_else(False),
+    "use_flow_sigmas": one_of(False).or_else(False),
     "trained_betas": NULL.or_else(None),
 }
 
@@ -240,12 +251,12 @@ def trained_as(source: str) -> tuple[int, bool]:
 
 def scheduler(source: str) -> dict[str, Any]:
     """SCHEDULER's fields of a diffusers folder; Stable Diffusion 1's for any other source. Raises
-    WeightsError for a noise schedule that is not implemented."""
+    WeightsError for a noise process or schedule that is not implemented."""
     path = Path() if source in PUBLISHED else weights.resolve(source) / "scheduler" / "scheduler_config.json"
     if path.is_file():
-        return weights.read_json(path, SCHEDULER)
-    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return checked(published, SCHEDULER, source)
+        named = weights.read_json(path, {"_class_name": SCHEDULER["_class_name"]})
+        return checked(SAMPLERS[named["_class_name"]] | named, SCHEDULER, path)
+    return checked(_LDM, SCHEDULER, source)
 
 
 def alphas_of(source: str) -> Tensor:
