@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,15 @@ def build(kind: str, config: Any, where: str = "") -> nn.Module:
     """The kind's model with fresh values, on torch's default device.
 
     `config` is the kind's configuration, or the dict that JSON gave back of it; `where` names it in errors.
-    Raises WeightsError for an unknown kind, and for sizes that are missing, unknown or do not fit.
+    Raises WeightsError for an unknown kind, and for sizes that are missing, unless they have a default,
+    unknown, or do not fit.
     """
     entry, where = find_kind(kind), where or f"a {kind}"
     if isinstance(config, Mapping):
-        wanted = {field.name for field in fields(entry.config)}
-        if wanted != set(config):
-            raise WeightsError(f"{where}: the sizes of a {kind} are {', '.join(sorted(wanted))}; got "
+        defaults = {field.name: field.default for field in fields(entry.config)}
+        needed = {name for name, default in defaults.items() if default is MISSING}
+        if not needed <= set(config) <= set(defaults):
+            raise WeightsError(f"{where}: the sizes of a {kind} are {', '.join(sorted(defaults))}; got "
                                f"{', '.join(config)}")
         check({name: value for name, value in config.items() if value is not None}, FIELDS, where)
         config = entry.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
