@@ -252,6 +252,7 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}") from error
     sizes = sizes_of(kind, stated, home, str(beside or where), dialect, single)
+    sizes = replace(sizes, **kind.beside(folder))
     if single:
         numbers = {field: raw[name] for name, field in kind.single_sizes.items() if name in raw}
         read_numbers = {field: entry.read() for field, entry in numbers.items()}
