@@ -317,6 +317,13 @@ def test_tokenizer_of_a_vocabulary(vocabulary: Path) -> None:
     assert tokenizer.decode([38, 5, 8, 9, 14, 3, 0]) == "a dogs,"
 
 
+def test_tokens_added_to_a_vocabulary(vocabulary: Path) -> None:
+    (vocabulary / "added_tokens.json").write_text('{"<loc>": 40, "[DEC]": 38, "[ENC]": 39}')
+    tokenizer = load_tokenizer(vocabulary)
+    assert [tokenizer.token_to_id(token) for token in ("[DEC]", "[ENC]")] == [38, 39]
+    assert tokenizer.encode("a <loc> dog", add_special_tokens=False).ids[1] == 40
+
+
 def test_tokenizer_json_comes_first_and_is_freed_of_padding(vocabulary: Path) -> None:
     plain = load_tokenizer(vocabulary)
     padded = Tokenizer.from_str(plain.to_str())

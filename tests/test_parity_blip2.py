@@ -328,6 +328,11 @@ def test_tokenizer_of_a_vocabulary(vocabulary: Path) -> None:
     assert tokenizer.encode("a dog\n").ids == [TOKENS.index(token) for token in ("</s>", "a", "Ġdog", "Ċ")]
 
 
+def test_tokens_added_to_a_vocabulary(vocabulary: Path) -> None:
+    (vocabulary / "added_tokens.json").write_text(json.dumps({"<image>": len(TOKENS)}))
+    assert len(TOKENS) in load_tokenizer(vocabulary).encode("a <image>").ids
+
+
 def test_tokenizer_json_comes_first_and_is_freed_of_padding(vocabulary: Path) -> None:
     """One as transformers saves it, with "<image>" added behind the vocabulary."""
     plain, theirs = load_tokenizer(vocabulary), transformers.GPT2Tokenizer.from_pretrained(vocabulary)

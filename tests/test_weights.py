@@ -654,11 +654,29 @@ def test_tokenizer_from_any_folder_and_json(vocabulary: Path, tmp_path: Path):
     first.tokenizer.enable_truncation(9)
     first.tokenizer.post_processor = processors.RobertaProcessing(*marks)
     first.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "vocab.json").write_text("{}")  # without merges.txt it is not read
+    (tmp_path / "vocab.json").write_text("{}")
     for source in (vocabulary.parent, beside, tmp_path):
         assert torch.equal(weights.load_tokenizer(source)(PROMPTS), expected)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "!"}')
     assert weights.load_tokenizer(tmp_path)([""])[0, -1] == 0
+
+
+def test_added_tokens_are_those_of_transformers(vocabulary: Path, tmp_path: Path):
+    texts = ["a <cat-toy> here", "A <CAT-TOY>, <cat-toy>s", "a star"]
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((vocabulary / name).read_bytes())
+    added = tmp_path / "added_tokens.json"
+    added.write_text('{"<star>": 49409, "<cat-toy>": 49408, "<|endoftext|>": 49407}')
+    theirs = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    theirs.add_tokens(["<cat-toy>", "<star>"])
+    expected = theirs(texts, padding="max_length", return_tensors="pt", max_length=77).input_ids
+    assert expected[0, 2] == 49408
+    assert torch.equal(weights.load_tokenizer(tmp_path)(texts), expected)
+    added.write_text('{"<cat-toy>": 49409}')
+    with pytest.raises(weights.WeightsError, match="added_tokens.json: the ids of <cat-toy> do not follow"):
+        weights.load_tokenizer(tmp_path)
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))  # with everything in it
+    assert torch.equal(weights.load_tokenizer(tmp_path)(texts), expected)
 
 
 def test_tokenizer_cut_keeps_the_end_and_counts(vocabulary: Path):
@@ -677,6 +695,7 @@ def test_tokenizer_faults(vocabulary: Path, tmp_path: Path, single: Path, monkey
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(weights.WeightsError, match="tokenizer.json: no tokenizer can be read"):
         weights.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("a b\n")
     with pytest.raises(weights.WeightsError, match="vocab.json lacks .* no CLIP tokenizer"):
