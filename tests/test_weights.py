@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import weights
 from models import clip, vae
 from weights import kinds
+from weights.files import FIELDS
 from weights.kinds import KINDS
 from weights.sources import read
 
@@ -538,6 +539,21 @@ def test_a_config_that_is_not_implemented_is_refused(pipeline: Path, tmp_path: P
     kind = {"text_encoder": "clip-text"}.get(part, part)
     with pytest.raises(weights.WeightsError, match=f"^{path}"):
         weights.load(kind, tmp_path)
+
+
+def test_labels_are_not_taken_for_options(tmp_path: Path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+             "image_size": 16, "patch_size": 8}
+    save(randomise(transformers.ViTModel(transformers.ViTConfig(**sizes))).float(), tmp_path)
+    expected, path = weights.config("vit", tmp_path), tmp_path / "config.json"
+    stated, labels = json.loads(path.read_text()), dict.fromkeys([*FIELDS, "norm_kwargs"], -1)
+    path.write_text(json.dumps(stated | {"label2id": labels, "label_descriptions": {"mean": "a number"}}))
+    assert weights.config("vit", tmp_path) == expected
+    weights.load("vit", tmp_path)
+    for part in ("text_config", "vision_cfg", "text_config_dict", "norm_kwargs"):
+        path.write_text(json.dumps({part: {"eps": -1}}))
+        with pytest.raises(weights.WeightsError, match="config.json: eps is -1; it must be"):
+            weights.read_config(path)
 
 
 def test_unpublished_sizes_without_config_are_refused(tmp_path: Path):
