@@ -129,7 +129,7 @@ def single(tmp_path_factory, unet: nn.Module, autoencoder: nn.Module, text: nn.M
         for kind, model in models.items()
         for name, tensor in weights.to_home(kind, model.state_dict()).items()
     }
-    for extra in ("betas", "sqrt_one_minus_alphas_cumprod", "model_ema.diffusion_modelout2bias",
+    for extra in ("betas", "v_pred", "sqrt_one_minus_alphas_cumprod", "model_ema.diffusion_modelout2bias",
                   "model_ema.decay", "posterior_mean_coef1",
                   "cond_stage_model.transformer.text_model.embeddings.position_ids"):
         tensors[extra] = torch.zeros(2)

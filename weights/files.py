@@ -126,6 +126,13 @@ def stored_tensors(path: str | os.PathLike) -> dict[str, Stored]:
     return tensors
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a .safetensors file. Raises WeightsError as `stored_tensors`."""
+    stored_tensors(path)
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """All tensors of a .safetensors file, by name, on the CPU. Raises WeightsError as `stored_tensors`."""
     return {name: entry.read() for name, entry in stored_tensors(path).items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from files import expanded
 from schema import TEXT, by_name, check, one_of, read_json
 from weights.dialects import Dialect, Recipe, map_names, their_names, to_ours, to_theirs
-from weights.fetch import damage, ensure, where
+from weights.fetch import damage, ensure, name_of, where
 from weights.files import FIELDS, Stored, read_config, refuse_pickle, stored_tensors
 from weights.kinds import KINDS, find_kind
 from weights.kinds.sd import SINGLE_FILE_IGNORED
@@ -408,7 +408,7 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
     fetched once. Raises WeightsError if none is found or it is damaged.
     """
     source = "sd-1" if source is None else source
-    entry = ENTRIES.get(str(source))
+    entry = ENTRIES.get(name_of(source))
     path = resolve(entry.tokenizer if entry and entry.tokenizer else source, "tokenizer")
     if path.is_dir():
         return read_folder(path)
