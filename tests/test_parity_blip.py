@@ -414,6 +414,19 @@ def test_an_older_file_holds_some_tensors_twice() -> None:
     assert home(again).keys() == parameters(ours).keys()
 
 
+def test_a_file_with_the_copies_alone(vocabulary: Path) -> None:
+    theirs = pair()[1].float()
+    (vocabulary / "config.json").write_text(json.dumps({"model_type": "blip"} | halves(TINY)))
+    file = vocabulary / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    save_file(tensors, file)
+    expected, key = weights.load("blip", vocabulary).state_dict(), weights.fingerprint("blip", vocabulary)
+    save_file({name: tensor for name, tensor in tensors.items() if name not in KIND.tied.values()}, file)
+    found = weights.load("blip", vocabulary).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert weights.fingerprint("blip", vocabulary) == key
+
+
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_head_that_is_no_copy_is_refused(name: str, vocabulary: Path) -> None:
     _, theirs = pair()

@@ -240,6 +240,9 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     single = any(name.startswith(SINGLE_FILE) for name in raw)
     prefix = _part_prefix(kind, raw, where) if single else ""
     stored = {name.removeprefix(prefix): entry for name, entry in raw.items() if name.startswith(prefix)}
+    for copy, ours in kind.tied.items():  # of two equal tensors, a file may hold the other one alone
+        if copy in stored and ours not in stored:
+            stored[ours] = stored.pop(copy)
     beside = None if single else _config_file(kind, folder, own=path.is_dir())
     stated = read_config(beside) if beside else None
     if stated and (named := name_in(stated)) and not kind.owns(stated):
