@@ -193,11 +193,19 @@ def test_half_precision_on_disk(tmp_path: Path, autoencoder: nn.Module):
     assert_same_vae(load64("vae", tmp_path), autoencoder)
 
 
-def test_half_precision_in_shards(tmp_path: Path):
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
+def test_variants_in_shards(variant: str, tmp_path: Path):
     half = make(AutoencoderKL, VAE).half()
-    save(half, tmp_path / "vae", variant="fp16", max_shard_size="200KB")
-    assert len(list((tmp_path / "vae").glob("*.safetensors"))) > 1
+    save(half, folder := tmp_path / "vae", variant=variant, max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
     assert_same_vae(load64("vae", tmp_path), half)
+    index = next(folder.glob("*.index.*"))
+    index.rename(folder / f"diffusion_pytorch_model.{variant}.safetensors.index.json")  # as other versions
+    assert_same_vae(load64("vae", tmp_path), half)
+    save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
+    if variant != "fp16":
+        with pytest.raises(weights.WeightsError, match="give or rename one"):
+            weights.load("vae", tmp_path)
 
 
 @pytest.mark.usefixtures("published")

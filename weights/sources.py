@@ -35,6 +35,7 @@ WEIGHTS = [f"{stem}.{end}" for stem in STEMS for end in ("safetensors", "safeten
     f"{stem}.{end}" for stem in STEMS
     for end in ("fp16.safetensors", "safetensors.index.fp16.json", "fp16.safetensors.index.json")
 ]
+FILE_OR_INDEX = r"\.safetensors(\.index(\.\w+)?\.json)?$"
 SINGLE_FILE = tuple(prefix for kind in KINDS.values() for prefix in kind.single_file)
 # Of torch.compile, DataParallel and others: they wrap modules and stay in the names
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -328,9 +329,11 @@ def holds(kind: str, root: Path) -> bool:
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The folder's weights, or the index of their shards: full precision first, then fp16, then a lone."""
+    """The folder's weights, or the index of their shards: full precision first, then fp16, then a lone one
+    of any name. Shards count where there is nothing else."""
     named = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    lone = list(folder.glob("*.safetensors"))
+    files = [path for path in folder.glob("*.safetensors*") if re.search(FILE_OR_INDEX, path.name)]
+    lone = [path for path in files if not re.search(r"-\d+-of-\d+\b", path.name)] or files
     return named[0] if named else lone[0] if len(lone) == 1 else None
 
 
