@@ -38,11 +38,14 @@ from tqdm import tqdm
 
 import weights
 from command import Parser, decodable, number, run_command
-from files import atomic_write, exclusive
+from files import MAX_JSON, atomic_write, exclusive, read_text
 from models.unet import UNet, UNetEncoder
 from reverse_sd import load_run
-from schema import NULL, checked, one_of
+from schema import NULL, check, checked, one_of
 from schema import number as number_rule
+from weights.fetch import name_of
+from weights.files import read_metadata, stored_tensors
+from weights.sources import weights_file
 
 log = logging.getLogger("generate")
 
@@ -51,15 +54,31 @@ TRAIN_STEPS = 1000
 # (benchmarks/busy.py). Stable Diffusion 1 has 4,096 places a picture, the miniature 64.
 FEW_PLACES = 256
 PUBLISHED = {"sd-1": (512, False), "sd-2": (768, True)}  # side in pixels, whether it predicts v: `trained_as`
-# The fields of scheduler_config.json that belong to the trained model, with diffusers' defaults; the others
-# choose a sampler.
+# The marks of a single file, in its metadata and in the .yaml beside it
+MARKS = {
+    "modelspec.prediction_type": one_of("epsilon", "v", "v_prediction"),
+    "parameterization": one_of("eps", "v"),
+}
+_DDPM = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_LDM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# diffusers' samplers of the process that is implemented here, with the betas that they assume
+SAMPLERS = {f"{name}Scheduler": betas for names, betas in {
+    """DDPM DDPMParallel DDIM DDIMParallel DDIMInverse PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete
+       DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSinglestep DEISMultistep UniPCMultistep
+       SASolver""": _DDPM,
+    "HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverSDE": _LDM | {"beta_schedule": "linear"},
+    "LCM TCD": _LDM,
+}.items() for name in names.split()}  # fmt: skip
+# The fields of scheduler_config.json that belong to the trained model; the others choose a sampler.
 SCHEDULER = {
-    "beta_start": number_rule(above=0, below=1).or_else(0.0001),
-    "beta_end": number_rule(above=0, below=1).or_else(0.02),
-    "beta_schedule": one_of("linear", "scaled_linear").or_else("linear"),
+    "_class_name": one_of(*SAMPLERS).or_else("DDIMScheduler"),
+    "beta_start": number_rule(above=0, below=1),
+    "beta_end": number_rule(above=0, below=1),
+    "beta_schedule": one_of("linear", "scaled_linear"),
     "num_train_timesteps": one_of(TRAIN_STEPS).or_else(TRAIN_STEPS),
     "prediction_type": one_of("epsilon", "v_prediction").or_else("epsilon"),
     "rescale_betas_zero_snr": one_of(False).or_else(False),
+    "use_flow_sigmas": one_of(False).or_else(False),
     "trained_betas": NULL.or_else(None),
 }
 
@@ -224,29 +243,50 @@ class Pipeline:
         return torch.cat(parts)
 
 
-def trained_as(source: str) -> tuple[int, bool]:
-    """The side in pixels at which a Stable Diffusion was trained, and whether its U-Net predicts v.
+def trained_as(source: str) -> tuple[int, bool | None]:
+    """The side in pixels at which a Stable Diffusion was trained, and whether its U-Net predicts v; None
+    where that is not stated.
 
-    Read from a diffusers folder, built in for sd-1 and sd-2. A single file does not contain it: 512 pixels
-    and noise are assumed.
+    Read from a diffusers folder, built in for sd-1 and sd-2. For a single file, 512 pixels are assumed.
+    Raises WeightsError for a U-Net that predicts neither noise nor v.
     """
-    if source in PUBLISHED:
-        return PUBLISHED[source]
-    path = weights.resolve(source) / "unet" / "config.json"
+    if (name := name_of(source)) in PUBLISHED:
+        return PUBLISHED[name]
+    root = weights.resolve(source)
+    path = root / "unet" / "config.json"
     stated = weights.read_config(path) if path.is_file() else {}
     cells = stated.get("sample_size") or 64
-    predicts_v = scheduler(source)["prediction_type"] == "v_prediction"
+    if (root / "scheduler" / "scheduler_config.json").is_file():
+        predicts_v = scheduler(source)["prediction_type"] == "v_prediction"
+    else:
+        predicts_v = _marked_v(root)
     return 8 * (cells if isinstance(cells, int) else cells[0]), predicts_v
+
+
+def _marked_v(path: Path) -> bool | None:
+    """Whether the U-Net in a single file predicts v, from its metadata, its tensor `v_pred` and the .yaml
+    beside it; None where none of them states it."""
+    file = weights_file(path) if path.is_dir() else path
+    if file is None or file.suffix == ".json":
+        return None
+    config = file.with_suffix(".yaml")
+    lines = read_text(config, MAX_JSON) if config.is_file() else ""
+    stated = {"v_pred": "v"} if "v_pred" in stored_tensors(file) else {}
+    stated |= {name: value for name, value in read_metadata(file).items() if name in MARKS}
+    stated |= dict(re.findall(r"^\s*(parameterization):\s*[\"']?(\w+)", lines, re.MULTILINE))
+    check(stated, MARKS, file)
+    return any(value[0] == "v" for value in stated.values()) if stated else None
 
 
 def scheduler(source: str) -> dict[str, Any]:
     """SCHEDULER's fields of a diffusers folder; Stable Diffusion 1's for any other source. Raises
-    WeightsError for a noise schedule that is not implemented."""
-    path = Path() if source in PUBLISHED else weights.resolve(source) / "scheduler" / "scheduler_config.json"
+    WeightsError for a noise process or schedule that is not implemented."""
+    root = Path() if name_of(source) in PUBLISHED else weights.resolve(source)
+    path = root / "scheduler" / "scheduler_config.json"
     if path.is_file():
-        return weights.read_json(path, SCHEDULER)
-    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return checked(published, SCHEDULER, source)
+        named = weights.read_json(path, {"_class_name": SCHEDULER["_class_name"]})
+        return checked(SAMPLERS[named["_class_name"]] | named, SCHEDULER, path)
+    return checked(_LDM, SCHEDULER, source)
 
 
 def alphas_of(source: str) -> Tensor:
@@ -260,13 +300,15 @@ def load_pipeline(
 ) -> Pipeline:
     """The pipeline of a registry name, a diffusers folder or a single file (see weights.load).
 
-    predicts_v None: use `trained_as`.
+    predicts_v None: use `trained_as`; where that is None, noise, with a warning.
     """
     kinds = ("unet", "vae", "clip-text")
     weights.require_fed(source, *kinds)
     parts = (weights.load(kind, source, dtype=dtype, device=device) for kind in kinds)
     predicts_v = trained_as(source)[1] if predicts_v is None else predicts_v
-    return Pipeline(*parts, weights.load_tokenizer(source), predicts_v, alphas_of(source))
+    if predicts_v is None:
+        log.warning("%s: the U-Net's target is not stated; noise is assumed, --predicts-v for v", source)
+    return Pipeline(*parts, weights.load_tokenizer(source), bool(predicts_v), alphas_of(source))
 
 
 # ============================================================================================================

@@ -97,7 +97,7 @@ def init_embeddings(model: CLIP) -> None:
 
 def write_clip(model: CLIP, folder: Path) -> None:
     text, vision = (model.towers[name].config for name in ("text", "vision"))
-    text_sizes = {name: size for name, size in asdict(text).items() if size is not None}
+    text_sizes = {name: size for name, size in asdict(text).items() if size not in (None, -1)}
     both = {"text_config": text_sizes, "vision_config": asdict(vision)}
     config = {"model_type": "clip", "projection_dim": vision.projection_dim, **both}
     write_json(folder / "clip-mini" / "config.json", config)

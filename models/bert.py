@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from models.layers import Namespace, attention
 
+MAX_TOKENS = 256  # all-MiniLM-L6-v2, sentence_bert_config.json: max_seq_length
+
 
 @dataclass(frozen=True)
 class BertConfig:
@@ -27,6 +29,7 @@ class BertConfig:
     max_position_embeddings: int
     type_vocab_size: int
     layer_norm_eps: float
+    max_seq_length: int = MAX_TOKENS  # with [CLS] and [SEP]
 
 
 CONFIGS: dict[str, BertConfig] = {
@@ -38,7 +41,6 @@ CONFIGS: dict[str, BertConfig] = {
 }
 
 MAX_TEXT = 1_000_000  # characters of a text that are tokenised, for MiniLM as for CLIP
-MAX_TOKENS = 256  # with [CLS] and [SEP]; all-MiniLM-L6-v2, sentence_bert_config.json: max_seq_length
 TOKENISE_AT_ONCE = 8192  # sentences: large enough for the tokenizer's threads, small in memory
 
 
@@ -99,7 +101,8 @@ class Bert(nn.Module):
 class SentenceEncoder(Bert):
     """Sentences to unit vectors: BERT, mean over the tokens, L2 norm (all-MiniLM-L6-v2's modules.json).
 
-    `tokenizer` is a `tokenizers.Tokenizer`; `encode` sets its padding (none) and its truncation (256 tokens).
+    `tokenizer` is a `tokenizers.Tokenizer`; `encode` sets its padding (none) and its truncation
+    (`max_seq_length`).
     """
 
     def __init__(self, config: BertConfig, tokenizer: Any = None):
@@ -115,8 +118,8 @@ class SentenceEncoder(Bert):
     ) -> Tensor:
         """Unit rows (len(sentences), D), float32 on the CPU, in the order of `sentences`.
 
-        Computed on the weights' device, from at most 256 tokens per sentence. `progress` wraps the batches,
-        as `tqdm` does. Raises ValueError without a tokenizer.
+        Computed on the weights' device, from at most `max_seq_length` tokens per sentence. `progress` wraps
+        the batches, as `tqdm` does. Raises ValueError without a tokenizer.
         """
         ids, counts = self._tokenise(sentences)
         starts = counts.cumsum(0) - counts
@@ -139,7 +142,8 @@ class SentenceEncoder(Bert):
         if self.tokenizer is None:
             raise ValueError("SentenceEncoder has no tokenizer: set it, or use weights.load('minilm')")
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(max_length=min(MAX_TOKENS, self.config.max_position_embeddings))
+        length = min(self.config.max_seq_length, self.config.max_position_embeddings)
+        self.tokenizer.enable_truncation(max_length=length)
         ids, counts = [torch.empty(0, dtype=torch.int32)], []
         for start in range(0, len(sentences), TOKENISE_AT_ONCE):
             texts = sentences[start : start + TOKENISE_AT_ONCE]

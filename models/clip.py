@@ -28,6 +28,9 @@ class CLIPTextConfig:
     hidden_act: str
     layer_norm_eps: float
     projection_dim: int | None = None  # None: the file holds no projection, as those of Stable Diffusion
+    # -1: the last of the vocabulary; 2: the largest id of each text, as transformers reads the number that
+    # its early versions wrote
+    eos_token_id: int = -1
 
 
 CONFIGS: dict[str, CLIPTextConfig] = {
@@ -188,17 +191,17 @@ class CLIPText(nn.Module):
         """Ids (B, N), N at most 77 -> embeddings (B, P), not of unit length: the state at each text's first
         end mark, projected.
 
-        The end mark is the last token of the vocabulary. Tokens after it, end marks (OpenAI) or zeros
-        (open_clip), have no effect. Raises ValueError for a text without end mark and a tower without
-        projection.
+        The end mark is `eos_token_id`. Tokens after it, end marks (OpenAI) or zeros (open_clip), have no
+        effect. Raises ValueError for a text without end mark and a tower without projection.
         """
         if self.config.projection_dim is None:
             raise ValueError("this text tower has no text_projection, as the files of Stable Diffusion hold "
                              "none; load that of a whole CLIP, such as clip-b-32")
-        is_end = ids == self.config.vocab_size - 1
+        end = self.config.eos_token_id % self.config.vocab_size
+        is_end = ids == (ids.amax(dim=1, keepdim=True) if self.config.eos_token_id == 2 else end)
         if not is_end.any(dim=1).all():
-            raise ValueError(f"a text has no end mark (id {self.config.vocab_size - 1}); end long texts with "
-                             f"it where they are cut, as weights.ClipTokenizer does")
+            raise ValueError(f"a text has no end mark (id {end}); end long texts with it where they are cut, "
+                             f"as weights.ClipTokenizer does")
         ends = is_end.int().argmax(dim=1)  # the first one                                  (B,)
         return self.text_projection(self(ids)[torch.arange(len(ids), device=ids.device), ends])  # (B, P)
 

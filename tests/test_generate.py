@@ -1,6 +1,7 @@
 """generate.py against diffusers' pipeline in float64, the swap, the attention maps, and the command."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from conftest import train_here
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -222,7 +224,7 @@ def test_attention_maps_have_the_shape_of_the_picture(both: tuple):
 def test_a_folder_says_how_it_was_trained(tmp_path: Path):
     assert generate.trained_as("sd-1") == (512, False) and generate.trained_as("sd-2") == (768, True)
     assert generate.trained_as("sd-mini") == (64, False)
-    assert generate.trained_as(str(tmp_path)) == (512, False)
+    assert generate.trained_as(str(tmp_path)) == (512, None)
     v = {"prediction_type": "v_prediction"}
     for name, said in {"unet/config": {"sample_size": 96}, "scheduler/scheduler_config": v}.items():
         (tmp_path / name).parent.mkdir()
@@ -233,6 +235,56 @@ def test_a_folder_says_how_it_was_trained(tmp_path: Path):
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(weights.WeightsError, match="scheduler_config.json: cannot be read as JSON"):
         generate.trained_as(str(tmp_path))
+
+
+def mark(path: Path, tensors: Sequence[str] = (), **metadata: str) -> str:
+    """A file of empty tensors, without its .yaml."""
+    save_file({name: torch.zeros(0) for name in ("betas", *tensors)}, path, metadata)
+    path.with_suffix(".yaml").unlink(missing_ok=True)
+    return str(path)
+
+
+def test_a_single_file_is_marked_as_predicting_v(tmp_path: Path):
+    path = tmp_path / "own.safetensors"
+    assert generate.trained_as(mark(path)) == (512, None)
+    assert generate.trained_as(mark(path, ["v_pred"])) == (512, True)
+    for stated, predicts_v in (("v", True), ("v_prediction", True), ("epsilon", False)):
+        metadata = {"modelspec.prediction_type": stated, "format": "pt"}
+        assert generate.trained_as(mark(path, **metadata)) == (512, predicts_v)
+        assert generate.trained_as(str(tmp_path)) == (512, predicts_v)  # the only file in a folder
+    with pytest.raises(weights.WeightsError, match='prediction_type is "flow"; it must be one of'):
+        generate.trained_as(mark(path, **{"modelspec.prediction_type": "flow"}))
+    for line, predicts_v in {
+        'parameterization: "v"': True, "parameterization:   v": True, "parameterization: 'eps'": False,
+        '# parameterization: "v"': None, "scale: 1": None,
+    }.items():  # fmt: skip
+        mark(path)
+        path.with_suffix(".yaml").write_text(f"model:\n  params:\n    {line}\n    timesteps: 1000\n")
+        assert generate.trained_as(str(path)) == (512, predicts_v), line
+
+
+def test_a_registered_folder_given_by_path_is_what_its_name_is(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("REVERSE_SD_CACHE", str(tmp_path))
+    unet = tmp_path / "weights" / "sd-2" / "unet"
+    unet.mkdir(parents=True)
+    (unet / "config.json").write_text('{"sample_size": 96}')
+    monkeypatch.chdir(unet.parent)
+    for source in (unet.parent, Path(".")):
+        assert generate.trained_as(str(source)) == (768, True)
+    unet.parent.rename(tmp_path / "sd-2")
+    assert generate.trained_as(str(tmp_path / "sd-2")) == (768, None)
+
+
+def test_a_folder_that_does_not_state_the_prediction_is_reported_once(tmp_path: Path, caplog):
+    for path in FOLDER.iterdir():
+        if path.name != "scheduler":
+            (tmp_path / path.name).symlink_to(path)
+    assert generate.load_pipeline(str(tmp_path)).predicts_v is False
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: the U-Net's target is not stated; noise is assumed, --predicts-v for v"
+    ]
+    caplog.clear()
+    assert generate.load_pipeline(str(tmp_path), predicts_v=True).predicts_v and not caplog.records
 
 
 @pytest.mark.parametrize("asked, predicted", [(None, False), (False, False), (True, True)])

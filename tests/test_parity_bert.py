@@ -1,17 +1,22 @@
 """models/bert.py against transformers' BertModel, and what SentenceEncoder.encode promises."""
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import weights
 from models.bert import CONFIGS, MAX_TOKENS, Bert, BertConfig, SentenceEncoder
 from tests.parity import (
     assert_parity,
@@ -160,6 +165,53 @@ def test_no_sentences_no_words_and_no_tokenizer() -> None:
     assert ours.encode(["", " \n"]).isfinite().all()
     with pytest.raises(ValueError, match="has no tokenizer"):
         SentenceEncoder(TINY).encode(["w1"])
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
+
+
+def sentence_transformer(folder: Path, pooling: str = "mean", *more: nn.Module) -> SentenceTransformer:
+    """A random model of sentence-transformers, written to the folder."""
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(str(folder / "vocab.txt"), model_max_length=20).save_pretrained(folder)
+    bert = transformers.BertModel(transformers.BertConfig(**asdict(TINY), hidden_act="gelu"))
+    randomise(bert).float().save_pretrained(folder)
+    transformer = Transformer(str(folder))
+    modules = [transformer, Pooling(TINY.hidden_size, pooling_mode=pooling), *more, Normalize()]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    model.save(str(folder))
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("length", [None, 8, 256, 1000])
+def test_a_folder_of_sentence_transformers(length: int | None, tmp_path: Path) -> None:
+    theirs = sentence_transformer(tmp_path)
+    if length:  # as earlier versions wrote it
+        flags = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+        pooling = {"word_embedding_dimension": 32, **flags, "pooling_mode_lasttoken": False}
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        stated = {"max_seq_length": length, "do_lower_case": False}
+        (tmp_path / "sentence_bert_config.json").write_text(json.dumps(stated))
+        theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    texts = [sentence(n) for n in (3, 30, 290)] if length != 1000 else [sentence(290)]
+    ours = weights.load("minilm", tmp_path)
+    assert ours.config.max_seq_length == (length or 20)
+    assert torch.allclose(ours.encode(texts), torch.tensor(theirs.encode(texts)), rtol=0, atol=1e-6)
+
+
+def test_sentence_encoders_of_other_modules_are_refused(tmp_path: Path) -> None:
+    for name, refused in {
+        "cls": 'pooling_mode is "cls"; it must be "mean"', "max": 'pooling_mode is "max"',
+        "Dense": 'modules.json: type is "Dense"; it must be one of Transformer, Pooling, Normalize',
+        "pooling_mode_cls_token": "pooling_mode_cls_token is true; it must be false",
+    }.items():
+        (tmp_path / name).mkdir()
+        dense = [Dense(TINY.hidden_size, 16)] if name == "Dense" else []
+        sentence_transformer(tmp_path / name, name if len(name) == 3 else "mean", *dense)
+        if len(name) > 5:
+            (tmp_path / name / "1_Pooling" / "config.json").write_text(json.dumps({name: True}))
+        with pytest.raises(weights.WeightsError, match=refused):
+            weights.load("minilm", tmp_path / name)
 
 
 def test_many_sentences_are_tokenised_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,6 +317,13 @@ def test_tokenizer_of_a_vocabulary(vocabulary: Path) -> None:
     assert tokenizer.decode([38, 5, 8, 9, 14, 3, 0]) == "a dogs,"
 
 
+def test_tokens_added_to_a_vocabulary(vocabulary: Path) -> None:
+    (vocabulary / "added_tokens.json").write_text('{"<loc>": 40, "[DEC]": 38, "[ENC]": 39}')
+    tokenizer = load_tokenizer(vocabulary)
+    assert [tokenizer.token_to_id(token) for token in ("[DEC]", "[ENC]")] == [38, 39]
+    assert tokenizer.encode("a <loc> dog", add_special_tokens=False).ids[1] == 40
+
+
 def test_tokenizer_json_comes_first_and_is_freed_of_padding(vocabulary: Path) -> None:
     plain = load_tokenizer(vocabulary)
     padded = Tokenizer.from_str(plain.to_str())
@@ -405,6 +412,19 @@ def test_an_older_file_holds_some_tensors_twice() -> None:
     again = from_home("blip", home(older), "hf")
     assert all(torch.equal(older[name], tensor) for name, tensor in again.items())
     assert home(again).keys() == parameters(ours).keys()
+
+
+def test_a_file_with_the_copies_alone(vocabulary: Path) -> None:
+    theirs = pair()[1].float()
+    (vocabulary / "config.json").write_text(json.dumps({"model_type": "blip"} | halves(TINY)))
+    file = vocabulary / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    save_file(tensors, file)
+    expected, key = weights.load("blip", vocabulary).state_dict(), weights.fingerprint("blip", vocabulary)
+    save_file({name: tensor for name, tensor in tensors.items() if name not in KIND.tied.values()}, file)
+    found = weights.load("blip", vocabulary).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert weights.fingerprint("blip", vocabulary) == key
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

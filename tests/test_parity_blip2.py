@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import environment
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -328,6 +328,11 @@ def test_tokenizer_of_a_vocabulary(vocabulary: Path) -> None:
     assert tokenizer.encode("a dog\n").ids == [TOKENS.index(token) for token in ("</s>", "a", "Ġdog", "Ċ")]
 
 
+def test_tokens_added_to_a_vocabulary(vocabulary: Path) -> None:
+    (vocabulary / "added_tokens.json").write_text(json.dumps({"<image>": len(TOKENS)}))
+    assert len(TOKENS) in load_tokenizer(vocabulary).encode("a <image>").ids
+
+
 def test_tokenizer_json_comes_first_and_is_freed_of_padding(vocabulary: Path) -> None:
     """One as transformers saves it, with "<image>" added behind the vocabulary."""
     plain, theirs = load_tokenizer(vocabulary), transformers.GPT2Tokenizer.from_pretrained(vocabulary)
@@ -440,6 +445,16 @@ def test_a_folder_as_transformers_saves_it(vocabulary: Path) -> None:
     del config["text_config"]["vocab_size"], config["vision_config"]["layer_norm_eps"]
     config["qformer_config"].pop("layer_norm_eps")
     (vocabulary / "config.json").write_text(json.dumps(config))
+    assert_loaded(vocabulary, theirs)
+
+
+def test_a_file_with_the_head_alone(vocabulary: Path) -> None:
+    """safetensors' save_model keeps one of two tied tensors, here the copy that other files leave out."""
+    theirs = randomise(reference(WORDY)).float()
+    (vocabulary / "config.json").write_text(json.dumps(published(WORDY)))
+    save_model(theirs, str(vocabulary / "model.safetensors"))
+    held = load_file(vocabulary / "model.safetensors")
+    assert HEAD in held and WORDS not in held
     assert_loaded(vocabulary, theirs)
 
 

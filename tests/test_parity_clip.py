@@ -22,7 +22,8 @@ from tests.parity import (
     parameters,
     randomise,
 )
-from weights import to_home
+from weights import WeightsError, to_home
+from weights.kinds import KINDS
 
 TINY = CLIPTextConfig(
     vocab_size=50, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
@@ -34,10 +35,11 @@ PROJECTED = replace(TINY, projection_dim=24)
 
 
 def reference(config: CLIPTextConfig) -> nn.Module:
-    sizes = {name: size for name, size in asdict(config).items() if size is not None}
+    sizes = {name: size for name, size in asdict(config).items() if size not in (None, -1)}
     if config.projection_dim is None:
         return transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
-    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes, eos_token_id=2))
+    sizes = {"eos_token_id": 2} | sizes
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes))
 
 
 def home(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,6 +163,36 @@ def test_a_folder_with_a_whole_clip(dialect: str, tmp_path: Path) -> None:
     ours = weights.load("clip-text", tmp_path, dtype=torch.float64)
     assert ours.config == PROJECTED
     assert torch.allclose(ours.pooled(texts(0)), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("end, state", [(40, 40), (2, 2), (49, -1), (49407, -1)])
+def test_a_folder_states_the_end_mark(end: int, state: int, tmp_path: Path) -> None:
+    """Of a table with rows after it, as added tokens have. Early files state 2 for the largest id."""
+    theirs = randomise(reference(replace(PROJECTED, eos_token_id=end)))
+    theirs.save_pretrained(tmp_path)
+    ours = weights.load("clip-text", tmp_path, dtype=torch.float64)
+    given = torch.randint(40, (2, 77), generator=torch.Generator().manual_seed(3))
+    for row, place in zip(given, (5, 60), strict=True):
+        row[place] = {2: 40, 49407: 49}.get(end, end)
+        if end == 40:
+            row[place + 3] = 49  # an added token after the mark
+    if end == 49407:  # what transformers takes where a file states nothing, in a table without it
+        theirs.text_model.eos_token_id = 49
+    assert ours.config == replace(PROJECTED, eos_token_id=state)
+    assert torch.allclose(ours.pooled(given), theirs(given).text_embeds, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("words, sizes", [(49408, {}), (49416, {"eos_token_id": 2})])
+def test_the_end_mark_of_published_files_changes_no_fingerprint(words: int, sizes: dict) -> None:
+    stated = {"vocab_size": words, "eos_token_id": 2}
+    assert KINDS["clip-text"].read(stated, {}, "here")["eos_token_id"] == sizes.get("eos_token_id", -1)
+    absent = KINDS["clip-text"].read({"vocab_size": words}, {}, "here")["eos_token_id"]
+    assert absent == (-1 if words == 49408 else 49407)
+
+
+def test_an_end_mark_that_is_no_number_is_refused() -> None:
+    with pytest.raises(WeightsError, match=r"here: eos_token_id is \[2\]; it must be a whole number"):
+        KINDS["clip-text"].read({"eos_token_id": [2]}, {}, "here")
 
 
 def test_a_text_cfg_of_other_pooling_is_refused(tmp_path: Path) -> None:

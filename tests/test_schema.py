@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -302,10 +303,30 @@ def test_the_betas_of_a_folder_are_diffusers(schedule: str, sd: Path):
     assert torch.equal(generate.alphas_of("sd-1"), published.alphas_cumprod)
 
 
+def test_every_sampler_of_the_process_has_the_betas_that_diffusers_assumes(sd: Path):
+    path = sd / "scheduler" / "scheduler_config.json"
+    for name in generate.SAMPLERS.keys() - {"DPMSolverSDEScheduler"}:  # it needs torchsde
+        path.write_text(json.dumps({"_class_name": name}))
+        assert torch.equal(generate.alphas_of(str(sd)), getattr(diffusers, name)().alphas_cumprod), name
+        path.write_text(json.dumps({"_class_name": name, "beta_start": 0.001}))
+        assert torch.equal(
+            generate.alphas_of(str(sd)), getattr(diffusers, name)(beta_start=0.001).alphas_cumprod
+        ), name
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "EDMEuler", "IPNDM",
+                                  "EDMDPMSolverMultistep", "CogVideoXDDIM", "ScoreSdeVe"])  # fmt: skip
+def test_samplers_of_another_process_are_refused(name: str, sd: Path):
+    getattr(diffusers, f"{name}Scheduler")().save_pretrained(sd / "scheduler")
+    named = f'scheduler_config.json: _class_name is "{name}Scheduler"; it must be one of DDPMScheduler, '
+    with pytest.raises(weights.WeightsError, match=named):
+        generate.load_pipeline(str(sd))
+
+
 @pytest.mark.parametrize("field, value", [
     ("beta_schedule", "squaredcos_cap_v2"), ("rescale_betas_zero_snr", True), ("trained_betas", [0.1]),
     ("prediction_type", "sample"), ("num_train_timesteps", 500), ("beta_end", 1), ("beta_start", "0.1"),
-    ("beta_start", 0), ("beta_start", 1), ("beta_end", 0),
+    ("beta_start", 0), ("beta_start", 1), ("beta_end", 0), ("use_flow_sigmas", True),
 ])  # fmt: skip
 def test_other_noise_schedules_are_refused(field: str, value, sd: Path):
     rewrite(sd / "scheduler" / "scheduler_config.json", **{field: value})

@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import weights
 from models import clip, vae
 from weights import kinds
+from weights.files import FIELDS
 from weights.kinds import KINDS
 from weights.sources import read
 
@@ -128,7 +129,7 @@ def single(tmp_path_factory, unet: nn.Module, autoencoder: nn.Module, text: nn.M
         for kind, model in models.items()
         for name, tensor in weights.to_home(kind, model.state_dict()).items()
     }
-    for extra in ("betas", "sqrt_one_minus_alphas_cumprod", "model_ema.diffusion_modelout2bias",
+    for extra in ("betas", "v_pred", "sqrt_one_minus_alphas_cumprod", "model_ema.diffusion_modelout2bias",
                   "model_ema.decay", "posterior_mean_coef1",
                   "cond_stage_model.transformer.text_model.embeddings.position_ids"):
         tensors[extra] = torch.zeros(2)
@@ -192,11 +193,19 @@ def test_half_precision_on_disk(tmp_path: Path, autoencoder: nn.Module):
     assert_same_vae(load64("vae", tmp_path), autoencoder)
 
 
-def test_half_precision_in_shards(tmp_path: Path):
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
+def test_variants_in_shards(variant: str, tmp_path: Path):
     half = make(AutoencoderKL, VAE).half()
-    save(half, tmp_path / "vae", variant="fp16", max_shard_size="200KB")
-    assert len(list((tmp_path / "vae").glob("*.safetensors"))) > 1
+    save(half, folder := tmp_path / "vae", variant=variant, max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
     assert_same_vae(load64("vae", tmp_path), half)
+    index = next(folder.glob("*.index.*"))
+    index.rename(folder / f"diffusion_pytorch_model.{variant}.safetensors.index.json")  # as other versions
+    assert_same_vae(load64("vae", tmp_path), half)
+    save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
+    if variant != "fp16":
+        with pytest.raises(weights.WeightsError, match="give or rename one"):
+            weights.load("vae", tmp_path)
 
 
 @pytest.mark.usefixtures("published")
@@ -540,6 +549,21 @@ def test_a_config_that_is_not_implemented_is_refused(pipeline: Path, tmp_path: P
         weights.load(kind, tmp_path)
 
 
+def test_labels_are_not_taken_for_options(tmp_path: Path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+             "image_size": 16, "patch_size": 8}
+    save(randomise(transformers.ViTModel(transformers.ViTConfig(**sizes))).float(), tmp_path)
+    expected, path = weights.config("vit", tmp_path), tmp_path / "config.json"
+    stated, labels = json.loads(path.read_text()), dict.fromkeys([*FIELDS, "norm_kwargs"], -1)
+    path.write_text(json.dumps(stated | {"label2id": labels, "label_descriptions": {"mean": "a number"}}))
+    assert weights.config("vit", tmp_path) == expected
+    weights.load("vit", tmp_path)
+    for part in ("text_config", "vision_cfg", "text_config_dict", "norm_kwargs"):
+        path.write_text(json.dumps({part: {"eps": -1}}))
+        with pytest.raises(weights.WeightsError, match="config.json: eps is -1; it must be"):
+            weights.read_config(path)
+
+
 def test_unpublished_sizes_without_config_are_refused(tmp_path: Path):
     theirs = make(UNet2DConditionModel, UNET | {"cross_attention_dim": 96})
     save_file(theirs.state_dict(), path := tmp_path / "unet.safetensors")
@@ -654,11 +678,29 @@ def test_tokenizer_from_any_folder_and_json(vocabulary: Path, tmp_path: Path):
     first.tokenizer.enable_truncation(9)
     first.tokenizer.post_processor = processors.RobertaProcessing(*marks)
     first.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "vocab.json").write_text("{}")  # without merges.txt it is not read
+    (tmp_path / "vocab.json").write_text("{}")
     for source in (vocabulary.parent, beside, tmp_path):
         assert torch.equal(weights.load_tokenizer(source)(PROMPTS), expected)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "!"}')
     assert weights.load_tokenizer(tmp_path)([""])[0, -1] == 0
+
+
+def test_added_tokens_are_those_of_transformers(vocabulary: Path, tmp_path: Path):
+    texts = ["a <cat-toy> here", "A <CAT-TOY>, <cat-toy>s", "a star"]
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((vocabulary / name).read_bytes())
+    added = tmp_path / "added_tokens.json"
+    added.write_text('{"<star>": 49409, "<cat-toy>": 49408, "<|endoftext|>": 49407}')
+    theirs = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    theirs.add_tokens(["<cat-toy>", "<star>"])
+    expected = theirs(texts, padding="max_length", return_tensors="pt", max_length=77).input_ids
+    assert expected[0, 2] == 49408
+    assert torch.equal(weights.load_tokenizer(tmp_path)(texts), expected)
+    added.write_text('{"<cat-toy>": 49409}')
+    with pytest.raises(weights.WeightsError, match="added_tokens.json: the ids of <cat-toy> do not follow"):
+        weights.load_tokenizer(tmp_path)
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))  # with everything in it
+    assert torch.equal(weights.load_tokenizer(tmp_path)(texts), expected)
 
 
 def test_tokenizer_cut_keeps_the_end_and_counts(vocabulary: Path):
@@ -677,6 +719,7 @@ def test_tokenizer_faults(vocabulary: Path, tmp_path: Path, single: Path, monkey
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(weights.WeightsError, match="tokenizer.json: no tokenizer can be read"):
         weights.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("a b\n")
     with pytest.raises(weights.WeightsError, match="vocab.json lacks .* no CLIP tokenizer"):

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from files import cache_dir
-from weights.registry import FOLDERS, Entry
+from files import cache_dir, expanded
+from weights.registry import ENTRIES, FOLDERS, Entry
 from weights.strict import WeightsError
 
 log = logging.getLogger("weights")
@@ -27,6 +27,13 @@ class Unavailable(Exception):
 def where(entry: Entry) -> Path:
     """The folder in which an entry lies, or will lie once it is fetched."""
     return entry.folder or cache_dir() / "weights" / entry.name
+
+
+def name_of(source: str | os.PathLike) -> str:
+    """The registry name for the path of an entry's folder; any other source as it is."""
+    path = expanded(source).absolute()
+    entry = ENTRIES.get(path.name)
+    return entry.name if entry and where(entry).resolve() == path.resolve() else str(source)
 
 
 def _paths(entry: Entry, part: str | None) -> list[str]:

@@ -64,7 +64,8 @@ FIELDS: dict[str, Rule] = {name: rule for rule, names in (
     (many(TEXT, 1, 16), "down_block_types up_block_types"),
     (number(int, 0, 5), "resample"),
     (OBJECT, """text_config vision_config vision_config_dict qformer_config model_args pretrained_cfg
-                model_cfg vision_cfg preprocess_cfg image_processor"""),
+                text_config_dict model_cfg text_cfg vision_cfg norm_kwargs preprocess_cfg
+                image_processor"""),
 ) for name in names.split()}
 
 
@@ -125,6 +126,13 @@ def stored_tensors(path: str | os.PathLike) -> dict[str, Stored]:
     return tensors
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a .safetensors file. Raises WeightsError as `stored_tensors`."""
+    stored_tensors(path)
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """All tensors of a .safetensors file, by name, on the CPU. Raises WeightsError as `stored_tensors`."""
     return {name: entry.read() for name, entry in stored_tensors(path).items()}
@@ -138,13 +146,15 @@ def refuse_pickle(path: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json, or another that describes a model. Raises WeightsError if it breaks FIELDS."""
+    """A config.json, or another that describes a model. Raises WeightsError if it breaks FIELDS, in itself or
+    in an object that FIELDS names; others, such as one of labels, may hold any names."""
     config = read_json(path)
     level: list[Mapping[str, Any]] = [config]
     while level:
         for part in level:
             check({name: value for name, value in part.items() if value is not None}, FIELDS, path)
-        level = [value for part in level for value in part.values() if isinstance(value, Mapping)]
+        level = [value for part in level for name, value in part.items()
+                 if name in FIELDS and isinstance(value, Mapping)]
     return config
 
 

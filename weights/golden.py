@@ -18,7 +18,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,10 @@ def golden(
     entry, model = find_kind(kind), load_or_draw(kind, source)
     inputs = entry.example_inputs(model.config, Draw(batch, torch.Generator().manual_seed(seed)))
     constants = entry.constants(model.config, inputs)
-    subject = Subject(model, inputs, entry.outputs, constants, asdict(model.config))
+    # Without what is at a default, as in a fingerprint; None stands in these files for what is not there
+    sizes = {f.name: value for f in fields(model.config)
+             if (value := getattr(model.config, f.name)) is None or value != f.default}
+    subject = Subject(model, inputs, entry.outputs, constants, sizes)
     return write(folder, kind, subject, dtype, seed=seed)
 
 

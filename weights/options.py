@@ -108,6 +108,8 @@ class Kind:
     # Tensor -> a setting that such weights do not show: without a config.json they are refused, except in a
     # Stable Diffusion single file
     not_in_weights: Mapping[str, str] = field(default_factory=dict)
+    # Folder -> fields that its other files state. Raises WeightsError for what is not implemented.
+    beside: Callable[[Path], Mapping[str, Any]] = lambda folder: {}
     second_config: str = ""  # another name than config.json under which folders state the sizes
     single_file: tuple[str, ...] = ()  # the prefixes under which a Stable Diffusion single file holds it
     single_sizes: Mapping[str, str] = field(default_factory=dict)  # a tensor of that file -> its field

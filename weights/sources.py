@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from files import expanded
 from schema import TEXT, by_name, check, one_of, read_json
 from weights.dialects import Dialect, Recipe, map_names, their_names, to_ours, to_theirs
-from weights.fetch import damage, ensure, where
+from weights.fetch import damage, ensure, name_of, where
 from weights.files import FIELDS, Stored, read_config, refuse_pickle, stored_tensors
 from weights.kinds import KINDS, find_kind
 from weights.kinds.sd import SINGLE_FILE_IGNORED
@@ -35,6 +35,7 @@ WEIGHTS = [f"{stem}.{end}" for stem in STEMS for end in ("safetensors", "safeten
     f"{stem}.{end}" for stem in STEMS
     for end in ("fp16.safetensors", "safetensors.index.fp16.json", "fp16.safetensors.index.json")
 ]
+FILE_OR_INDEX = r"\.safetensors(\.index(\.\w+)?\.json)?$"
 SINGLE_FILE = tuple(prefix for kind in KINDS.values() for prefix in kind.single_file)
 # Of torch.compile, DataParallel and others: they wrap modules and stay in the names
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -128,13 +129,15 @@ def build(kind: str, config: Any, where: str = "") -> nn.Module:
     """The kind's model with fresh values, on torch's default device.
 
     `config` is the kind's configuration, or the dict that JSON gave back of it; `where` names it in errors.
-    Raises WeightsError for an unknown kind, and for sizes that are missing, unknown or do not fit.
+    Raises WeightsError for an unknown kind, and for sizes that are missing, unless they have a default,
+    unknown, or do not fit.
     """
     entry, where = find_kind(kind), where or f"a {kind}"
     if isinstance(config, Mapping):
-        wanted = {field.name for field in fields(entry.config)}
-        if wanted != set(config):
-            raise WeightsError(f"{where}: the sizes of a {kind} are {', '.join(sorted(wanted))}; got "
+        defaults = {field.name: field.default for field in fields(entry.config)}
+        needed = {name for name, default in defaults.items() if default is MISSING}
+        if not needed <= set(config) <= set(defaults):
+            raise WeightsError(f"{where}: the sizes of a {kind} are {', '.join(sorted(defaults))}; got "
                                f"{', '.join(config)}")
         check({name: value for name, value in config.items() if value is not None}, FIELDS, where)
         config = entry.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
@@ -238,6 +241,9 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     single = any(name.startswith(SINGLE_FILE) for name in raw)
     prefix = _part_prefix(kind, raw, where) if single else ""
     stored = {name.removeprefix(prefix): entry for name, entry in raw.items() if name.startswith(prefix)}
+    for copy, ours in kind.tied.items():  # of two equal tensors, a file may hold the other one alone
+        if copy in stored and ours not in stored:
+            stored[ours] = stored.pop(copy)
     beside = None if single else _config_file(kind, folder, own=path.is_dir())
     stated = read_config(beside) if beside else None
     if stated and (named := name_in(stated)) and not kind.owns(stated):
@@ -250,6 +256,7 @@ def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}") from error
     sizes = sizes_of(kind, stated, home, str(beside or where), dialect, single)
+    sizes = replace(sizes, **kind.beside(folder))
     if single:
         numbers = {field: raw[name] for name, field in kind.single_sizes.items() if name in raw}
         read_numbers = {field: entry.read() for field, entry in numbers.items()}
@@ -322,9 +329,11 @@ def holds(kind: str, root: Path) -> bool:
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The folder's weights, or the index of their shards: full precision first, then fp16, then a lone."""
+    """The folder's weights, or the index of their shards: full precision first, then fp16, then a lone one
+    of any name. Shards count where there is nothing else."""
     named = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    lone = list(folder.glob("*.safetensors"))
+    files = [path for path in folder.glob("*.safetensors*") if re.search(FILE_OR_INDEX, path.name)]
+    lone = [path for path in files if not re.search(r"-\d+-of-\d+\b", path.name)] or files
     return named[0] if named else lone[0] if len(lone) == 1 else None
 
 
@@ -405,7 +414,7 @@ def load_tokenizer(source: str | os.PathLike | None = None) -> ClipTokenizer:
     fetched once. Raises WeightsError if none is found or it is damaged.
     """
     source = "sd-1" if source is None else source
-    entry = ENTRIES.get(str(source))
+    entry = ENTRIES.get(name_of(source))
     path = resolve(entry.tokenizer if entry and entry.tokenizer else source, "tokenizer")
     if path.is_dir():
         return read_folder(path)

@@ -54,10 +54,11 @@ def read_folder(root: Path, pad: str = "") -> ClipTokenizer:
     Raises WeightsError if none is found or it is damaged.
     """
     for folder in (root / "tokenizer", root, root.parent / "tokenizer"):
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer = byte_pairs(folder / "vocab.json", folder / "merges.txt")
-        elif (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.json").is_file():
             tokenizer = read_tokenizer(folder / "tokenizer.json")
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokenizer = byte_pairs(folder / "vocab.json", folder / "merges.txt")
+            add_tokens(tokenizer, folder)
         else:
             continue
         return ClipTokenizer(tokenizer, pad or _pad(folder), str(folder))
@@ -92,6 +93,21 @@ def byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
     ])
     tokenizer.add_special_tokens([AddedToken(START, special=True), AddedToken(END, special=True)])
     return tokenizer
+
+
+def add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Add the tokens in the folder's added_tokens.json, if there is one, to a tokenizer of its other files.
+
+    Raises WeightsError unless their ids are those that follow the vocabulary's, or the vocabulary's own.
+    """
+    path = folder / "added_tokens.json"
+    added = read_json(path) if path.is_file() else {}
+    check(added, dict.fromkeys(added, number(int, 0, 2**20)), path)
+    in_order = sorted(added, key=added.__getitem__)
+    tokenizer.add_tokens([token for token in in_order if tokenizer.token_to_id(token) is None])
+    if unequal := [token for token in in_order if tokenizer.token_to_id(token) != added[token]]:
+        raise WeightsError(f"{path}: the ids of {listed(unequal)} do not follow those of the vocabulary; "
+                           f"fetch both again")
 
 
 def read_byte_pairs(

@@ -62,7 +62,7 @@ def sampler(source: str, draw: Draw) -> Subject:
     from generate import Pipeline, alphas_of, ddim_timesteps, trained_as
 
     network = load_or_draw("unet", source)
-    predicts_v = source in TINY or trained_as(source)[1]
+    predicts_v = source in TINY or bool(trained_as(source)[1])
     alphas = alphas_of("sd-2" if source in TINY else source)
     width = network.config.context_dim
     inputs = {"noise": draw.normal(network.config.in_channels, 8, 8), "context": draw.normal(77, width),

@@ -14,6 +14,7 @@ from weights.dialects import Dialect, Row
 from weights.files import read_tokenizer
 from weights.options import CLIP, Kind, Options, Pictures, causal, from_shapes
 from weights.strict import WeightsError
+from weights.tokenizer import add_tokens
 
 # Home, and what transformers 5 saves. The head's matrix is the word embeddings: the published files hold it
 # once more, transformers 5 leaves the second copy out; one parameter is kept.
@@ -99,6 +100,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = read_tokenizer(folder / "tokenizer.json")
     elif (folder / "vocab.txt").is_file():
         tokenizer = _word_pieces(folder / "vocab.txt")
+        add_tokens(tokenizer, folder)
     else:
         raise WeightsError(f"{folder}: no tokenizer.json and no vocab.txt; fetch one of them")
     known = [token for token in BERTS_OWN if tokenizer.token_to_id(token) is not None]

@@ -14,7 +14,7 @@ from weights.dialects import Dialect, Row
 from weights.files import read_tokenizer
 from weights.options import CLIP, Kind, Options, Pictures, causal, from_shapes
 from weights.strict import WeightsError
-from weights.tokenizer import read_byte_pairs
+from weights.tokenizer import add_tokens, read_byte_pairs
 
 WORDS = "language_model.model.decoder.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"  # the words once more: the .bin files hold it, transformers 5 does not
@@ -114,6 +114,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        add_tokens(tokenizer, folder)
     else:
         raise WeightsError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt; fetch them")
     if missing := [token for token in (BEGIN, PAD, LINE_BREAK) if tokenizer.token_to_id(token) is None]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from models.clip import CONFIGS, VISION_CONFIGS, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from schema import number
+from schema import check, number
 from weights.dialects import Dialect, Numbers, Row, StackedQkv, Transposed, indices_in, numbers
 from weights.options import CLIP, RGB, Kind, Options, Pictures, causal, pair
 from weights.strict import WeightsError
@@ -105,7 +105,7 @@ ACTIVATIONS = {"hidden_act": ("quick_gelu", "gelu")}
 HF_TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
     "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
+    "layer_norm_eps": 1e-5, "eos_token_id": 49407,
 }
 TEXT_IN_HF = Options({option: option for option in HF_TEXT_DEFAULTS}, ACTIVATIONS, HF_TEXT_DEFAULTS)
 TEXT_IN_OPEN_CLIP = Options(   # text_cfg
@@ -171,8 +171,12 @@ def _read_text(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
         }
     else:
         sizes = TEXT_IN_HF.read(_part(config, "text_config", HF_TEXT_DEFAULTS), where)
+        check(sizes, {"eos_token_id": number(int, -1)}, where)
+        end, words = sizes["eos_token_id"], sizes["vocab_size"]
+        if end >= words - 1 or (end, words) == (2, 49408):  # OpenAI's files, whose largest id is the last
+            del sizes["eos_token_id"]
     projection = tensors.get("text_projection.weight")
-    return sizes | {"projection_dim": None if projection is None else len(projection)}
+    return {"eos_token_id": -1} | sizes | {"projection_dim": None if projection is None else len(projection)}
 
 
 def _part(config: Mapping[str, Any], part: str, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -219,7 +223,7 @@ def _side(size: int | list[int] | tuple[int, ...]) -> int | tuple[int, int]:
 def _text_inputs(config: CLIPTextConfig, draw: Any) -> dict[str, Tensor]:
     ids = draw.below(config.vocab_size, config.max_position_embeddings)
     if config.projection_dim is not None:
-        ids[:, -1] = config.vocab_size - 1  # the end mark, which is read
+        ids[:, -1] = config.eos_token_id % config.vocab_size  # the end mark, which is read
     return {"ids": ids}
 
 

@@ -12,6 +12,7 @@ SINGLE_FILE_IGNORED: dict[str, str] = {  # regex of a whole name -> why such a t
     r"model_ema\..*":                       "a second, averaged copy kept for the training",
     r"embedding_manager\..*":               "textual inversion, kept from the training",
     r"cond_stage_model\.logit_scale":       "CLIP's temperature, used by its loss alone",
+    r"v_pred":                             "an empty mark that the U-Net predicts v: `generate.trained_as`",
     r"scale_factor":                        "the latents' scale: read as a size, not as a weight",
 }
 
