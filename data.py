@@ -12,7 +12,7 @@ import re
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -193,7 +193,7 @@ def _read_folder(path: Path, builder: PairsBuilder) -> tuple[Arrays, dict]:
         homes = {part.parent for part in parts if not is_zip(part)}
         for file in images.values():
             if file.parent not in homes:
-                builder.skip(file, "in no part of DiffusionDB, which the folder holds")
+                builder.skip(file, "in no part of the DiffusionDB that the folder holds")
         return _kept_parts(parts, path, builder)
     if manifests := manifests_among(files, path, images.values(), builder):
         for manifest in manifests:
@@ -201,7 +201,7 @@ def _read_folder(path: Path, builder: PairsBuilder) -> tuple[Arrays, dict]:
         for file in images.values():
             builder.skip(file, "not in the manifest")
     else:
-        _read_images(files, path, builder)
+        _read_images(files, images.values(), path, builder)
     if not len(builder.prompts) and not builder.skipped:
         kinds = Counter(f.suffix or f.name for f in files).most_common(5)
         raise DataError(f"{path}: no image-prompt pairs. Looked for part-*.zip, part-*.json, a .jsonl or "
@@ -318,11 +318,12 @@ def _metadata_tables(root: Path) -> list[Path]:
 # images with their prompts beside or inside -----------------------------------------------------------------
 
 
-def _read_images(files: list[Path], root: Path, builder: PairsBuilder) -> None:
+def _read_images(
+    files: list[Path], images: Collection[Path], root: Path, builder: PairsBuilder
+) -> None:
     beside: dict[Path, Path] = {}  # the text of `a` (for all of a.png, a.jpg) and of `a.png`
     for suffix in reversed(TEXT_SUFFIXES):
         beside |= {f.with_suffix(""): f for f in files if f.suffix.lower() == suffix}
-    images = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
     for file in files:
         suffix, stem = file.suffix.lower(), file.with_suffix("")
         has_text = stem in beside and suffix not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)

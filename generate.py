@@ -53,6 +53,7 @@ TRAIN_STEPS = 1000
 # Below it threads wait for each other longer than they save, and much longer beside a busy process
 # (benchmarks/busy.py). Stable Diffusion 1 has 4,096 places a picture, the miniature 64.
 FEW_PLACES = 256
+OWN_NAME = re.compile(r"(?:grid-|attention-)?(\d{3,})(?:-seed\d+)?\.png")  # of what the command writes
 PUBLISHED = {"sd-1": (512, False), "sd-2": (768, True)}  # side in pixels, whether it predicts v: `trained_as`
 # The marks of a single file, in its metadata and in the .yaml beside it
 MARKS = {
@@ -571,8 +572,8 @@ def write_pictures(args: argparse.Namespace) -> None:
     trained = [swapped_by_run(pipeline.unet, folder, args.weights) for folder in args.swap or []]
     args.out.mkdir(parents=True, exist_ok=True)
     with exclusive(args.out, f"{args.out}: another command draws into it; waiting for it to end"):
-        numbers = (re.search(r"\d+", file.name) for file in args.out.glob("*.png"))
-        first = 1 + max((int(number[0]) for number in numbers if number), default=-1)
+        own = (OWN_NAME.fullmatch(file.name) for file in args.out.glob("*.png"))
+        first = 1 + max((int(name[1]) for name in own if name), default=-1)
         write_new_pictures(args, pipeline, trained, first)
 
 

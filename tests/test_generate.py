@@ -352,8 +352,9 @@ def test_half_precision_keeps_the_schedule(both: tuple):
 
 def test_the_command_writes_pictures_that_hold_their_prompts(tmp_path: Path, capsys: pytest.CaptureFixture):
     asked = [*PROMPTS, "--steps", "2", "--n", "2", "--seed", "5", "--out", str(tmp_path), "--negative", "fog"]
+    (tmp_path / "IMG_20251105.png").write_bytes(b"mine")  # does not count
     assert generate.main([*asked, "--batch-size", "3"]) == 0
-    paths = sorted(tmp_path.iterdir())
+    paths = sorted(tmp_path.glob("0*"))
     assert [str(path) for path in paths] == capsys.readouterr().out.split()
     assert [path.name for path in paths] == [f"00{i}-seed{5 + i % 2}.png" for i in range(4)]
     prompt, settings = data.embedded_prompt(paths[3])

@@ -28,13 +28,14 @@ import reverse_sd
 import train
 import weights
 from clipscore import Scorer
-from files import exclusive
+from files import exclusive, write_json
 from mini import scenes
 from models import blip
+from schema import read_json
 from training import loop
 from training.calibration import require_calibration
 from training.config import EMBEDDED, RESUMABLE, TrainConfig, parse_args, resolve
-from training.folder import new_folder, saved_config
+from training.folder import WRITTEN, new_folder, saved_config
 from training.inputs import cleaned, pairs_folder, prepare
 from training.loop import Checkpoint, epoch_batches, learning_rate, save_tensors
 from training.metrics import average_precision, bootstrap_interval
@@ -475,23 +476,19 @@ def test_a_finished_run_resumed_only_evaluates_again(uninterrupted: Path):
     assert (uninterrupted / "model.safetensors").read_bytes() == before
 
 
-def test_the_evaluation_of_a_stopped_run_says_so(uninterrupted: Path, caplog: pytest.LogCaptureFixture):
-    state = json.loads((uninterrupted / "last/state.json").read_text())
-    result = json.loads((uninterrupted / "result.json").read_text())
+def test_a_stopped_run_is_said_to_be_and_other_pairs_are_refused(uninterrupted: Path, caplog, capsys):
+    read = (read_json(uninterrupted / f"{name}.json") for name in ("last/state", "result", "config"))
+    state, result, config = read
     assert result["step"] == result["steps"] == state["total"]
-    (uninterrupted / "last/state.json").write_text(json.dumps(state | {"step": 3}))
+    assert {path.name for path in uninterrupted.iterdir()} <= {*WRITTEN, "config.json"}
+    write_json(uninterrupted / "last/state.json", state | {"step": 3})
     assert eval.main([str(uninterrupted)]) == 0
     assert f"stopped at step 3 of {state['total']}" in caplog.text
-    assert json.loads((uninterrupted / "result.json").read_text())["step"] == 3
-
-
-def test_a_run_is_not_evaluated_on_other_pairs(uninterrupted: Path, capsys: pytest.CaptureFixture):
-    config = json.loads((uninterrupted / "config.json").read_text())
-    before = (uninterrupted / "result.json").read_bytes()
-    (uninterrupted / "config.json").write_text(json.dumps(config | {"seed": 5}))
+    assert read_json(uninterrupted / "result.json")["step"] == 3
+    write_json(uninterrupted / "config.json", config | {"seed": 5})
     assert eval.main([str(uninterrupted)]) == 2
     assert "was trained on other pairs, or on another split" in capsys.readouterr().err
-    assert (uninterrupted / "result.json").read_bytes() == before
+    assert read_json(uninterrupted / "result.json")["step"] == 3
 
 
 # -- bad input ----------------------------------------
@@ -505,12 +502,10 @@ def error_line(capsys: pytest.CaptureFixture, *argv: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "result.json", "last/state.json"])
-def test_files_of_a_runs_names_are_not_overwritten(name: str, few_scenes: Path, tmp_path: Path, capsys):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_of_a_runs_names_are_not_overwritten(name: str, tmp_path: Path, capsys):
     (tmp_path / name).write_text("mine")
-    said = error_line(capsys, "--data", str(few_scenes), "--out", str(tmp_path), *SMALL)
-    assert f"holds {name.split('/')[0]}, which a run would overwrite" in said
+    assert f"holds {name}, which a run would overwrite" in error_line(capsys, "--out", str(tmp_path))
     assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "config.json").exists()
 
 
