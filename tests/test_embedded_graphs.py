@@ -464,6 +464,12 @@ UNCERTAIN = {
         "6": clip(["5", 0]),
         "5": node("Load Prompt", path="x.txt"),
     },
+    "what is seen in a picture": {
+        "3": sampler(["6", 0]),
+        "6": clip(["5", 0]),
+        "5": node("Vision", prompt="Describe this image", image=["2", 0]),
+        "2": node("LoadImage", image="a b.png"),
+    },
     "an instruction": {
         "3": node("FluxProUltraImageNode", prompt=["6", 0], seed=5),
         "6": node("OpenAIChatNode", prompt="Write a flux prompt", model="gpt-5"),
