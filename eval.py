@@ -55,7 +55,7 @@ from tables.runs import SET_BY_ROWS, SOURCES, Plan, RunName, cores, train_missin
 from tables.votes import KEY, voted, write_page
 from training.config import parse_args
 from training.evaluate import evaluate
-from training.folder import saved_config
+from training.folder import mention_other_origin, saved_config
 from training.inputs import prepare
 from training.loop import process_group
 from weights.registry import ENTRIES
@@ -142,7 +142,7 @@ def plan_of(args: argparse.Namespace, flags: list[str], command: str) -> Plan:
     seeds = seeds[:1] if args.vote else seeds
     name = Path(args.data).resolve().name
     kind = "" if args.weights == "mini" else "-" + args.weights.replace("/", "_")
-    folder = args.folder or Path("runs") / f"tables-{name}{kind}"
+    folder = args.runs or Path("runs") / f"tables-{name}{kind}"
     device = weights.resolve_device(args.device)
     jobs = args.jobs or (2 if device == "cpu" and cores() > 1 else 1)
     paths = args.drawbench, args.second
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", default="0,1,2", help="seeds of each row (default: 0,1,2)")
     parser.add_argument(
-        "--runs", dest="folder", type=Path, metavar="DIR", help="the runs' folder (default: runs/tables-DATA)"
+        "--runs", type=Path, metavar="DIR", help="the runs' folder (default: runs/tables-DATA)"
     )
     parser.add_argument(
         "--jobs", type=positive, help="parallel trainings (default: 2 on a multi-core CPU, otherwise 1)"
@@ -257,17 +257,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     making = any(flag.split("=")[0] in ("--table", "--figure", "--vote", "--votes") for flag in argv)
     if not making:
-        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+        parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     args, flags = parser.parse_known_args(argv)
     if flags and not making:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    given -= {"run", "device"}
+    if given and not making:
+        parser.error(f"--{min(given)}: only --table, --figure and --vote use it; leave it out")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def evaluate_runs() -> None:
         device = weights.resolve_device(args.device)
         with process_group(device) as process:
-            for folder in args.runs:
-                evaluate(folder, prepare(saved_config(folder), process.device), process)
+            for folder in args.run:
+                prepared = prepare(saved_config(folder), process.device)
+                if process.first:
+                    mention_other_origin(folder, prepared)
+                evaluate(folder, prepared, process)
 
     def make_exhibits() -> None:
         (make_page if args.vote else make)(args, flags, f"python eval.py {shlex.join(argv)}")

@@ -534,6 +534,9 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
     return [
         (any(side % 8 for side in args.size or ()), "--size: must be multiples of 8"),
         (args.seed >= 2**63 - args.n, f"--seed {args.seed}: must be from 0 to less than 2^63"),
+        (bool(args.negative) and args.guidance == 1, "--negative: --guidance 1 draws without it; remove one"),
+        (args.swap_after != 1 and not swap, "--swap-after: only --swap uses it; give --swap RUN"),
+        (args.swap_after != 1 and bool(args.grid_steps), "--swap-after: --grid sets it; remove one"),
         (args.swap_after > args.steps, f"{after} must be 0 to --steps ({args.steps})"),
         (
             args.attention and (grid or args.n > 1),

@@ -72,7 +72,14 @@ from schema import read_json
 from training.caption_trainer import CaptionerTrainer
 from training.config import TrainConfig, parse_args, resolve
 from training.evaluate import evaluate
-from training.folder import new_folder, read_cosines, save_cosines, saved_fields, write_run
+from training.folder import (
+    mention_other_origin,
+    new_folder,
+    read_cosines,
+    save_cosines,
+    saved_fields,
+    write_run,
+)
 from training.inputs import (
     Prepared,
     Samples,
@@ -344,6 +351,8 @@ def train_run(flags: dict[str, Any], out: Path | None, resume: Path | None) -> P
             easiness_of(config, read_cosines(Path(config.phase_1), prepared))
         if process.first and not (folder / "config.json").exists():
             write_run(folder, config, prepared, vocabulary)
+        elif process.first:
+            mention_other_origin(folder, prepared)
         process.wait()
         chunks = None
         try:

@@ -18,9 +18,9 @@ from typing import Any
 from tqdm import tqdm
 
 import data
-from backbones import BACKBONES, CAPTIONERS, READERS
+from backbones import BACKBONES, READERS
 from schema import number, read_json
-from training.config import REGRESSORS, RESUMABLE, TrainConfig, resolve
+from training.config import RESUMABLE, TrainConfig, resolve, without_effect
 from training.folder import saved_fields
 from training.inputs import prepare
 
@@ -69,14 +69,6 @@ RECIPES |= {f"{recipe}-tuned": RECIPES[recipe] | values for recipe, values in TU
 # The recipe whose recorded cosines a curriculum uses.
 PHASE_1 = {"mlc-cl": "mlc", "cl": "plain", "cl-tuned": "plain"}
 
-# Options that apply only to runs of one curriculum or backbone.
-OPTIONS_OF = {
-    "difficulty": ("chunks", "order", "easy_share", "hard_share", "epoch_weights"),
-    "lerac": ("lerac_epochs", "lerac_min_lr"),
-    "cbs": ("cbs_every",),
-    "unet": ("captions", "image_size", "unet_features"),
-    "regressor": tuple(REGRESSORS),
-}
 SET_BY_ROWS = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed", "plan", "memory"}
 
 
@@ -100,8 +92,10 @@ class RunName:
         """The run whose recorded cosines this one's curriculum uses."""
         if self.recipe not in PHASE_1:
             return None
-        kept = tuple(change for change in self.changes if change[0] not in OPTIONS_OF["difficulty"])
-        return RunName(self.backbone, PHASE_1[self.recipe], kept)
+        first = PHASE_1[self.recipe]
+        foreign = without_effect({"backbone": self.backbone} | RECIPES[first] | dict(self.changes))
+        kept = tuple(change for change in self.changes if change[0] not in foreign)
+        return RunName(self.backbone, first, kept)
 
 
 # The runs that record their cosines, as phase 1 of another run.
@@ -133,15 +127,13 @@ class Plan:
         recipe = dict(RECIPES[run.recipe])
         for name in recipe.keys() & {"data", "weights", "target_texts"}:
             recipe[name] = recipe[name].format(second=self.second, runs=self.folder)
-        owners = (run.backbone, recipe.get("curriculum"), "regressor" * (run.backbone in BACKBONES))
-        foreign = {name for owner, names in OPTIONS_OF.items() if owner not in owners for name in names}
-        if run.backbone in CAPTIONERS:
-            recipe["heads"] = min(recipe["heads"], 1)  # a captioner's vocabulary head is that of placement 1
+        fixed = {"backbone": run.backbone, "data": self.data, "weights": self.sources[run.backbone]}
+        fixed |= {"seed": seed, "device": self.device} | recipe | dict(run.changes)
+        foreign = without_effect(self.options | fixed)
         fields = {name: value for name, value in self.options.items() if name not in foreign}
-        fields |= {"backbone": run.backbone, "data": self.data, "weights": self.sources[run.backbone]}
         if run.backbone == "unet":
             fields.setdefault("captions", self.sources["blip"])
-        fields |= {"seed": seed, "device": self.device} | recipe | dict(run.changes)
+        fields |= fixed
         if RunName(run.backbone, run.recipe) in RECORDING:
             fields["record_cosines"] = True
         if run.phase_1:

@@ -1,6 +1,7 @@
 """The black boxes through the same loop: whole, frozen, the last blocks, decaying learning rates."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import backbones
 import data
+import eval
 import reverse_sd
 import train
 import weights
@@ -112,7 +114,37 @@ def test_weights_without_all_the_parts_stop_the_run_before_anything_long(
 
 def test_a_black_box_decides_its_own_image_size(few_scenes: Path, cache: Path, capsys):
     assert train.main(["--data", str(few_scenes), "--backbone", "vit", "--image-size", "32"]) == 2
-    assert "the weights of a black box set the size" in capsys.readouterr().err
+    assert "--image-size: only --backbone unet uses it" in capsys.readouterr().err
+
+
+def test_inputs_made_by_other_files_than_in_training_are_mentioned(
+    few_scenes: Path, cache: Path, tmp_path: Path, caplog
+):
+    shutil.copytree(weights.resolve("vit-mini"), own := tmp_path / "own-mini")
+    flags = ["--backbone", "vit", "--weights", str(own), "--train-blocks", "0"]
+    run = train_here(few_scenes, tmp_path / "run", *flags)
+    assert eval.main([str(run)]) == 0 and "other files" not in caplog.text
+    save_file({k: v / 2 for k, v in load_file(own / "model.safetensors").items()}, own / "model.safetensors")
+    for command in (eval.main([str(run)]), train.main(["--resume", str(run)])):
+        assert command == 0
+    assert caplog.text.count("made by other files than those of its training (model)") == 2
+
+
+def test_the_files_that_make_the_white_boxs_inputs(few_scenes: Path, cache: Path, tmp_path: Path):
+    (file := tmp_path / "captions.txt").write_text("a fox" + "\n" * 84)
+
+    def origin(**fields) -> dict[str, str]:
+        sizes = {"data": str(few_scenes), "val_size": 12, "test_size": 12}
+        return prepare(resolve(TrainConfig(**sizes, **fields))).origin
+
+    first, made, frozen = origin(captions=str(file)), origin(), origin(captions=str(file), train_blocks=0)
+    assert made == first | {"captions": weights.fingerprint("blip", "blip-mini")}
+    text = weights.fingerprint("clip-text", "sd-mini")
+    assert first["vae"] == weights.fingerprint("vae", "sd-mini") != first["text"] == text
+    assert frozen == first | {"model": weights.fingerprint("unet-encoder", "sd-mini")}
+    file.write_text("a dog" + "\n" * 84)
+    assert origin(captions=str(file)) == first | {"captions": origin(captions=str(file))["captions"]} != first
+    assert origin(backbone="vit") == {}
 
 
 def test_a_broken_image_is_left_out(few_scenes: Path, cache: Path, tmp_path: Path):

@@ -484,7 +484,7 @@ def test_the_defaults_are_those_of_the_authors_fine_tuning():
     [
         (["--heads", "2"], "--heads 2: a captioner has no embedding head; give 0 or 1"),
         (["--heads", "3"], "--heads 3"),
-        (["--train-blocks", "1"], "--train-blocks: not for --backbone blip"),
+        (["--train-blocks", "1"], "--train-blocks: only --backbone clip, unet, swin, vit uses it"),
         (["--head-start", "ridge"], "--head-start"),
         (["--layer-decay", "0.5"], "--layer-decay"),
         (["--captions", "empty"], "--captions"),

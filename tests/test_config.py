@@ -77,7 +77,7 @@ def test_each_flag_takes_values_up_to_its_bounds_and_none_beyond():
 
 def test_flags_that_just_agree_and_flags_that_just_do_not():
     for flags in (
-        {"easy_share": 0.9, "hard_share": 0.1},
+        {"curriculum": "difficulty", "chunks": "thresholds", "easy_share": 0.9, "hard_share": 0.1},
         {"curriculum": "lerac", "lr": 1e-3, "lerac_min_lr": 1e-3},
         {"curriculum": "lerac", "epochs": 2, "lerac_epochs": 1.99},
         {"curriculum": "difficulty", "epochs": 2, "epoch_weights": "0,1"},

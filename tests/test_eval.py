@@ -92,6 +92,8 @@ def test_all_sources_are_checked_before_any_work(flag: str, message: str, monkey
 def test_arguments_that_cannot_be_read(capsys: pytest.CaptureFixture):
     for flags, line in (
         (["run", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["run", "--seeds", "5"], "--seeds: only --table, --figure and --vote use it"),
+        (["run", "--data", "drawn", "--runs", "other"], "--data: only --table"),
         (["--table", "2", "--data", " "], "argument --data: must not be empty"),
         (["--table", "2", "--jobs", "0"], "argument --jobs: 0: must be a whole number"),
     ):

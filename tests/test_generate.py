@@ -367,7 +367,10 @@ def test_the_command_writes_pictures_that_hold_their_prompts(tmp_path: Path, cap
     [
         (["--steps", "1000"], "--steps: 1000"),
         (["--size", "60", "64"], "multiples of 8"),
-        (["--swap-after", "60"], "--swap-after 60"),
+        (["--swap", "no-such-run", "--swap-after", "60"], "--swap-after 60"),
+        (["--swap-after", "2"], "--swap-after: only --swap uses it"),
+        (["--swap", "no-such-run", "--swap-after", "2", "--grid", "1,5"], "--swap-after: --grid sets it"),
+        (["--negative", "fog", "--guidance", "1"], "--negative: --guidance 1 draws without it"),
         (["--grid", "1,5"], "--swap RUN"),
         (["--weights", "no-such-thing"], "no-such-thing"),
         (["--swap", "no-such-run"], "no-such-run"),

@@ -17,7 +17,8 @@ from tests.parity import (
     parameters,
     randomise,
 )
-from weights import to_home
+from weights import WeightsError, to_home
+from weights.kinds import KINDS
 
 home = partial(to_home, "unet")
 
@@ -187,3 +188,19 @@ def test_a_wrong_gradient_is_named() -> None:
     with pytest.raises(AssertionError, match=r"gradients differ: \{'input_blocks.0.0.weight'"):
         assert_parity(ours, theirs, home, lambda: ours(*given), lambda: theirs(*given).sample)
     handle.remove()
+
+
+def test_options_that_change_nothing_and_those_that_would() -> None:
+    config = {
+        "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "cross_attention_dim": 32,
+        "attention_head_dim": 8, "layers_per_block": 1, "in_channels": 4, "out_channels": 4,
+    }  # fmt: skip
+    plain = KINDS["unet"].read(config, {}, "here")
+    same = {"transformer_layers_per_block": [1, 1], "only_cross_attention": [False, False]}  # one per level
+    same |= {"decay": 0.9999, "optimization_step": 5, "use_ema_warmup": True, "power": 2 / 3}  # of unet_ema/
+    assert KINDS["unet"].read(config | same, {}, "here") == plain
+    other = [("transformer_layers_per_block", x) for x in ([1, 2], [], 2)] + [("unknown", [])]
+    for option, value in [*other, ("only_cross_attention", [False, True])]:
+        with pytest.raises(WeightsError, match=f"here: .* {option} = "):
+            KINDS["unet"].read(config | {option: value}, {}, "here")

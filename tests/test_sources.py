@@ -159,6 +159,44 @@ def test_index_of_shards(tmp_path: Path, file: Path):
             read(content)
 
 
+@pytest.mark.parametrize("name", [
+    "base_model.model.encoder.query.lora_A.weight", "unet.down_blocks.0.to_q.lora.up.weight",
+    "lora_unet_down_blocks_0_to_q.lora_down.weight", "mid_block.attn1.processor.to_q_lora.down.weight",
+])  # fmt: skip
+def test_a_lora_is_no_model(tmp_path: Path, name: str):
+    save_file({name: torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(weights.WeightsError, match="a LoRA, changes to the weights of a model"):
+        weights.load("unet", tmp_path)
+
+
+def test_shards_need_their_index(tmp_path: Path, file: Path):
+    (folder := tmp_path / "unet").mkdir()
+    (only := folder / "model-00001-of-00001.safetensors").write_bytes(file.read_bytes())
+    assert sources.weights_file(folder) == only
+    only.unlink()
+    for n in (1, 2):
+        (folder / f"model-0000{n}-of-00002.safetensors").write_bytes(file.read_bytes())
+        with pytest.raises(weights.WeightsError, match="shards; fetch their index"):
+            weights.load("unet", folder)
+
+
+def test_a_json_that_is_no_index(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(weights.WeightsError, match="neither a .safetensors file nor an index"):
+        weights.load("unet", tmp_path / "config.json")
+
+
+def test_of_two_models_in_a_folder_the_one_of_the_kind(tmp_path: Path):
+    """timm's repositories of CLIP hold its image tower alone beside the whole model in open_clip's names."""
+    names = {"model": "blocks.0.attn.qkv.weight"}
+    names["open_clip_model"] = "visual.transformer.resblocks.0.ln_1.weight"
+    for stem, name in names.items():
+        save_file({name: torch.ones(1)}, tmp_path / f"{stem}.safetensors")
+    for kind, stem in {"vit": "model", "clip-vision": "open_clip_model", "minilm": "model"}.items():
+        assert sources.weights_file(tmp_path, KINDS[kind]).stem == stem
+        assert names[stem] in sources.stored_in(tmp_path, KINDS[kind])
+
+
 def test_broken_config(tmp_path: Path, file: Path):
     with pytest.raises(weights.WeightsError, match="size is missing"):
         sizes_of(KINDS["vae"], {"act_fn": "silu"}, {}, "config.json")

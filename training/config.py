@@ -7,12 +7,13 @@ import dataclasses
 import functools
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import data
-from backbones import CAPTIONERS, READERS
+from backbones import BACKBONES, CAPTIONERS, READERS
 from command import Parser, text
 from command import number as number_of
 from schema import FLAG, NULL, OBJECT, TEXT, Rule, check, checked, many, number, one_of, read_json, record
@@ -37,9 +38,18 @@ GROUPS = {
 }
 
 
-def option(group: str, default: Any, help: str, choices: tuple = (), **bounds: float) -> Any:
-    """A field with its flag's help and check. `bounds`: above, least, below, most."""
-    metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds}
+DIFFICULTY, LERAC, CBS = (("curriculum", (name,)) for name in ("difficulty", "lerac", "cbs"))
+WHITE_BOX, REGRESSOR = ("backbone", ("unet",)), ("backbone", tuple(BACKBONES))
+VOCABULARY_HEAD, THRESHOLDS = ("heads", (1, 2, 3)), ("chunks", ("thresholds",))
+
+
+def option(
+    group: str, default: Any, help: str, choices: tuple = (), only: tuple[str, tuple] | None = None,
+    **bounds: float,
+) -> Any:  # fmt: skip
+    """A field with its flag's help and check. `only`: another field and the values with which this one has
+    an effect; `bounds`: above, least, below, most."""
+    metadata = {"group": group, "help": help, "choices": choices, "only": only, "bounds": bounds}
     return field(default=default, metadata=metadata)
 
 
@@ -75,7 +85,8 @@ class TrainConfig:
     target_texts: str | None = option(
         "data", None, "train on other targets: a file of JSON lines {\"prompt\": \"...\", \"texts\": "
         "[\"...\", ...]}; a training prompt's target is the mean embedding of its texts, e.g. paraphrases. "
-        "Validation, test and the vocabulary keep the prompt (default: the prompt's own embedding)"
+        "Validation, test and the vocabulary keep the prompt (default: the prompt's own embedding)",
+        only=REGRESSOR
     )
     # -- model
     backbone: str = option(
@@ -86,33 +97,36 @@ class TrainConfig:
         "model", None, "pretrained weights: a name of `python -m weights list`, a file or a folder "
         "(default: the backbone's miniature, e.g. sd-mini)"
     )
-    random_start: bool = option("model", False, "ablation: same architecture, random weights")
+    random_start: bool = option(
+        "model", False, "ablation: same architecture, random weights", only=REGRESSOR
+    )
     captions: str | None = option(
         "model", None, "text for the U-Net's cross-attention: a BLIP that captions the images (as in the "
         "paper); empty = the empty text; prompt = the true prompt (upper bound only); or a file of captions "
-        "(.jsonl, .csv, .json, .txt) (default: blip-mini with sd-mini, else blip-base)"
+        "(.jsonl, .csv, .json, .txt) (default: blip-mini with sd-mini, else blip-base)", only=WHITE_BOX
     )
     image_size: int | None = option(
         "model", None, "side in pixels to which the U-Net's images are cropped (default: 64 with sd-mini, "
-        "else 256)", least=8, most=4096
+        "else 256)", least=8, most=4096, only=WHITE_BOX
     )
     unet_features: str | None = option(
         "model", None, "features of the U-Net: middle = maximum of the middle block (paper); levels = mean "
-        "and maximum of every block (default: levels with sd-mini, else middle)", ("middle", "levels")
+        "and maximum of every block (default: levels with sd-mini, else middle)", ("middle", "levels"),
+        only=WHITE_BOX
     )
     train_blocks: int | None = option(
         "model", None, "train only the last N blocks of the backbone; 0 = train only the heads, on cached "
-        "features (default: all)", least=0, most=10**6
+        "features (default: all)", least=0, most=10**6, only=REGRESSOR
     )
     heads: int | None = option(
         "model", None, "placement of the vocabulary head in figure 3; 0 = none; a captioner's is 0 or 1, a "
         "linear layer on states of the image alone (default: 3; captioners: 1)", (0, 1, 2, 3)
     )
-    words: int = option("model", 1000, "vocabulary size m", least=1, most=10**6)
+    words: int = option("model", 1000, "vocabulary size m", least=1, most=10**6, only=VOCABULARY_HEAD)
     head_start: str | None = option(
         "model", None, "initial embedding head: random (paper), or ridge = ridge regression on the "
         "pretrained backbone's features of the training images, penalty chosen on validation (default: "
-        "ridge for miniatures, else random)", ("random", "ridge")
+        "ridge for miniatures, else random)", ("random", "ridge"), only=REGRESSOR
     )
     # -- curriculum
     curriculum: str = option(
@@ -121,19 +135,21 @@ class TrainConfig:
     )
     chunks: str = option(
         "curriculum", "thirds", "how samples are split into easy, medium and hard: equal thirds, or two "
-        "cosine thresholds", ("thirds", "thresholds")
+        "cosine thresholds", ("thirds", "thresholds"), only=DIFFICULTY
     )
     order: str = option(
         "curriculum", "easy-first", "order of the chunks: easy-first = the paper's; controls: hard-first; "
         "shuffled = by the scores of other samples; mixed = each sample as often as easy-first, in one stage",
-        ("easy-first", "hard-first", "shuffled", "mixed")
+        ("easy-first", "hard-first", "shuffled", "mixed"), only=DIFFICULTY
     )
     # Paper: "a significant portion" and "a small subset".
     easy_share: float = option(
-        "curriculum", 0.5, "with --chunks thresholds: share of samples that are easy", above=0, most=1
+        "curriculum", 0.5, "with --chunks thresholds: share of samples that are easy", above=0, most=1,
+        only=THRESHOLDS
     )
     hard_share: float = option(
-        "curriculum", 0.1, "with --chunks thresholds: share of samples that are hard", least=0, below=1
+        "curriculum", 0.1, "with --chunks thresholds: share of samples that are hard", least=0, below=1,
+        only=THRESHOLDS
     )
     record_cosines: bool = option(
         "curriculum", False, "record each training sample's cosine after every epoch, as phase 1 of the "
@@ -146,22 +162,23 @@ class TrainConfig:
     )
     phase_1: str | None = option(
         "curriculum", None, "skip phase 1 and reuse the cosines of this run (same pairs and split, trained "
-        "with --record-cosines)"
+        "with --record-cosines)", only=DIFFICULTY
     )
     epoch_weights: str | None = option(
         "curriculum", None, "weights of phase 1's epochs in the mean cosine, e.g. 0,0,0,.2,.3,.5, the "
-        "authors' code (default: equal, the paper's)"
+        "authors' code (default: equal, the paper's)", only=DIFFICULTY
     )
     lerac_epochs: float = option(
         "curriculum", 1.0, "epochs until LeRaC's learning rates meet; with --head-lr the last norm and the "
-        "heads do not take part, as its authors train a pretrained transformer", above=0
+        "heads do not take part, as its authors train a pretrained transformer", above=0, only=LERAC
     )
     lerac_min_lr: float = option(
-        "curriculum", 1e-8, "LeRaC: first learning rate of the output layer (input layer: --lr)", above=0
+        "curriculum", 1e-8, "LeRaC: first learning rate of the output layer (input layer: --lr)", above=0,
+        only=LERAC
     )
     cbs_every: float | None = option(
         "curriculum", None, "epochs after which CBS multiplies sigma by 0.9; 5 in its authors' code "
-        "(default: a twentieth of the run, so that smoothing also ends in short runs)", above=0
+        "(default: a twentieth of the run, so that smoothing also ends in short runs)", above=0, only=CBS
     )
     # -- optimisation
     recipe: str = option(
@@ -194,18 +211,21 @@ class TrainConfig:
     head_lr: float | None = option(
         "optimisation", None, "peak learning rate of the embedding head (default: 5e-5 for miniatures, "
         "whose head starts at ridge regression, else --lr)",
-        above=0, most=1e3
+        above=0, most=1e3, only=REGRESSOR
     )
     layer_decay: float | None = option(
         "optimisation", None, "factor between the learning rates of neighbouring blocks, falling towards the "
-        "input; 1 = one rate for all (default: 1; miniatures: as in the sweep)", above=0, most=1
+        "input; 1 = one rate for all (default: 1; miniatures: as in the sweep)", above=0, most=1,
+        only=REGRESSOR
     )
     weight_decay: float | None = option(
         "optimisation", None, "weight decay of adamw, or L2 penalty of adam (default: 0; captioners: 0.05)",
         least=0, most=1e3
     )
     clip_norm: float = option("optimisation", 1.0, "gradient clipping norm; 0 = no clipping", least=0)
-    mlc_weight: float = option("optimisation", 0.1, "lambda of equation (4)", least=0, most=1e6)
+    mlc_weight: float = option(
+        "optimisation", 0.1, "lambda of equation (4)", least=0, most=1e6, only=VOCABULARY_HEAD
+    )
     # -- machine
     device: str = option("machine", "auto", "auto, cpu, cuda")
     precision: str = option(
@@ -214,7 +234,7 @@ class TrainConfig:
     )
     compile: bool = option("machine", False, "torch.compile the regressor")
     activation_checkpointing: bool = option(
-        "machine", False, "recompute activations in the backward pass to save memory"
+        "machine", False, "recompute activations in the backward pass to save memory", only=REGRESSOR
     )
     workers: int | None = option(
         "machine", None, "processes that read images, for each training process (default: 0 where all inputs "
@@ -270,8 +290,8 @@ def is_preprocessing(values: Any) -> bool:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """A run's config.json, under today's names: TrainConfig's fields, `model`, `preprocessing` (see
-    `write_run`), `vocabulary`, the hash of its words (None in older runs) and, of --curriculum cbs,
-    `smoothing`. Raises data.DataError if the folder is not a run."""
+    `write_run`), `vocabulary`, the hash of its words, and `origin`, those of what made the inputs (None in
+    older runs), and, of --curriculum cbs, `smoothing`. Raises data.DataError if the folder is not a run."""
     path = folder / "config.json"
     if not path.is_file():
         raise data.DataError(f"{folder}: not a run of train.py (no config.json); give a run's folder")
@@ -281,10 +301,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise data.DataError(f"{path}: a field stands in it under an older name too ({RENAMED}); remove one")
     preprocessing = Rule("a data.Preprocessing, as train.py wrote it", is_preprocessing)
     derived = {"model": OBJECT, "preprocessing": preprocessing, "smoothing": number(least=0).or_else(None)}
-    derived["vocabulary"] = (TEXT | NULL).or_else(None)
+    derived |= {"vocabulary": (TEXT | NULL).or_else(None), "origin": (OBJECT | NULL).or_else(None)}
     content = checked(values, rules() | derived, path, closed=True)
     white_box = READERS[content["backbone"]].white_box
-    resolved = {"weights", *PAPER_DEFAULTS} - ADDED - set(() if white_box else WHITE_BOX)
+    resolved = {"weights", *PAPER_DEFAULTS} - ADDED - set(() if white_box else WHITE_BOX_FIELDS)
     check(content, dict.fromkeys(resolved, Rule("stated", lambda value: value is not None)), path)
     sides = [side for name, side in content["model"].items() if name.endswith(("img_size", "image_size"))]
     if sides and list(content["preprocessing"]["size"]) not in (sides[0], [sides[0]] * 2):
@@ -312,7 +332,7 @@ PAPER_RECIPE = {name: PAPER_DEFAULTS[name] for name in ("epochs", "head_start", 
 PAPER_RECIPE |= {"head_lr": None, "layer_decay": 1.0}
 SOURCE_DEFAULTS = {source: MINI_DEFAULTS | chosen for source, chosen in CHOSEN.items()}
 SOURCE_DEFAULTS["sd-mini"] |= SD_MINI_DEFAULTS  # also of a folder of this name
-WHITE_BOX = ("image_size", "captions", "unet_features")  # options of the U-Net alone
+WHITE_BOX_FIELDS = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata["only"] == WHITE_BOX}
 # Paper: only that BLIP and BLIP-2 are fine-tuned. Optimizer, weight decay (of all parameters) and rates are
 # those of their fine-tuning on COCO (salesforce/BLIP and LAVIS), without its random crops and flips, since
 # prompts may name positions, and without dropout.
@@ -320,11 +340,6 @@ CAPTIONER_DEFAULTS = {"heads": 1, "optimizer": "adamw", "weight_decay": 0.05, "l
 MINI_CAPTIONER = {"epochs": 6, "batch_size": 32, "lr": 1e-3}
 # At 1e-3 blip-mini, which has been trained on prompts, is worse on validation after an epoch than before.
 CAPTIONER_SOURCES = {"blip-large": {"lr": 2e-6}, "blip-mini": MINI_CAPTIONER | {"lr": 1e-4, "epochs": 3}}
-# Fields of a regressor alone, and their values in a captioner's run
-REGRESSORS = {
-    "random_start": False, "train_blocks": None, "head_start": "random", "head_lr": None, "layer_decay": 1.0,
-    "target_texts": None, "captions": None, "activation_checkpointing": False,
-}  # fmt: skip
 
 
 def defaults_of(config: TrainConfig, source: str) -> dict[str, Any]:
@@ -338,10 +353,8 @@ def defaults_of(config: TrainConfig, source: str) -> dict[str, Any]:
         defaults = PAPER_DEFAULTS | SOURCE_DEFAULTS.get(name, MINI_DEFAULTS if mini else {})
     if config.recipe == "paper":
         defaults |= PAPER_RECIPE
-    if config.backbone in CAPTIONERS:
-        defaults |= REGRESSORS
     if not backbone.white_box:
-        defaults = {k: v for k, v in defaults.items() if k not in WHITE_BOX}
+        defaults = {k: v for k, v in defaults.items() if k not in WHITE_BOX_FIELDS}
     if config.curriculum == "lerac":  # it sets the rates of all layers
         defaults |= {"head_lr": None, "layer_decay": 1.0}
     return defaults
@@ -350,39 +363,44 @@ def defaults_of(config: TrainConfig, source: str) -> dict[str, Any]:
 def resolve(config: TrainConfig) -> TrainConfig:
     """The configuration with the defaults for its `weights` in place of None.
 
-    Raises data.DataError for flags that conflict.
+    Raises data.DataError for flags that conflict or have no effect.
     """
-    backbone = READERS[config.backbone]
-    source = config.weights or backbone.mini
-    if not backbone.white_box:
-        if config.image_size:
-            raise data.DataError("--image-size: the weights of a black box set the size; leave it out")
-        if config.unet_features:
-            raise data.DataError("--unet-features: only --backbone unet has it; leave it out")
+    source = config.weights or READERS[config.backbone].mini
     defaults = defaults_of(config, source)
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, weights=source, **unset)
+    defaults = {f.name: f.default for f in dataclasses.fields(config)} | defaults
+    for name, reason in without_effect(vars(config)).items():
+        if getattr(config, name) != defaults[name]:
+            raise data.DataError(f"{flag_of(name)}: {reason}; leave it out")
     for message, occurs in conflicts(config).items():
         if occurs:
             raise data.DataError(message)
     return config
 
 
+def without_effect(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The fields that have no effect beside the others, e.g. lerac_epochs without LeRaC, with the reason."""
+    values, found = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | dict(fields), {}
+    for f in dataclasses.fields(TrainConfig):
+        other, needed = f.metadata["only"] or (f.name, (values[f.name],))
+        if f.name in fields and values[other] not in needed:
+            found[f.name] = f"only {flag_of(other)} {', '.join(map(str, needed))} uses it"
+            values[f.name] = f.default
+    return found
+
+
 def conflicts(c: TrainConfig) -> dict[str, Any]:
     """Whether each conflict between flags of a resolved configuration occurs, by its message."""
     weights, lerac, compared = epoch_weights(c) or [], c.curriculum == "lerac", f"--curriculum {c.curriculum}"
     captioner = c.backbone in CAPTIONERS
-    foreign = [name for name, value in REGRESSORS.items() if captioner and getattr(c, name) != value]
     recorded = c.phase_1 and (Path(c.phase_1) / "cosines.npy").is_file()
     # fmt: off
     return {
-        "--phase-1: only --curriculum difficulty uses it": c.phase_1 and c.curriculum != "difficulty",
         f"--phase-1 {c.phase_1}: {NO_COSINES}": c.phase_1 and not recorded,
         f"--epoch-weights: {len(weights)} weights for {c.epochs} epochs; give one for each":
             weights and not c.phase_1 and len(weights) != c.epochs,
         "--order mixed: needs --chunks thirds": c.order == "mixed" and c.chunks != "thirds",
-        f"--order {c.order}: only --curriculum difficulty uses it":
-            c.order != "easy-first" and c.curriculum != "difficulty",
         "--easy-share and --hard-share: together they are at most 1": c.easy_share + c.hard_share > 1,
         f"{compared}: needs blocks that train; leave out --train-blocks 0":
             c.curriculum in ("lerac", "cbs") and c.train_blocks == 0,
@@ -394,7 +412,6 @@ def conflicts(c: TrainConfig) -> dict[str, Any]:
             c.random_start and c.train_blocks is not None,
         f"--image-size {c.image_size}: must be a multiple of 8, the latents' grid":
             c.image_size and c.image_size % 8,
-        f"{', '.join(map(flag_of, foreign))}: not for --backbone {c.backbone}; leave it out": foreign,
         f"--heads {c.heads}: a captioner has no embedding head; give 0 or 1": captioner and c.heads > 1,
         f"{compared}: not for captioners; give none or difficulty":
             captioner and c.curriculum in ("lerac", "cbs"),

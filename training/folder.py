@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from reverse_sd import Vocabulary
 from schema import TEXT, number, read_json
 from training.config import NO_COSINES, TrainConfig, read_run
 from training.inputs import Prepared
+
+log = logging.getLogger("train")
 
 # The names in a run's folder beside config.json, in no order
 WRITTEN = ("vocabulary.json", "model.safetensors", "last", "log.jsonl", "result.json", "predictions",
@@ -79,8 +82,18 @@ def write_run(folder: Path, config: TrainConfig, prepared: Prepared, vocabulary:
         "preprocessing": prepared.preprocessing,
     }
     content = dataclasses.asdict(config) | {k: dataclasses.asdict(value) for k, value in derived.items()}
-    content["vocabulary"] = vocabulary.fingerprint
+    content |= {"vocabulary": vocabulary.fingerprint, "origin": prepared.origin}
     write_json(folder / "config.json", content)
+
+
+def mention_other_origin(folder: Path, prepared: Prepared) -> None:
+    """Warn if other models or captions made the inputs than those of the run's training."""
+    then = read_run(folder)["origin"] or prepared.origin
+    if changed := sorted(name for name, key in prepared.origin.items() if then.get(name) != key):
+        log.warning(
+            "%s: its inputs are made by other files than those of its training (%s); give back the files, or "
+            "train a new run", folder, ", ".join(changed)
+        )  # fmt: skip
 
 
 def save_cosines(folder: Path, cosines: np.ndarray, easiness: np.ndarray, **about: Any) -> None:

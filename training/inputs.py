@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +75,7 @@ class Prepared:
     inputs: tuple[np.ndarray | Distinct | Images, ...]  # of the backbone's forward, see `prepare`
     preprocessing: data.Preprocessing
     fingerprint: str  # of the prompts and their split, and of --target-texts
+    origin: dict[str, str] = field(default_factory=dict)  # hashes of what made the inputs: models, captions
 
 
 def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
@@ -102,7 +102,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     texts = read_target_texts(Path(config.target_texts), pairs.prompts) if config.target_texts else None
     targets = prompt_targets(pairs.prompts, device)
     inputs_of = unet_inputs if backbone.white_box else image_inputs
-    inputs, readable = inputs_of(config, pairs, preprocessing, device)
+    inputs, readable, origin = inputs_of(config, pairs, preprocessing, device)
     splits = {name: rows[readable[rows]] for name, rows in splits.items()}
     for name, rows in splits.items():
         if not len(rows):
@@ -114,7 +114,7 @@ def prepare(config: TrainConfig, device: str = "cpu") -> Prepared:
     if texts:
         targets = with_rows(targets, splits["train"], mean_targets(texts, device))
         digest.update("\n".join(texts).encode())
-    return Prepared(pairs, splits, targets, inputs, preprocessing, digest.hexdigest())
+    return Prepared(pairs, splits, targets, inputs, preprocessing, digest.hexdigest(), origin)
 
 
 def split_pairs(config: TrainConfig, path: Path) -> tuple[int, data.Pairs, dict[str, np.ndarray]]:
@@ -255,8 +255,9 @@ def with_rows(targets: Distinct, rows: np.ndarray, others: Distinct) -> Distinct
 
 def unet_inputs(
     config: TrainConfig, pairs: data.Pairs, preprocessing: data.Preprocessing, device: str
-) -> tuple[tuple, np.ndarray]:
-    """Latents and caption states of all pairs, or the frozen U-Net's features; readable images as a mask."""
+) -> tuple[tuple, np.ndarray, dict[str, str]]:
+    """Latents and caption states of all pairs, or the frozen U-Net's features; readable images as a mask;
+    `Prepared.origin`."""
     cache, source = weights.cache_dir(), config.weights
     sd = SDReader(source, captioner_of(config.captions), device)
     vae = weights.config("vae", source)
@@ -268,20 +269,18 @@ def unet_inputs(
     (latents, readable), *made = image_caches(cache, pairs, encoders, config.workers, device)
     captions = as_texts(made[0][0]) if made else captions_of(config, pairs)
     contexts = text_states(sd, captions, autocast)
+    key = {"vae": vae_key, "text": text_key}
+    key["captions"] = hashlib.sha256("\n".join(captions).encode()).hexdigest()
+    # Captions that are made may differ between devices.
+    origin = key | ({"captions": weights.fingerprint("blip", sd.captioner)} if sd.captioner else {})
     if config.train_blocks != 0:
-        return (latents, contexts), readable
-
-    key = {
-        "vae": vae_key,
-        "text": text_key,
-        "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
-        "preprocessing": dataclasses.asdict(preprocessing),
-    }
+        return (latents, contexts), readable, origin
 
     def inputs_of(rows: np.ndarray) -> list[Tensor]:
         return [torch.from_numpy(x[rows].astype(np.float32)) for x in (latents, contexts)]
 
-    return (cached_rows(cache, pairs, features_encoder(config, device, key, inputs_of)),), readable
+    encoder = features_encoder(config, device, key | {"preprocessing": asdict(preprocessing)}, inputs_of)
+    return (cached_rows(cache, pairs, encoder),), readable, origin | {"model": encoder.key["model"]}
 
 
 def text_states(sd: SDReader, texts: list[str], autocast: str) -> Distinct:
@@ -349,16 +348,17 @@ def encoder_autocast(config: TrainConfig, device: str) -> str:
 
 def image_inputs(
     config: TrainConfig, pairs: data.Pairs, preprocessing: data.Preprocessing, device: str
-) -> tuple[tuple, np.ndarray]:
-    """The images of all pairs, or the frozen backbone's features; readable images as a mask."""
+) -> tuple[tuple, np.ndarray, dict[str, str]]:
+    """The images of all pairs, or the frozen backbone's features; readable images as a mask;
+    `Prepared.origin`."""
     if config.train_blocks != 0:
         readable = Encoder("readable", {}, (1,), np.uint8, 256, lambda images: torch.zeros(len(images), 1))
         _, ok = cached_images(weights.cache_dir(), pairs, preprocessing, readable, config.workers, device)
-        return (Images(pairs, preprocessing),), ok
+        return (Images(pairs, preprocessing),), ok, {}
     encoder = features_encoder(config, device, {}, lambda images: [images])
-    encoder = dataclasses.replace(encoder, autocast=encoder_autocast(config, device))
+    encoder = replace(encoder, autocast=encoder_autocast(config, device))
     features, ok = cached_images(weights.cache_dir(), pairs, preprocessing, encoder, config.workers, device)
-    return (features,), ok
+    return (features,), ok, {"model": encoder.key["model"]}
 
 
 def load_backbone(config: TrainConfig) -> nn.Module:

@@ -52,12 +52,18 @@ class Options:
             parts = value if isinstance(value, Mapping) else None
             flat |= {option: value} if parts is None else {f"{option}.{k}": v for k, v in parts.items()}
         known = {*self.told, *self.only, *(flat if self.harmless is None else self.harmless)}
+        # diffusers also takes one value per level
+        each = {name: x if isinstance(x, list) and x else [x] for name, x in flat.items()}
         faults = {
-            "this kind of model is not implemented here":
-                [option for option in self.only if option in flat and flat[option] not in self.only[option]],
-            "options unknown here, which may change the model":
-                [option for option, value in flat.items()
-                 if option not in known and option[0] != "_" and value is not None and value is not False],
+            "this kind of model is not implemented here": [
+                option for option, values in self.only.items()
+                if option in flat and flat[option] not in values
+                and not all(value in values for value in each[option])
+            ],
+            "options unknown here, which may change the model": [
+                option for option in flat if option not in known and option[0] != "_"
+                and any(value is not None and value is not False for value in each[option])
+            ],
         }
         for fault, options in faults.items():
             if options:

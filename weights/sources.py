@@ -35,6 +35,8 @@ WEIGHTS = [f"{stem}.{end}" for stem in STEMS for end in ("safetensors", "safeten
     f"{stem}.{end}" for stem in STEMS
     for end in ("fp16.safetensors", "safetensors.index.fp16.json", "fp16.safetensors.index.json")
 ]
+SHARD = r"-\d+-of-(?!0*1\b)\d+\b"  # of several
+LORA = r"(^|[._])lora[._]"  # as PEFT, diffusers and kohya-ss name its tensors
 FILE_OR_INDEX = r"\.safetensors(\.index(\.\w+)?\.json)?$"
 SINGLE_FILE = tuple(prefix for kind in KINDS.values() for prefix in kind.single_file)
 # Of torch.compile, DataParallel and others: they wrap modules and stay in the names
@@ -237,7 +239,7 @@ def read(kind: str, source: str | os.PathLike) -> WeightsSource:
 @functools.lru_cache(maxsize=32)
 def _read(kind: Kind, path: Path, state: tuple) -> WeightsSource:
     folder, where = path if path.is_dir() else path.parent, str(path)
-    raw = stored_in(path)
+    raw = stored_in(path, kind)
     single = any(name.startswith(SINGLE_FILE) for name in raw)
     prefix = _part_prefix(kind, raw, where) if single else ""
     stored = {name.removeprefix(prefix): entry for name, entry in raw.items() if name.startswith(prefix)}
@@ -328,18 +330,20 @@ def holds(kind: str, root: Path) -> bool:
     return weights_file(part_folder(kind, root)) is not None
 
 
-def weights_file(folder: Path) -> Path | None:
+def weights_file(folder: Path, kind: Kind | None = None) -> Path | None:
     """The folder's weights, or the index of their shards: full precision first, then fp16, then a lone one
-    of any name. Shards count where there is nothing else."""
+    of any name; of several, as timm's and open_clip's side by side, the first that holds that kind."""
     named = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if kind and len(named) > 1:
+        return next((file for file in named if kind.find_dialect(_tensors(file))), named[0])
     files = [path for path in folder.glob("*.safetensors*") if re.search(FILE_OR_INDEX, path.name)]
-    lone = [path for path in files if not re.search(r"-\d+-of-\d+\b", path.name)] or files
+    lone = [path for path in files if not re.search(SHARD, path.name)]
     return named[0] if named else lone[0] if len(lone) == 1 else None
 
 
-def stored_in(path: Path) -> dict[str, Stored]:
-    """The tensors of a file, or of a folder's weights: one file or shards with their index."""
-    file = weights_file(path) if path.is_dir() else path
+def stored_in(path: Path, kind: Kind | None = None) -> dict[str, Stored]:
+    """The tensors of a file, or of a folder's weights (of that kind): one file or shards with their index."""
+    file = weights_file(path, kind) if path.is_dir() else path
     if file is None:
         for pickled in sorted(path.iterdir()):
             refuse_pickle(pickled)
@@ -347,9 +351,21 @@ def stored_in(path: Path) -> dict[str, Stored]:
         others = sorted(x for x in path.iterdir() if re.search(r"\.safetensors|^models--", x.name))
         if lost := [other.name for other in others if not other.exists()]:
             raise WeightsError(f"{path}: {listed(lost)}: a link to a file that is gone; fetch it again")
-        shown = f" but {listed([other.name for other in others])}; give or rename one" if others else ""
+        shards = others and all(re.search(SHARD, other.name) for other in others)
+        do = "shards; fetch their index (.safetensors.index.json) too" if shards else "give or rename one"
+        shown = f" but {listed([other.name for other in others])}; {do}" if others else ""
         raise WeightsError(f"{path} holds no weights ({usual}){shown}")
-    return _unwrapped(stored_tensors(file) if file.suffix != ".json" else _shards(file), file)
+    return _tensors(file)
+
+
+def _tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a file, or of the shards of an index."""
+    if file.suffix == ".json" and not re.search(FILE_OR_INDEX, file.name):
+        raise WeightsError(f"{file}: neither a .safetensors file nor an index of shards; give its folder")
+    stored = stored_tensors(file) if file.suffix != ".json" else _shards(file)
+    if any(re.search(LORA, name) for name in stored):
+        raise WeightsError(f"{file}: a LoRA, changes to the weights of a model; give that model itself")
+    return _unwrapped(stored, file)
 
 
 def _unwrapped(stored: Mapping[str, Stored], file: Path) -> dict[str, Stored]:

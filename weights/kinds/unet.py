@@ -101,6 +101,9 @@ OPTIONS = Options(
         "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "cross_attention_dim",
         "attention_head_dim", "num_attention_heads", "sample_size", "dropout", "upcast_attention",
         "addition_embed_type_num_heads", "addition_time_embed_dim",
+        # Of the average over training that diffusers' trainers write into unet_ema/
+        "decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step",
+        "use_ema_warmup",
     },
 )
 
