@@ -279,8 +279,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk's error names none
-        raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # not the temporary's
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from columns import PairsBuilder
 from embedded import NoPrompt, sidecar_prompt
@@ -74,8 +75,9 @@ def read_manifest(path: Path, builder: PairsBuilder, unlisted: dict[str, Path]) 
         if not isinstance(name, str) or not name:
             builder.skip(f"{path}, line {k}", row if isinstance(row, str) else "names no image")
             continue
-        if "\\" in name and not os.path.isfile(path.parent / name):  # written on Windows
-            name = name.replace("\\", "/")
+        slashes = name.replace("\\", "/")  # Windows writes the others; a Mac splits accents from letters
+        spellings = (name, slashes, *(normalize(form, slashes) for form in ("NFC", "NFD")))
+        name = next((spelling for spelling in spellings if os.path.isfile(path.parent / spelling)), slashes)
         if not os.path.isfile(path.parent / name):
             builder.skip(path.parent / name, "in the manifest but not there")
         else:

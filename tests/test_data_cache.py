@@ -411,6 +411,8 @@ def test_atomic_write(tmp_path, monkeypatch):
                 atomic_write(path, "newer")
         assert caught.value.filename == str(path)
         assert path.read_bytes() == b"\0new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match=r"no/a\.json'$"):  # not its temporary file
+        atomic_write(tmp_path / "no" / "a.json", "newer")
 
 
 def test_json_and_arrays_are_written_with_their_folders(tmp_path):

@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -139,6 +140,16 @@ def test_linked_folders_are_read_once(tmp_path):
     pairs = read_pairs(root)
     assert pairs.names == ["linked/b.png", "own/a.png"] and pairs.prompts == ["b", "a"]
     assert pairs.image(0).size == (12, 8)
+
+
+@pytest.mark.parametrize("file, listed", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_whose_accents_are_written_apart(tmp_path, file, listed):
+    """Macs split "é" into letter and accent; both are the same text."""
+    folder_of(tmp_path, normalize(file, "café.png"))
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{normalize(listed, 'café.png')},a cup\n")
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts == ["a cup"] and pairs.names == [normalize(file, "café.png")]
+    assert pairs.image(0).size == (12, 8) and not pairs.skipped
 
 
 def test_names_written_on_windows(tmp_path):
