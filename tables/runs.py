@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 import data
-from backbones import BACKBONES, READERS
+from backbones import BACKBONES, CAPTIONERS, READERS
 from schema import number, read_json
 from training.config import RESUMABLE, TrainConfig, resolve, without_effect
 from training.folder import saved_fields
@@ -127,6 +127,8 @@ class Plan:
         recipe = dict(RECIPES[run.recipe])
         for name in recipe.keys() & {"data", "weights", "target_texts"}:
             recipe[name] = recipe[name].format(second=self.second, runs=self.folder)
+        if run.backbone in CAPTIONERS:
+            recipe["heads"] = min(recipe["heads"], 1)  # a captioner's vocabulary head is that of placement 1
         fixed = {"backbone": run.backbone, "data": self.data, "weights": self.sources[run.backbone]}
         fixed |= {"seed": seed, "device": self.device} | recipe | dict(run.changes)
         foreign = without_effect(self.options | fixed)
