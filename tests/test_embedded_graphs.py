@@ -572,6 +572,10 @@ EDITED = {
         edited_node(6, "CLIPTextEncode", text=("STRING", 4)), edited_node(12, "X", text=("STRING", 7)),
         edited_node(10, "Text Pair", WANT, "other words", text_1="STRING", text_2="STRING"),
     ],
+    "a typed part before a linked one": [
+        edited_node(6, "CLIPTextEncode", text=("STRING", 4)), edited_node(11, "PrimitiveNode", WANT[6:]),
+        edited_node(10, "Join", WANT[:5], " ", string_a="STRING", string_b=("STRING", 5), delimiter="STRING"),
+    ],
     "a switch by a linked number": [
         edited_node(6, "CLIPTextEncode", text=("STRING", 4)), edited_node(11, "PrimitiveNode", "not this"),
         edited_node(10, "Text Switch", text1=("STRING", 5), text2=("STRING", 9), select=("INT", 10)),
