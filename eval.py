@@ -261,10 +261,10 @@ def main(argv: list[str] | None = None) -> int:
     args, flags = parser.parse_known_args(argv)
     if flags and not making:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    given -= {"run", "device"}
-    if given and not making:
-        parser.error(f"--{min(given)}: only --table, --figure and --vote use it; leave it out")
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    changed -= {"run", "device"}
+    if changed and not making:
+        parser.error(f"--{min(changed)}: only --table, --figure and --vote use it; leave it out")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def evaluate_runs() -> None:
