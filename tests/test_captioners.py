@@ -494,7 +494,7 @@ def test_the_defaults_are_those_of_the_authors_fine_tuning():
         (["--image-size", "64"], "--image-size"),
         (["--curriculum", "lerac"], "--curriculum lerac: not for captioners"),
         (["--weights", "sd-mini"], "sd-mini"),
-        (["--backbone", "vit", "--difficulty-by", "caption"], "--difficulty-by caption: only captioners"),
+        (["--backbone", "vit", "--difficulty-by", "caption"], "--difficulty-by: only --backbone blip, blip2"),
     ],
 )
 def test_flags_that_do_not_apply(flags: list[str], message: str, few_scenes: Path, capsys, tmp_path: Path):

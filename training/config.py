@@ -39,7 +39,7 @@ GROUPS = {
 
 
 DIFFICULTY, LERAC, CBS = (("curriculum", (name,)) for name in ("difficulty", "lerac", "cbs"))
-WHITE_BOX, REGRESSOR = ("backbone", ("unet",)), ("backbone", tuple(BACKBONES))
+WHITE_BOX, REGRESSOR, CAPTIONER = (("backbone", tuple(x)) for x in (("unet",), BACKBONES, CAPTIONERS))
 VOCABULARY_HEAD, THRESHOLDS = ("heads", (1, 2, 3)), ("chunks", ("thresholds",))
 
 
@@ -158,7 +158,7 @@ class TrainConfig:
     difficulty_by: str = option(
         "curriculum", "likelihood", "captioners: the score of a training sample in phase 1: likelihood = the "
         "true prompt's mean token likelihood; caption = the cosine of the sentence embeddings of the prompt "
-        "and of a greedy caption, the paper's words", ("likelihood", "caption")
+        "and of a greedy caption, the paper's words", ("likelihood", "caption"), only=CAPTIONER
     )
     phase_1: str | None = option(
         "curriculum", None, "skip phase 1 and reuse the cosines of this run (same pairs and split, trained "
@@ -415,8 +415,6 @@ def conflicts(c: TrainConfig) -> dict[str, Any]:
         f"--heads {c.heads}: a captioner has no embedding head; give 0 or 1": captioner and c.heads > 1,
         f"{compared}: not for captioners; give none or difficulty":
             captioner and c.curriculum in ("lerac", "cbs"),
-        "--difficulty-by caption: only captioners have it; leave it out":
-            c.difficulty_by == "caption" and not captioner,
     }
     # fmt: on
 
