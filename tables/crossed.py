@@ -8,14 +8,20 @@ better than the other U-Net does. It does not depend on which U-Net is better or
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 import data
 import weights
+from schema import read_json
 from tables.cells import MEAN, cell_texts, contrasts_text, frozen_cosines, part, trained_cosines
 from tables.exhibit import Exhibit, bullets, markdown, page, provenance_text
 from tables.runs import Plan, RunName
 from training.inputs import pairs_folder, split_pairs
+from weights.fetch import where
+from weights.registry import ENTRIES
 
 READERS = {  # backbone, its recipes on the pictures of A and of B
     "U-Net A": ("unet", "captions-empty", "captions-empty-on-second"),
@@ -43,6 +49,17 @@ CONTRASTS = {
     "U-Net B on B − Swin on B": (("U-Net B on B",), ("Swin on B",)),
 }
 FROZEN_SEEDS = (0, 1, 2, 3, 4)  # splits of the part without training
+FOUND = "found by the probe"
+FACTS = {  # of a generator: its card (vae, unet, pictures) and the keys there
+    "steps of the autoencoder": ("vae", "steps"),
+    "PSNR of held-out pictures, dB": ("vae", "psnr_db"),
+    "steps of the U-Net": ("unet", "steps"),
+    "loss on held-out pictures": ("unet", "held_out_loss"),
+    "single subjects that the probe finds": ("pictures", FOUND, "one subject", "subject"),
+    "their colours": ("pictures", FOUND, "one subject", "colour"),
+    "their places": ("pictures", FOUND, "one subject", "place"),
+    "subjects, of two in a picture": ("pictures", FOUND, "two subjects", "subject"),
+}
 
 
 def require_same_pairs(plan: Plan) -> None:
@@ -57,12 +74,29 @@ def require_same_pairs(plan: Plan) -> None:
         )
 
 
+def facts(source: str, pictures: str) -> dict:
+    """The FACTS of a generator from the cards beside its weights and its pictures; None without a card."""
+    folder = where(ENTRIES[source]) if source in ENTRIES else Path(source)
+    folders = {"vae": folder / "vae", "unet": folder / "unet", "pictures": pairs_folder(pictures)}
+    paths = {name: folder / "card.json" for name, folder in folders.items()}
+    cards = {name: read_json(path) if path.exists() else {} for name, path in paths.items()}
+    found: dict[str, float | None] = {}
+    for fact, keys in FACTS.items():
+        value: Any = cards
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        found[fact] = value
+    return found
+
+
 def compute(plan: Plan) -> dict:
     trained = part(plan.seeds, CONTRASTS, lambda seed: trained_cosines(plan, CELLS, seed))
     frozen = part(FROZEN_SEEDS, CONTRASTS, lambda seed: frozen_cosines(plan, CELLS, seed))
     sources = {"A": plan.sources["unet"], "B": str(plan.second / "sd-mini")}
     unets = {name: weights.fingerprint("unet", source) for name, source in sources.items()}
-    return {"unets": unets} | trained | {"frozen": frozen}
+    pictures = {"A": plan.data, "B": str(plan.second / "generated")}
+    generators = {name: facts(source, pictures[name]) for name, source in sources.items()}
+    return {"unets": unets, "generators": generators} | trained | {"frozen": frozen}
 
 
 def part_text(part: dict) -> tuple[str, str]:
@@ -74,7 +108,9 @@ def part_text(part: dict) -> tuple[str, str]:
 
 
 def text(result: dict) -> str:
-    frozen = result["frozen"]
+    frozen, cards = result["frozen"], [result["generators"][name] for name in "AB"]
+    # 23.16, .0991, and nothing for None
+    generators = [(fact, *(str(card[fact] or "").removeprefix("0") for card in cards)) for fact in FACTS]
     notes = (
         "A is the embedded sd-mini, B an autoencoder and a U-Net of another seed with A's text tower. Both "
         "drew the same prompts; the splits are the same. Swin and ViT are the embedded miniatures. A U-Net "
@@ -95,6 +131,8 @@ def text(result: dict) -> str:
         *part_text(result),
         frozen_title,
         *part_text(frozen),
+        "## The generators",
+        markdown("from their cards | A | B", generators),
         bullets(notes),
     )
 

@@ -17,6 +17,7 @@ from mini import scenes
 from tables import crossed
 from tables.cells import MEAN, part
 from tables.crossed import CELLS, CONTRASTS, READERS
+from tables.exhibit import provenance
 from tables.runs import SOURCES, Plan
 from training.config import TrainConfig, resolve
 
@@ -68,6 +69,20 @@ def test_contrasts_by_hand():
     assert "| Swin | .5450 |" in text and "| +.0400 |" in text
 
 
+def test_the_generators_are_described_by_their_cards(tmp_path: Path):
+    """Those of the embedded generator; of a folder those that it has, with nothing for a damaged one."""
+    ours = crossed.facts("sd-mini", "mini")
+    assert ours["steps of the autoencoder"] == 8000 and ours["steps of the U-Net"] == 10_000
+    mini = json.loads((ROOT / "mini" / "generated" / "card.json").read_text())["found by the probe"]
+    assert ours["subjects, of two in a picture"] == mini["two subjects"]["subject"]
+    assert None not in ours.values()
+    for name, card in (("unet", {"steps": 7}), ("pictures", {"found by the probe": 3})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "card.json").write_text(json.dumps(card))
+    found = crossed.facts(str(tmp_path), str(tmp_path / "pictures"))
+    assert {fact: value for fact, value in found.items() if value is not None} == {"steps of the U-Net": 7}
+
+
 def test_pictures_of_other_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     for name, seed in (("a", 0), ("b/generated", 0), ("c/generated", 1)):
         scenes.build(tmp_path / name, parts=1, per_part=20, seed=seed, progress=False)
@@ -91,7 +106,13 @@ def test_both_parts_have_their_own_cosines_and_seeds(tmp_path: Path, monkeypatch
     monkeypatch.setattr(crossed, "trained_cosines", known(0.5))
     monkeypatch.setattr(crossed, "frozen_cosines", known(0.25))
     shutil.copytree(ROOT / "mini" / "sd-mini", tmp_path / "sd-mini")
-    result = crossed.compute(plan_of(Path("mini"), tmp_path))
+    ours = crossed.facts("sd-mini", "mini")
+    pictures = [fact for fact, (card, *_) in crossed.FACTS.items() if card == "pictures"]  # B has none here
+    plan = plan_of(Path("mini"), tmp_path)
+    result = crossed.compute(plan)
+    assert result["generators"] == {"A": ours, "B": ours | dict.fromkeys(pictures)}
+    text = crossed.text(provenance(plan) | result)
+    assert "| steps of the U-Net | 10000 | 10000 |" in text and "| their places | .9739 |  |" in text
     for i, name in enumerate([MEAN, *CELLS]):
         trained, frozen = result["rows"][i], result["frozen"]["rows"][i]
         assert trained["name"] == frozen["name"] == name
