@@ -51,10 +51,13 @@ CONTRASTS = {
 FROZEN_SEEDS = (0, 1, 2, 3, 4)  # splits of the part without training
 FOUND = "found by the probe"
 FACTS = {  # of a generator: its card (vae, unet, pictures) and the keys there
-    "steps of the autoencoder": ("vae", "steps"),
+    "autoencoder": ("vae", "command"),
+    "the autoencoder was trained on": ("vae", "trained_on"),
     "PSNR of held-out pictures, dB": ("vae", "psnr_db"),
-    "steps of the U-Net": ("unet", "steps"),
-    "loss on held-out pictures": ("unet", "held_out_loss"),
+    "U-Net": ("unet", "command"),
+    "the U-Net was trained on": ("unet", "trained_on"),
+    "its loss on held-out pictures": ("unet", "held_out_loss"),
+    "pictures": ("pictures", "command"),
     "single subjects that the probe finds": ("pictures", FOUND, "one subject", "subject"),
     "their colours": ("pictures", FOUND, "one subject", "colour"),
     "their places": ("pictures", FOUND, "one subject", "place"),
@@ -80,7 +83,7 @@ def facts(source: str, pictures: str) -> dict:
     folders = {"vae": folder / "vae", "unet": folder / "unet", "pictures": pairs_folder(pictures)}
     paths = {name: folder / "card.json" for name, folder in folders.items()}
     cards = {name: read_json(path) if path.exists() else {} for name, path in paths.items()}
-    found: dict[str, float | None] = {}
+    found: dict[str, Any] = {}
     for fact, keys in FACTS.items():
         value: Any = cards
         for key in keys:

@@ -72,15 +72,15 @@ def test_contrasts_by_hand():
 def test_the_generators_are_described_by_their_cards(tmp_path: Path):
     """Those of the embedded generator; of a folder those that it has, with nothing for a damaged one."""
     ours = crossed.facts("sd-mini", "mini")
-    assert ours["steps of the autoencoder"] == 8000 and ours["steps of the U-Net"] == 10_000
+    assert "vae --parts 48 --steps 8000" in ours["autoencoder"] and "--steps 10000" in ours["U-Net"]
     mini = json.loads((ROOT / "mini" / "generated" / "card.json").read_text())["found by the probe"]
     assert ours["subjects, of two in a picture"] == mini["two subjects"]["subject"]
-    assert None not in ours.values()
-    for name, card in (("unet", {"steps": 7}), ("pictures", {"found by the probe": 3})):
+    assert [fact for fact, value in ours.items() if not value] == ["the autoencoder was trained on"]  # a CPU
+    for name, card in (("unet", {"held_out_loss": 0.125}), ("pictures", {"found by the probe": 3})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "card.json").write_text(json.dumps(card))
     found = crossed.facts(str(tmp_path), str(tmp_path / "pictures"))
-    assert {fact: value for fact, value in found.items() if value is not None} == {"steps of the U-Net": 7}
+    assert {fact: v for fact, v in found.items() if v is not None} == {"its loss on held-out pictures": 0.125}
 
 
 def test_pictures_of_other_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -112,7 +112,8 @@ def test_both_parts_have_their_own_cosines_and_seeds(tmp_path: Path, monkeypatch
     result = crossed.compute(plan)
     assert result["generators"] == {"A": ours, "B": ours | dict.fromkeys(pictures)}
     text = crossed.text(provenance(plan) | result)
-    assert "| steps of the U-Net | 10000 | 10000 |" in text and "| their places | .9739 |  |" in text
+    assert "| its loss on held-out pictures | .0991 | .0991 |" in text
+    assert "| their places | .9739 |  |" in text
     for i, name in enumerate([MEAN, *CELLS]):
         trained, frozen = result["rows"][i], result["frozen"]["rows"][i]
         assert trained["name"] == frozen["name"] == name
