@@ -112,8 +112,8 @@ def part_text(part: dict) -> tuple[str, str]:
 
 def text(result: dict) -> str:
     frozen, cards = result["frozen"], [result["generators"][name] for name in "AB"]
-    # 23.16, .0991, and nothing for None
-    generators = [(fact, *(str(card[fact] or "").removeprefix("0") for card in cards)) for fact in FACTS]
+    values = [(fact, *("" if card[fact] is None else str(card[fact]) for card in cards)) for fact in FACTS]
+    generators = [[cell.removeprefix("0") for cell in row] for row in values]  # 23.16, .0991
     notes = (
         "A is the embedded sd-mini, B an autoencoder and a U-Net of another seed with A's text tower. Both "
         "drew the same prompts; the splits are the same. Swin and ViT are the embedded miniatures. A U-Net "
