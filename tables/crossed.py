@@ -8,7 +8,6 @@ better than the other U-Net does. It does not depend on which U-Net is better or
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,6 @@ from tables.cells import MEAN, cell_texts, contrasts_text, frozen_cosines, part,
 from tables.exhibit import Exhibit, bullets, markdown, page, provenance_text
 from tables.runs import Plan, RunName
 from training.inputs import pairs_folder, split_pairs
-from weights.fetch import where
-from weights.registry import ENTRIES
 
 READERS = {  # backbone, its recipes on the pictures of A and of B
     "U-Net A": ("unet", "captions-empty", "captions-empty-on-second"),
@@ -79,10 +76,10 @@ def require_same_pairs(plan: Plan) -> None:
 
 def facts(source: str, pictures: str) -> dict:
     """The FACTS of a generator from the cards beside its weights and its pictures; None without a card."""
-    folder = where(ENTRIES[source]) if source in ENTRIES else Path(source)
+    folder = weights.resolve(source)
     folders = {"vae": folder / "vae", "unet": folder / "unet", "pictures": pairs_folder(pictures)}
-    paths = {name: folder / "card.json" for name, folder in folders.items()}
-    cards = {name: read_json(path) if path.exists() else {} for name, path in paths.items()}
+    paths = {name: place / "card.json" for name, place in folders.items()}
+    cards = {name: read_json(path) for name, path in paths.items() if path.exists()}
     found: dict[str, Any] = {}
     for fact, keys in FACTS.items():
         value: Any = cards
