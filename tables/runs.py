@@ -69,16 +69,17 @@ RECIPES |= {f"{recipe}-tuned": RECIPES[recipe] | values for recipe, values in TU
 # The recipe whose recorded cosines a curriculum uses.
 PHASE_1 = {"mlc-cl": "mlc", "cl": "plain", "cl-tuned": "plain"}
 
+Changes = tuple[tuple[str, Any], ...]  # (field of TrainConfig, value)
 SET_BY_ROWS = {"backbone", "heads", "curriculum", "record_cosines", "phase_1", "seed", "plan", "memory"}
 
 
 @dataclass(frozen=True)
 class RunName:
-    """A backbone trained by a recipe of RECIPES; `changes`: (field of TrainConfig, value) beside it."""
+    """A backbone trained by a recipe of RECIPES with `changes`."""
 
     backbone: str
     recipe: str
-    changes: tuple[tuple[str, Any], ...] = ()
+    changes: Changes = ()
 
     @property
     def name(self) -> str:

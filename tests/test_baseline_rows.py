@@ -145,11 +145,10 @@ def test_dakl_on_the_median(plan: Plan):
 
 
 BASELINES = {
-    1: ["CLIP", "U-Net", "Swin", "ViT", "caption", "Swin + caption"],
+    **dict.fromkeys((1, 11, "paper-recipe"), ["CLIP", "U-Net", "Swin", "ViT", "caption", "Swin + caption"]),
     2: ["Swin"],
     7: ["ViT"],
     **dict.fromkeys((8, 9, 10), ["CLIP + U-Net + Swin + ViT", "caption", "Swin + caption"]),
-    11: ["CLIP", "U-Net", "Swin", "ViT", "caption", "Swin + caption"],
     "captions": ["U-Net, empty text", "U-Net", "U-Net, the true prompt", "caption", "Swin + caption"],
     "white-box": [
         "Swin", "U-Net, empty text", "U-Net", "U-Net, plain captions", "caption", "Swin + caption",
@@ -170,8 +169,20 @@ def test_the_baselines_of_each_table():
     assert plain.method == FrozenMethod((), RunName("unet", "captions-plain"))
 
 
-def test_the_same_table_with_other_recipes():
-    table = ROW_TABLES["white-box"].with_recipes({"mlc": "head-2"})
-    names = ["swin-head-2", "unet-captions-empty", "unet-head-2", "unet-captions-plain"]
-    assert [run.name for run in table.runs] == names
-    assert table.baselines == ROW_TABLES["white-box"].baselines
+def test_the_papers_recipe_beside_the_chosen_ones(plan: Plan):
+    table, chosen = ROW_TABLES["paper-recipe"], ROW_TABLES[1]
+    ours = dict(zip(table.rows[-4:], ("CLIP", "U-Net", "Swin", "ViT"), strict=True))
+    for row, other in zip(table.rows[:-4], chosen.rows, strict=True):
+        assert (row.name, row.paper, row.against) == (other.name, other.paper, other.against)
+        (run,), (same,) = row.runs, other.runs
+        config, default = plan.config(run, 0), plan.config(same, 0)
+        assert run.name == f"{same.name}-recipe=paper" and config.heads == default.heads
+        assert (config.epochs, config.head_start, config.head_lr) == (3, "random", None)
+        assert (config.lr, config.batch_size) == (default.lr, default.batch_size)
+        assert config.unet_features == ("middle" if run.backbone == "unet" else None)
+        assert (run.phase_1 and run.phase_1.name) == (same.phase_1 and f"{same.phase_1.name}-recipe=paper")
+    for row, name in ours.items():
+        assert row.against == (name,) and row.runs == (RunName(row.runs[0].backbone, "plain"),)
+        assert row.name == f"{name}, recipe chosen on validation" and row.paper is None
+    frozen = {row.name: row.method for row in table.baselines}
+    assert frozen["ridge: U-Net"] == FrozenMethod((RunName("unet", "plain", (("recipe", "paper"),)),))
