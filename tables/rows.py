@@ -177,9 +177,8 @@ def table_7() -> Table:
             ),
         ),
         (
-            "All four without a vocabulary head. Paper: it does not state this; but its .6526 is the plain "
-            "ViT of table 1, and its .6544 differs from table 1's .6550 for head and curriculum "
-            "together.",
+            "All without a vocabulary head. Paper: it does not state this; but its .6526 is the plain ViT of "
+            "table 1, and its .6544 differs from table 1's .6550 for head and curriculum together.",
             "Tuned: chosen on validation (table sweep). LeRaC's rates then fall over the blocks alone, as "
             "its authors train a pretrained transformer.",
         ),
