@@ -46,7 +46,7 @@ BACKBONES = {
     "vit": lambda: vit.ViT(vit.CONFIGS["vit-mini"]),
     "swin": lambda: swin.Swin(swin.CONFIGS["swin-mini"]),
     "probe": lambda: swin.Swin(PROBE),
-    "probe-vit": lambda: vit.ViT(replace(vit.CONFIGS["vit-mini"], patch_size=(4, 4))),
+    "probe-vit": lambda: vit.ViT(vit.CONFIGS["vit-mini"]),
 }
 PROBES = ("probe", "probe-vit")
 REBUILT = 16_000  # of the pictures, for the probes

@@ -26,7 +26,7 @@ A second generator, with a seed of its own and sd-mini's text tower, in another 
 
 A second probe, of another architecture, for the tables probe and difficulty; it is not shipped:
 
-    python -m mini.pretrain probe-vit --seed 1 --folder second --device cuda
+    python -m mini.pretrain probe-vit --seed 1 --folder second
 """
 
 from __future__ import annotations
@@ -98,11 +98,7 @@ PARTS = {
     "vit": Part(NAMING_RECIPE, partial(train_namer, "vit"), "vit-mini"),
     "swin": Part(NAMING_RECIPE, partial(train_namer, "swin"), "swin-mini"),
     "probe": Part(replace(NAMING_RECIPE, steps=9000), partial(train_namer, "probe"), "probe"),
-    "probe-vit": Part(
-        replace(NAMING_RECIPE, steps=8000, batch_size=128, warmup=500),
-        partial(train_namer, "probe-vit"),
-        "probe-vit",
-    ),
+    "probe-vit": Part(replace(NAMING_RECIPE, steps=8000), partial(train_namer, "probe-vit"), "probe-vit"),
     "plain": Part(captioning.PLAIN_RECIPE, captioning.train_plain, captioning.PLAIN),
     "opt": Part(captioning.OPT_RECIPE, captioning.train_opt, captioning.BLIP_2),
     "qformer": Part(captioning.QFORMER_RECIPE, captioning.train_qformer, captioning.BLIP_2),

@@ -230,7 +230,6 @@ def test_redrawn_scenes_leave_out_the_recorded_share():
 def two_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes of random weights, with cards, in folders of their own, and few pictures."""
     torch.manual_seed(0)
-    monkeypatch.setitem(naming.BACKBONES, "probe-vit", naming.BACKBONES["vit"])  # faster
     for name, place in zip(naming.PROBES, ("FOLDER", "SECOND"), strict=True):
         model = naming.Namer(naming.BACKBONES[name]())
         naming.write_tensors(model.state_dict(), tmp_path / place / name / "model.safetensors")
