@@ -31,6 +31,17 @@ CONTROLS_NOTE = (
 )
 
 
+ORDERS = {  # --order of the curriculum's controls
+    "hard first": "hard-first",
+    "the scores of other samples": "shuffled",
+    "each sample as often, without stages": "mixed",
+}
+ORDERS_NOTE = (
+    "Scores of other samples: the stages hold random samples. Without stages: easy, medium and hard "
+    "samples as often as in ours, in a random order."
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of a table: its runs, the paper's number (None: no such row in the paper), the names of the rows
@@ -64,6 +75,12 @@ def one_run(backbone: str, recipe: str, changes: Changes = ()) -> tuple[RunName]
 
 def each_model(recipe: str, backbones: Iterable[str] = MODELS) -> tuple[RunName, ...]:
     return tuple(RunName(backbone, recipe) for backbone in backbones)
+
+
+def order_rows(backbone: str, against: tuple[str, ...], changes: Changes = ()) -> tuple[Row, ...]:
+    """The controls of a backbone's curriculum, with vocabulary head."""
+    runs = {name: one_run(backbone, "mlc-cl", (*changes, ("order", order))) for name, order in ORDERS.items()}
+    return tuple(Row(f"{MODELS[backbone]}, {name}", run, None, against) for name, run in runs.items())
 
 
 # ============================================================================================================
@@ -128,7 +145,8 @@ def table_1(changes: Changes = ()) -> Table:
 
 
 def paper_recipe_table() -> Table:
-    table = table_1((("recipe", "paper"),))
+    changes = (("recipe", "paper"),)
+    table = table_1(changes)
     chosen = [
         Row(f"{name}, recipe chosen on validation", one_run(backbone, "plain"), None, (name,))
         for backbone, name in MODELS.items()
@@ -136,12 +154,13 @@ def paper_recipe_table() -> Table:
     return replace(
         table,
         caption=f"{table.caption}, by the paper's recipe",
-        rows=(*table.rows, *chosen),
+        rows=(*table.rows, *order_rows("swin", ("Swin, MLC", "Swin, MLC, CL"), changes), *chosen),
         notes=(
             *table.notes,
             "The paper's recipe, --recipe paper: three epochs, heads that start at random and learn at the "
             "backbone's rate, the maximum of the U-Net's middle block. Rates and batch size are those of the "
             "other tables, since the paper's are for 670,000 pairs.",
+            f"Controls of Swin's curriculum: {ORDERS_NOTE[0].lower()}{ORDERS_NOTE[1:]}",
         ),
     )
 
@@ -187,24 +206,19 @@ def table_7() -> Table:
 
 
 def curriculum_table() -> Table:
-    orders = {
-        "hard first": "hard-first",
-        "the scores of other samples": "shuffled",
-        "each sample as often, without stages": "mixed",
-    }
-    none, rows = "U-Net, no curriculum", [Row("U-Net, no curriculum", one_run("unet", "mlc"))]
-    for name, order in orders.items():
-        run = RunName("unet", "mlc-cl", (("order", order),))
-        rows.append(Row(f"U-Net, {name}", (run,), None, (none,)))
-    against = (none, *(f"U-Net, {name}" for name in orders))
-    rows.append(Row("U-Net, our curriculum", one_run("unet", "mlc-cl"), None, against))
+    none = "U-Net, no curriculum"
+    controls = order_rows("unet", (none,))
+    against = (none, *(row.name for row in controls))
     return Table(
         "Controls of the curriculum, on the U-Net",
-        tuple(rows),
+        (
+            Row(none, one_run("unet", "mlc")),
+            *controls,
+            Row("U-Net, our curriculum", one_run("unet", "mlc-cl"), None, against),
+        ),
         (
             "All with the vocabulary head of figure 3 (3), the same number of steps and the same phase 1. "
-            "Scores of other samples: the stages hold random samples. Without stages: easy, medium and hard "
-            "samples as often as in ours, in a random order.",
+            + ORDERS_NOTE,
         ),
     )
 

@@ -172,7 +172,7 @@ def test_the_baselines_of_each_table():
 def test_the_papers_recipe_beside_the_chosen_ones(plan: Plan):
     table, chosen = ROW_TABLES["paper-recipe"], ROW_TABLES[1]
     ours = dict(zip(table.rows[-4:], ("CLIP", "U-Net", "Swin", "ViT"), strict=True))
-    for row, other in zip(table.rows[:-4], chosen.rows, strict=True):
+    for row, other in zip(table.rows[:-7], chosen.rows, strict=True):
         assert (row.name, row.paper, row.against) == (other.name, other.paper, other.against)
         (run,), (same,) = row.runs, other.runs
         config, default = plan.config(run, 0), plan.config(same, 0)
@@ -184,5 +184,9 @@ def test_the_papers_recipe_beside_the_chosen_ones(plan: Plan):
     for row, name in ours.items():
         assert row.against == (name,) and row.runs == (RunName(row.runs[0].backbone, "plain"),)
         assert row.name == f"{name}, recipe chosen on validation" and row.paper is None
+    for row, order in zip(table.rows[-7:-4], ("hard-first", "shuffled", "mixed"), strict=True):
+        run, against = row.runs[0], ("Swin, MLC", "Swin, MLC, CL")
+        assert run.name == f"swin-mlc-cl-recipe=paper-order={order}" and row.against == against
+        assert run.phase_1 == RunName("swin", "mlc", (("recipe", "paper"),))
     frozen = {row.name: row.method for row in table.baselines}
     assert frozen["ridge: U-Net"] == FrozenMethod((RunName("unet", "plain", (("recipe", "paper"),)),))

@@ -509,7 +509,7 @@ PAPER: dict[int | str, tuple[list[float | None], list[int]]] = {
     "dakl": ([None] * 12, [0, 0, 2, 1, 2] + [2, 1, 1, 1, 1, 2, 2]),
     "white-box": ([None] * 4, [1, 2, 5, 6]),
 }  # fmt: skip
-PAPER["paper-recipe"] = tuple(of + [end] * 4 for of, end in zip(PAPER[1], (None, 1), strict=True))
+PAPER["paper-recipe"] = (PAPER[1][0] + [None] * 7, PAPER[1][1] + [2] * 3 + [1] * 4)
 
 
 def test_the_papers_figures():
