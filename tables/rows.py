@@ -29,8 +29,6 @@ CONTROLS_NOTE = (
     "Noise: as many unit rows in random directions are the target rows. Both are on the mean of the members "
     "unless stated."
 )
-
-
 ORDERS = {  # --order of the curriculum's controls
     "hard first": "hard-first",
     "the scores of other samples": "shuffled",
@@ -145,6 +143,7 @@ def table_1(changes: Changes = ()) -> Table:
 
 
 def paper_recipe_table() -> Table:
+    """Table 1 by --recipe paper, controls of its curriculum, and the recipes chosen on validation."""
     changes = (("recipe", "paper"),)
     table = table_1(changes)
     chosen = [
