@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,15 @@ def generated(pipeline: generate.Pipeline, prompts: list[str], steps: int, guida
     return drawn.permute(0, 3, 1, 2).contiguous().numpy()
 
 
-def drawings(chosen: list[Scene]) -> np.ndarray:
-    """The scenes' drawings, uint8 (n, 3, 64, 64)."""
-    return np.stack([np.asarray(scenes.render(scene)).transpose(2, 0, 1) for scene in chosen])
+def rendered(scene: Scene) -> np.ndarray:
+    return np.asarray(scenes.render(scene)).transpose(2, 0, 1)
+
+
+def drawings(chosen: Sequence[Scene]) -> np.ndarray:
+    """The scenes' drawings, uint8 (n, 3, 64, 64), made by several processes."""
+    with scenes.workers(len(chosen)) as pool:
+        drawn = pool.map(rendered, chosen, chunksize=25) if pool else map(rendered, chosen)
+        return np.stack(list(drawn))
 
 
 def shares(probe: naming.Namer, images: np.ndarray, chosen: list[Scene]) -> dict[str, dict]:

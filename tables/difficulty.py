@@ -13,6 +13,7 @@ import numpy as np
 import generate
 import reverse_sd
 from mini import naming, scenes
+from mini.judge import drawings
 from mini.scenes import Scene, View
 from tables.exhibit import (
     Exhibit,
@@ -27,7 +28,7 @@ from tables.exhibit import (
 )
 from tables.figures import PHASE_1_RUNS
 from tables.generation import drawn, open_pipeline, predicted, spread
-from tables.judges import RESAMPLES, TITLES, drawings, load_probes, truth_of
+from tables.judges import RESAMPLES, TITLES, load_probes, truth_of
 from tables.probe import ALPHAS, default_views, pixels_of, ridge_regression, verdicts
 from tables.runs import Plan, RunName
 from training.folder import read_cosines

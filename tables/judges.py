@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mini import naming, scenes
-from mini.judge import new_scenes
+from mini.judge import drawings, new_scenes
 from mini.scenes import Scene, View
 from mini.subjects import SHAPES
 from schema import read_json
@@ -93,16 +93,6 @@ def exchanged_scenes(chosen: Sequence[Scene], rng: np.random.Generator) -> list[
     return made
 
 
-def rendered(scene: Scene) -> np.ndarray:
-    return np.asarray(scenes.render(scene)).transpose(2, 0, 1)
-
-
-def drawings(chosen: Sequence[Scene]) -> np.ndarray:
-    """The scenes' pictures, uint8 (n, 3, 64, 64), drawn by several processes."""
-    with scenes.workers(len(chosen)) as pool:
-        return np.stack(pool.map(rendered, chosen, 25) if pool else [rendered(scene) for scene in chosen])
-
-
 def forms_of(pictures: np.ndarray, device: str) -> dict[str, np.ndarray]:
     """The pictures as they are and in three degraded forms."""
     noise = np.random.default_rng(SEED).standard_normal(pictures.shape, np.float32)
@@ -163,7 +153,8 @@ class Calibration:
     def corrected(self, slot: str, counts: np.ndarray, form: str) -> tuple[float | None, list[float] | None]:
         """The share shown behind verdicts `counts` (n, 2) on other pictures, and its 95 % interval.
 
-        A bootstrap sample draws the scenes of both sets of pictures.
+        A bootstrap sample draws the scenes of both sets of pictures. None, None if the probe is no better
+        than chance in more than 1 of 40 of them, since the estimate divides by what it is better.
         """
         if slot not in self.exchanged[form]:
             return None, None
@@ -172,7 +163,8 @@ class Calibration:
         drawn = bootstrap_weights(len(right), RESAMPLES)
         others = bootstrap_weights(len(counts), RESAMPLES, seed=1)
         draws = rogan_gladen(share(counts, others), share(right, drawn), 1 - share(wrong, drawn))
-        return None if np.isnan(value) else value, percentiles(draws)
+        limits = percentiles(draws)
+        return (None, None) if limits is None or np.isnan(value) else (value, limits)
 
 
 def calibrate(probes: dict[str, naming.Namer], things: int, device: str) -> dict[str, Calibration]:
@@ -345,7 +337,7 @@ def text(result: dict) -> str:
     parts, probes = [], list(result["probes"])
     for name in probes:
         rows = [
-            (row["things"], row["kind"], row["drawn"])
+            (row["things"], row["kind"], f"{row['drawn']:,}")
             + tuple(percent(row[rate].get(kind)) for rate, kinds in RATES.items() for kind in kinds)
             for row in result["rates"]
             if row["probe"] == name
@@ -376,7 +368,8 @@ def text(result: dict) -> str:
         f"labels; for the pictures of the data from those through the {LIKE_GENERATED}. It assumes that a "
         "probe has the same rates on generated pictures. An interval above 100 % refutes this for its kind "
         "of label: the probe finds more in generated pictures than in complete drawings. Intervals: "
-        "bootstrap over scenes and pictures.",
+        "bootstrap over scenes and pictures. Empty: the probe is no better than chance in more than 1 of 40 "
+        "bootstrap samples.",
         "Kappa: Cohen's, of the verdicts of the two probes.",
     )
     return page(

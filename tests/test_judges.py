@@ -80,6 +80,8 @@ def test_the_interval_of_a_corrected_share_covers_the_truth(monkeypatch: pytest.
         covered += low < 0.6 < high
     assert np.mean(values) == pytest.approx(0.6, abs=0.02) and 88 <= covered <= 100
     assert rates.corrected("style", found, "drawing") == (None, None)
+    chance = judges.Calibration({"drawing": answers(0.12)}, {"drawing": answers(0.1)}, {})
+    assert chance.corrected("colour", found, "drawing") == (None, None)
 
 
 def test_kappa_by_hand():

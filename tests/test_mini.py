@@ -408,6 +408,16 @@ def test_new_scenes_are_truthful_and_have_not_been_seen(monkeypatch: pytest.Monk
     assert judge.new_scenes(2, 2) == first[1:]
 
 
+def test_several_processes_draw_what_one_draws(monkeypatch):
+    chosen = [scenes.candidate(5, index) for index in range(100)]
+    drawn = {}
+    for cores in (1, 2):
+        monkeypatch.setattr(scenes.os, "cpu_count", lambda cores=cores: cores)
+        drawn[cores] = judge.drawings(chosen)
+    assert drawn[2].shape == (100, 3, 64, 64) and np.array_equal(drawn[1], drawn[2])
+    assert np.array_equal(drawn[2][7].transpose(1, 2, 0), np.asarray(scenes.render(chosen[7])))
+
+
 def test_the_judge_counts_what_the_probe_finds(world: World):
     torch.manual_seed(0)
     probe = naming.Namer(naming.swin.Swin(naming.PROBE)).eval()
