@@ -80,8 +80,12 @@ def test_the_interval_of_a_corrected_share_covers_the_truth(monkeypatch: pytest.
         covered += low < 0.6 < high
     assert np.mean(values) == pytest.approx(0.6, abs=0.02) and 88 <= covered <= 100
     assert rates.corrected("style", found, "drawing") == (None, None)
-    chance = judges.Calibration({"drawing": answers(0.12)}, {"drawing": answers(0.1)}, {})
-    assert chance.corrected("colour", found, "drawing") == (None, None)
+    right, wrong = (np.array([(1, 1)] * n + [(0, 1)] * (100 - n), float) for n in (30, 25))
+    rates = judges.Calibration({"drawing": {"colour": right}}, {"drawing": {"colour": wrong[::-1]}}, {})
+    assert rates.corrected("colour", found, "drawing") == (None, None)  # better than chance by luck
+    right[:] = 1
+    value, _ = rates.corrected("colour", found, "drawing")
+    assert value == pytest.approx((found[:, 0].mean() - 0.25) / 0.75)
 
 
 def test_kappa_by_hand():
