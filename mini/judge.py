@@ -46,15 +46,11 @@ def generated(pipeline: generate.Pipeline, prompts: list[str], steps: int, guida
     return drawn.permute(0, 3, 1, 2).contiguous().numpy()
 
 
-def rendered(scene: Scene) -> np.ndarray:
-    return np.asarray(scenes.render(scene)).transpose(2, 0, 1)
-
-
 def drawings(chosen: Sequence[Scene]) -> np.ndarray:
     """The scenes' drawings, uint8 (n, 3, 64, 64), made by several processes."""
     with scenes.workers(len(chosen)) as pool:
-        drawn = pool.map(rendered, chosen, chunksize=25) if pool else map(rendered, chosen)
-        return np.stack(list(drawn))
+        drawn = pool.map(scenes.render, chosen, chunksize=25) if pool else map(scenes.render, chosen)
+        return np.stack([np.asarray(image) for image in drawn]).transpose(0, 3, 1, 2).copy()
 
 
 def shares(probe: naming.Namer, images: np.ndarray, chosen: list[Scene]) -> dict[str, dict]:

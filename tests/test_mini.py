@@ -415,6 +415,7 @@ def test_several_processes_draw_what_one_draws(monkeypatch):
         monkeypatch.setattr(scenes.os, "cpu_count", lambda cores=cores: cores)
         drawn[cores] = judge.drawings(chosen)
     assert drawn[2].shape == (100, 3, 64, 64) and np.array_equal(drawn[1], drawn[2])
+    assert drawn[1].flags.c_contiguous and drawn[2].flags.c_contiguous
     assert np.array_equal(drawn[2][7].transpose(1, 2, 0), np.asarray(scenes.render(chosen[7])))
 
 
